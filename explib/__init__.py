@@ -1,0 +1,1 @@
+"""EXP pruning."""

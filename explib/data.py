@@ -1,0 +1,238 @@
+"""Data sets as uint8 tensors on the device, and batches augmented there: no loader processes."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+
+from explib.files import ROOT, resolve
+from explib.params import Params
+
+MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": ((0.3054,) * 3, (0.3237,) * 3),
+}
+"""Per-channel mean and standard deviation of inputs in 0 to 1. digits: of its training split."""
+
+
+class DataError(RuntimeError):
+    """Data that is missing or damaged: the message names the folder or file and what helps."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 (N, 3, H, W), and their labels, int64 (N,)."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def first(self, count: int) -> "Split":
+        """The first `count` images; 0 is all."""
+        return Split(self.images[:count], self.labels[:count]) if count else self
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for use: `train` to learn from, `test` to evaluate on.
+
+    `evaluated_on` says what `test` is: the test set, or a validation split of the training set.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool  # whether a mirrored image is still of its class
+    sha256: str  # of the images and labels as loaded
+    evaluated_on: str = "test"
+
+    def to(self, device: str) -> "Data":
+        """The same data on a device."""
+        move = lambda s: Split(s.images.to(device), s.labels.to(device))  # noqa: E731
+        return replace(self, train=move(self.train), test=move(self.test))
+
+    def summary(self) -> dict:
+        """What a record says of the data."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "evaluated_on": self.evaluated_on,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+
+def load(params: Params) -> Data:
+    """The data set of a configuration. DataError, in one line, if it is not to be had.
+
+    `validation` images are taken from the training set, the same ones for every seed, and stand
+    in for the test set; limit_train and limit_test then cut both.
+    """
+    data = _LOADERS[params.dataset](params.data_dir)
+    if params.normalization:
+        mean, std = MEAN_STD[params.normalization]
+        data = replace(data, mean=mean, std=std)
+    if params.validation:
+        if params.validation >= len(data.train):
+            raise DataError(
+                f"validation: {params.validation} of {len(data.train)} training images; give fewer"
+            )
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(2023))
+        held, rest = order[: params.validation], order[params.validation :].sort().values
+        train = data.train
+        data = replace(
+            data,
+            train=Split(train.images[rest], train.labels[rest]),
+            test=Split(train.images[held], train.labels[held]),
+            evaluated_on=f"validation ({params.validation} training images)",
+        )
+    return replace(
+        data,
+        train=data.train.first(params.limit_train),
+        test=data.test.first(params.limit_test),
+    )
+
+
+def _digits(data_dir: str) -> Data:
+    """scikit-learn's 1,797 handwritten digits, 8x8 to 3x32x32, a fifth of each class for test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    images = images.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    mean, std = MEAN_STD["digits"]
+    return Data(
+        "digits",
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        tuple("0123456789"),
+        mean,
+        std,
+        flip=False,
+        sha256=_digest(images, labels),
+    )
+
+
+def _cifar10(data_dir: str) -> Data:
+    """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
+    root = cifar10_dir(data_dir)
+    folder = root / CIFAR10.base_folder
+    wrong = [
+        name
+        for name, md5 in CIFAR10.train_list + CIFAR10.test_list
+        if (folder / name).exists() and not check_integrity(str(folder / name), md5)
+    ]
+    if wrong:
+        raise DataError(f"{folder / wrong[0]}: damaged (its MD5 is wrong); delete it and try again")
+    try:
+        train = CIFAR10(root, train=True, download=not folder.is_dir())
+        test = CIFAR10(root, train=False)
+    except (RuntimeError, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{root}: no complete CIFAR-10 here and it could not be downloaded ({why}); "
+            "put cifar-10-batches-py there, or set data_dir or EXPLIB_DATA to where it is"
+        ) from None
+
+    def split(part):
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(part.targets))
+
+    train, test, classes = split(train), split(test), tuple(train.classes)
+    mean, std = MEAN_STD["cifar10"]
+    digest = _digest(train.images, train.labels, test.images, test.labels)
+    return Data("cifar10", train, test, classes, mean, std, flip=True, sha256=digest)
+
+
+def cifar10_dir(data_dir: str = "") -> Path:
+    """Where CIFAR-10 is: data_dir, else $EXPLIB_DATA, else data/ of the project."""
+    return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
+
+
+_LOADERS = {"digits": _digits, "cifar10": _cifar10}
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
+    """uint8 (N, 3, H, W) to float32 with the data set's mean and std, channels last."""
+    mean = torch.tensor(data.mean, device=images.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(data.std, device=images.device).view(1, 3, 1, 1) * 255
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(
+    images: torch.Tensor, data: Data, generator: torch.Generator, pad: int = 4
+) -> torch.Tensor:
+    """Random crop after zero padding and, where it is allowed, random mirroring, per image.
+
+    uint8 (N, 3, H, W) in and out. The padding is black, as in torchvision's RandomCrop.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    draw = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(device)
+    rows = draw[0][:, None] + torch.arange(height, device=device)
+    columns = draw[1][:, None] + torch.arange(width, device=device)
+    if data.flip:
+        mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    which = torch.arange(count, device=device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def train_batches(
+    data: Data, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One epoch of augmented, normalized batches; order and augmentation from (seed, epoch) alone.
+
+    So an epoch is the same whether or not the run was interrupted before it. A short last batch is
+    left out (its gradient would be noisier), unless it is the only one.
+    """
+    order = torch.Generator().manual_seed(seed * 1_000_003 + 2 * epoch)
+    noise = torch.Generator().manual_seed(seed * 1_000_003 + 2 * epoch + 1)
+    train, count = data.train, len(data.train)
+    shuffled = torch.randperm(count, generator=order).to(train.labels.device)
+    for start in range(0, max(count - batch_size + 1, 1), batch_size):
+        chosen = shuffled[start : start + batch_size]
+        yield normalize(augment(train.images[chosen], data, noise), data), train.labels[chosen]
+
+
+def batches_per_epoch(data: Data, batch_size: int) -> int:
+    """How many batches `train_batches` gives."""
+    return max(len(data.train) // batch_size, 1)
+
+
+def eval_batches(
+    split: Split, data: Data, batch_size: int = 500
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All images of a split in order, normalized, not augmented."""
+    for start in range(0, len(split), batch_size):
+        images = split.images[start : start + batch_size]
+        yield normalize(images, data), split.labels[start : start + batch_size]

@@ -1,0 +1,80 @@
+"""Where things lie, and how files are written: whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The project's root: relative paths in parameters start here, wherever one stands."""
+
+
+def resolve(path: str | Path) -> Path:
+    """`path` as an absolute path; a relative one starts at the project's root."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else (ROOT / path).resolve()
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Write `content` so that `path` is at every moment absent, the old file or the new one.
+
+    Raises OSError, naming the file, on a full disk or a read-only folder; the old file stays.
+    """
+    path = resolve(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise OSError(
+            error.errno, f"cannot write {path} ({error.strerror}); what was there is unchanged"
+        ) from None
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text whole; see `write_bytes`."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value) -> Path:
+    """Write `value` as indented JSON, whole; NaN and infinity are refused (ValueError)."""
+    return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> Path:
+    """Write tensors as safetensors with `meta`, any JSON value, under the key `explib`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write_bytes(path, save(tensors, metadata={"explib": json.dumps(meta)}))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a file of `save_tensors`: (tensors, meta). ValueError for what is not one."""
+    path = resolve(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("explib", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(resolve(path), "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

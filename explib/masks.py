@@ -1,0 +1,151 @@
+"""Masks on a model: put on, held through training, saved, and the pruned network made small.
+
+A set of masks is a dict from the name of a conv to a bool (F, C) tensor, True where a kernel stays.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from explib.files import load_tensors, save_tensors
+
+Masks = dict[str, torch.Tensor]
+
+
+def check(model: nn.Module, masks: Masks, source: str = "masks") -> None:
+    """ValueError, naming the layer, unless each mask is a bool (F, C) of one of the model's convs."""
+    modules = dict(model.named_modules())
+    for name, mask in masks.items():
+        conv = modules.get(name)
+        if not isinstance(conv, nn.Conv2d):
+            raise ValueError(f"{source}: {name!r} is no conv of this network; use its own masks")
+        shape = tuple(conv.weight.shape[:2])
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(
+                f"{source}: {name} has a {mask.dtype} mask {tuple(mask.shape)}; give bool {shape}"
+            )
+        if not mask.any():
+            raise ValueError(f"{source}: {name} would lose every kernel; keep at least one")
+
+
+@torch.no_grad()
+def apply(model: nn.Module, masks: Masks, factor: float = 0.0) -> None:
+    """Set the pruned kernels of the model to `factor` times their value, in place."""
+    check(model, masks)
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        pruned = ~mask.to(weight.device)[:, :, None, None]
+        # where, not a product: 0 * NaN would stay NaN
+        scaled = weight * factor if factor else torch.zeros((), device=weight.device)
+        weight.copy_(torch.where(pruned, scaled, weight))
+
+
+def hold(model: nn.Module, masks: Masks) -> Callable[[], None]:
+    """Zero the pruned kernels and keep them zero in any training loop; returns what undoes it.
+
+    Gradients of pruned kernels become exact zeros as soon as they are there. From weight 0,
+    momentum 0 and gradient 0, no optimizer (weight decay included) makes anything else. Put masks
+    on before the optimizer has momentum, or clear it.
+    """
+    apply(model, masks)
+    hooks = []
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        wide = mask.to(weight.device, weight.dtype)[:, :, None, None]
+
+        def mask_gradient(parameter, wide=wide):
+            parameter.grad.mul_(wide)
+
+        hooks.append(weight.register_post_accumulate_grad_hook(mask_gradient))
+
+    def release():
+        for hook in hooks:
+            hook.remove()
+
+    return release
+
+
+def held(model: nn.Module, masks: Masks) -> bool:
+    """Whether every pruned kernel of the model is exactly zero."""
+    return not any(
+        model.get_submodule(name).weight.detach()[~mask.to(model.get_submodule(name).weight.device)].any()
+        for name, mask in masks.items()
+    )
+
+
+def sparsity(masks: Masks) -> float:
+    """Share of kernels pruned, over all the masks."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+
+
+def save(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
+    """Write masks, one bit a kernel."""
+    tensors = {name: _pack(mask) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return save_tensors(path, tensors, {"kind": "masks", "shapes": shapes, **(meta or {})})
+
+
+def load(path: str | Path) -> tuple[Masks, dict]:
+    """Masks of `save`, and their meta data. ValueError for any other file."""
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "masks":
+        raise ValueError(f"{path}: holds no masks; give a file that masks.save wrote")
+    return {name: _unpack(tensors[name], shape) for name, shape in meta["shapes"].items()}, meta
+
+
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+
+
+def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    return torch.from_numpy(flat.astype(bool)).reshape(shape)
+
+
+def save_compact(
+    path: str | Path,
+    model: nn.Module,
+    masks: Masks,
+    meta: dict,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a network as its surviving kernels and their positions only.
+
+    meta must say `arch` and `num_classes`. Weights of more than one dimension are stored as
+    `dtype`, everything else (BatchNorm, biases) as it is.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        mask = masks.get(name.removesuffix(".weight"))
+        if mask is not None and name.endswith(".weight"):
+            tensors[f"{name}.positions"] = _pack(mask)
+            tensor = tensor[mask.to(tensor.device)]
+        wide = tensor.is_floating_point() and tensor.ndim > 1
+        tensors[name] = tensor.to(dtype) if wide else tensor
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return save_tensors(path, tensors, {**meta, "kind": "compact", "shapes": shapes})
+
+
+def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
+    """A file of `save_compact`: (dense state dict in fp32, masks, meta)."""
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "compact":
+        raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
+    masks = {}
+    for name, shape in meta["shapes"].items():
+        mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
+        kernels = tensors[f"{name}.weight"]
+        if int(mask.sum()) != len(kernels):
+            raise ValueError(f"{path}: {name} has {len(kernels)} kernels for {int(mask.sum())} places")
+        weight = kernels.new_zeros(*shape, *kernels.shape[1:])
+        weight[mask] = kernels
+        tensors[f"{name}.weight"], masks[name] = weight, mask
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    return state, masks, meta

@@ -1,0 +1,273 @@
+"""One validated configuration: every choice of a run, and the grammar of its pruning rates."""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+
+from explib.files import resolve
+
+ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
+WAYS = ("A", "B", "random", "l1", "bn")
+CHOICES = {
+    "arch": ARCHS,
+    "dataset": ("digits", "cifar10"),
+    "normalization": ("", "cifar10", "imagenet"),
+    "pruning_way": WAYS,
+    "survivors": ("random", "l1"),
+    "schedule": ("oneshot", "layerwise"),
+    "lr_schedule": ("step", "cosine", "onecycle"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16"),
+    "compile": ("auto", "on", "off"),
+}
+# field: (lowest, highest, whether the lowest itself is allowed)
+RANGES = {
+    "groups": (1, 10_000, True),
+    "keep_floor": (0, 1, True),
+    "start_cov": (0, 10_000, True),
+    "epochs": (0, 100_000, True),
+    "batch_size": (1, 1_000_000, True),
+    "lr": (0, 100, False),
+    "momentum": (0, 1, True),
+    "weight_decay": (0, 1, True),
+    "label_smoothing": (0, 1, True),
+    "distill": (0, 1, True),
+    "fade_epochs": (0, 100_000, True),
+    "bn_images": (0, 100_000_000, True),
+    "validation": (0, 100_000_000, True),
+    "limit_train": (0, 100_000_000, True),
+    "limit_test": (0, 100_000_000, True),
+    "seed": (0, 2**31 - 1, True),
+    "mask_seed": (0, 2**31 - 1, True),
+    "threads": (0, 4096, True),
+}
+# What may differ between two runs that compute the same
+PLACES = ("data_dir", "job_dir", "results_dir", "threads")
+
+
+class ParamError(ValueError):
+    """A parameter that cannot be: the message names it, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """Everything a run depends on. YAML files, papermill and Python use the same names.
+
+    Raises ParamError for an unknown value, a wrong type or a number out of range.
+    """
+
+    # What is pruned, and on which images
+    name: str = ""  # of the configuration, in records and tables; empty: arch-way
+    arch: str = "resnet_56"
+    dataset: str = "digits"  # digits (embedded) or cifar10
+    data_dir: str = ""  # folder of the data; empty: $EXPLIB_DATA, else data/
+    normalization: str = ""  # mean and std of the inputs; empty: the data set's own
+    resume: str = ""  # checkpoint of the dense network; empty: the one 00_baseline made
+    resume_mask: str = ""  # file of masks to use instead of computing them
+    job_dir: str = ""  # where the run keeps its files; empty: results/runs/DATASET/NAME-sSEED-DIGEST
+    results_dir: str = "results"  # records, tables and figures go below it
+
+    # How kernels are chosen (method: score, levels, way)
+    pruning_way: str = "B"  # A, B; for comparison random, l1, bn
+    compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
+    survivors: str = "random"  # who stays in a redundant set: random (published) or l1
+    groups: int = 13  # number of level groups
+    keep_floor: float | None = None  # share of each redundant set that stays; null: 1-max(rates)-0.1
+    start_cov: int = 0  # convs before this index stay dense
+    strict_rate: bool = False  # go below keep_floor where a rate is not met otherwise
+    bias_in_score: bool = False  # add the conv bias to the score, as the reference does for VGG-16, A
+
+    # How the network is trained
+    schedule: str = "oneshot"  # mask all convs and train once, or layerwise: one conv at a time
+    epochs: int = 30  # of fine-tuning (layerwise: per conv), or of the baseline
+    batch_size: int = 256
+    lr: float = 0.01  # the peak
+    lr_schedule: str = "step"  # step (published), cosine or onecycle
+    lr_decay_step: str = "15,25"  # epochs after which step divides lr by 10
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    distill: float = 0.0  # weight of the dense network's soft labels in the loss
+    fade_epochs: int = 0  # pruned weights shrink to zero over these epochs; 0: at once
+    bn_images: int = 2048  # training images that re-estimate BatchNorm after masking; 0: none
+    validation: int = 0  # training images held out to evaluate on instead of the test set
+    limit_train: int = 0  # use only the first images; 0: all
+    limit_test: int = 0
+    seed: int = 0  # initialisation, order, augmentation
+    mask_seed: int | None = None  # random choices inside redundant sets; null: seed
+
+    # The machine
+    device: str = "auto"
+    precision: str = "auto"  # auto: bf16 where the hardware has it
+    compile: str = "auto"  # torch.compile; auto: where the run is long enough to repay it
+    threads: int = 0  # CPU threads; 0: all
+
+    def __post_init__(self):
+        for field, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, field, _checked(field, getattr(self, field), kind))
+        for field in ("job_dir", "results_dir", "data_dir", "resume", "resume_mask"):
+            if "\0" in getattr(self, field):
+                raise ParamError(f"{field}: has a NUL byte; give a path")
+        if not re.fullmatch(r"[A-Za-z0-9._+-]*", self.name) or set(self.name) == {"."}:
+            raise ParamError(f"name: {self.name!r}; give letters, digits and . _ + - only")
+        parse_rates(self.compress_rate)
+        parse_steps(self.lr_decay_step)
+        if self.normalization == "" and self.dataset == "cifar10":
+            object.__setattr__(self, "normalization", "cifar10")
+        if self.normalization and self.dataset == "digits":
+            raise ParamError(
+                f"normalization: {self.normalization!r} does not go with dataset 'digits'; leave it empty"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")
+        if self.mask_seed is None:
+            object.__setattr__(self, "mask_seed", self.seed)
+        if not self.job_dir:
+            folder = f"{self.name}-s{self.seed}-{self.digest}"
+            object.__setattr__(self, "job_dir", f"{self.results_dir}/runs/{self.dataset}/{folder}")
+
+    @property
+    def rates(self) -> list[float]:
+        """The pruning rates in order, one per conv (or a single one for all)."""
+        return parse_rates(self.compress_rate)
+
+    @property
+    def digest(self) -> str:
+        """Six hexadecimal digits: equal for runs that compute the same, wherever their files are."""
+        chosen = {k: v for k, v in self.asdict().items() if k not in PLACES}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
+
+    def replace(self, **changes) -> "Params":
+        """A copy with other values, validated anew; a default job_dir follows them."""
+        derived = {"job_dir": ""} if self.job_dir.endswith(f"-{self.digest}") else {}
+        return dataclasses.replace(self, **{**derived, **changes})
+
+    def asdict(self) -> dict:
+        """All fields as a plain dict."""
+        return dataclasses.asdict(self)
+
+
+def _checked(field: str, value, kind):
+    """`value` as a `kind`, within its choices and range, else ParamError."""
+    kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise ParamError(f"{field}: {value!r} is a {type(value).__name__}; give {names}")
+    if field in CHOICES and value not in CHOICES[field]:
+        close = difflib.get_close_matches(str(value), CHOICES[field], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(repr(choice) for choice in CHOICES[field])
+        raise ParamError(f"{field}: {value!r} is unknown; {hint}known: {known}")
+    if field in RANGES:
+        low, high, closed = RANGES[field]
+        if not (low <= value <= high) or (value == low and not closed):
+            raise ParamError(f"{field}: {value!r} is out of range; give {low} to {high}")
+    return value
+
+
+def from_mapping(mapping: dict, source: str = "parameters") -> Params:
+    """Params from a dict; an unknown key is a ParamError that names the nearest known one."""
+    known = [field.name for field in dataclasses.fields(Params)]
+    for key in mapping:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise ParamError(f"{source}: unknown parameter {key!r}{hint}")
+    return Params(**mapping)
+
+
+def from_yaml(path: str | Path, **changes) -> Params:
+    """Params from a YAML file of params/, with changes on top. ParamError names file and line."""
+    path = resolve(path)
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ParamError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping or {}, dict):
+        raise ParamError(f"{path}: holds a {type(mapping).__name__}; give `name: value` lines")
+    return from_mapping({**(mapping or {}), **changes}, source=str(path))
+
+
+def from_notebook(namespace: dict) -> Params:
+    """Params from a notebook's variables: call it as `from_notebook(globals())`.
+
+    Takes the variables that are named like a field. What papermill injected must all be such:
+    a parameter that the notebook does not have is a ParamError, not silently nothing.
+    """
+    known = {field.name for field in dataclasses.fields(Params)}
+    chosen = {key: namespace[key] for key in known if key in namespace}
+    for source in namespace.get("In", []):
+        if source.startswith("# Parameters\n"):
+            for node in ast.parse(source).body:
+                if isinstance(node, ast.Assign):
+                    chosen[node.targets[0].id] = namespace[node.targets[0].id]
+    return from_mapping(chosen, source="notebook")
+
+
+_TERM = re.compile(r"\[\s*([0-9]*\.?[0-9]+|[0-9]+\.)\s*\](?:\s*\*\s*([0-9]{1,5}))?")
+
+
+def parse_rates(text: str) -> list[float]:
+    """Pruning rates from `[0.1]*2+[0.4]*2`: `[rate]` with an optional `*count`, joined by `+`.
+
+    A rate is the share of a conv's kernels to prune, 0 up to but not including 1. ParamError
+    names the offending term.
+    """
+    rates = []
+    for term in text.split("+"):
+        match = _TERM.fullmatch(term.strip())
+        if not match:
+            raise ParamError(
+                f"compress_rate: cannot read {term.strip()!r}; give terms like [0.4]*17 joined by +"
+            )
+        rate, count = float(match[1]), int(match[2] or 1)
+        if not rate < 1:
+            raise ParamError(f"compress_rate: rate {rate} in {term.strip()!r}; give 0 to below 1")
+        if not 1 <= count <= 10_000:
+            raise ParamError(f"compress_rate: count {count} in {term.strip()!r}; give 1 to 10000")
+        rates += [rate] * count
+    return rates
+
+
+def parse_steps(text: str) -> list[int]:
+    """Epochs from `15,25`, ascending; the empty text is no step. ParamError otherwise."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+        raise ParamError(f"lr_decay_step: cannot read {text!r}; give epochs like 15,25")
+    steps = [int(part) for part in parts]
+    if steps != sorted(set(steps)):
+        raise ParamError(f"lr_decay_step: {text!r} is not ascending; give epochs like 15,25")
+    return steps
+
+
+def spread_rates(rates: list[float], places: int, what: str = "convs") -> list[float]:
+    """One rate for each of `places`; a single rate serves all. ParamError on any other count."""
+    if len(rates) == 1:
+        return rates * places
+    if len(rates) != places:
+        raise ParamError(
+            f"compress_rate: {len(rates)} rates for {places} {what}; give {places}, or one for all"
+        )
+    return rates
+
+
+def keep_floor(rates: list[float]) -> float:
+    """The published share of each redundant set that stays: 1 - max(rates) - 0.1, at least 0."""
+    return max(0.0, round(1 - max(rates) - 0.1, 12)) if rates else math.nan

@@ -1,0 +1,127 @@
+"""A run's record, one JSON file that explains itself, and all records as one DataFrame."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy
+import pandas as pd
+import torch
+
+from explib.files import ROOT, resolve, write_json
+from explib.params import Params
+
+SCHEMA = 1
+KINDS = ("baseline", "finetune")
+
+
+def provenance(device: str = "cpu") -> dict:
+    """Code, library versions and hardware of this process, for a record."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "explib")),
+        "versions": {
+            "explib": version("explib"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": version("torchvision"),
+            "numpy": numpy.__version__,
+        },
+        "hardware": {
+            "device": device,
+            "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str:
+    """The processor as the system names it; where that says little, its instruction set too."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def identity(record: dict) -> str:
+    """A short name of the experiment: equal for equal parameters, kind and hardware."""
+    params = Params(**record["params"])
+    text = f"{record['kind']} {params.digest} {record['hardware']['name']}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{params.name}-e{params.epochs}-s{params.seed}-{digest}"
+
+
+def write(record: dict, results_dir: str | Path = "results") -> Path:
+    """Write a record to results_dir/records/DATASET/; a later equal run replaces its own only."""
+    name = f"{record['params']['dataset']}/{record['kind']}-{identity(record)}.json"
+    return write_json(resolve(results_dir) / "records" / name, record)
+
+
+def read(path: str | Path) -> dict:
+    """One record. ValueError names the file and what it lacks."""
+    try:
+        record = json.loads(resolve(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore or delete it") from None
+    needed = ("schema", "kind", "params", "macs", "weights", "accuracy", "history", "hardware")
+    missing = [k for k in needed if not isinstance(record, dict) or k not in record]
+    if missing:
+        raise ValueError(f"{path}: not a record, lacks {', '.join(missing)}; restore or delete it")
+    if record["schema"] != SCHEMA or record["kind"] not in KINDS:
+        raise ValueError(f"{path}: schema {record['schema']}, kind {record['kind']!r} is unknown")
+    return record
+
+
+def read_all(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[dict]:
+    """All records of a data set, in the order of their file names."""
+    folder = resolve(results_dir) / "records" / dataset
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def frame(records: list[dict]) -> pd.DataFrame:
+    """One row per record: every parameter, and what came out.
+
+    Columns beside the parameters: kind, status; macs_dense, macs (multiply-adds), weights_dense,
+    weights (counts), published_m (millions, the published convention); dense, before, last, best
+    (top-1, per cent), best_epoch; sparsity, nominal_sparsity (share of kernels), wall_s,
+    images_per_s, device, hardware, layers and history (lists).
+    """
+    rows = [
+        {
+            **record["params"],
+            "kind": record["kind"],
+            "status": record.get("status", "done"),
+            "macs_dense": record["macs"]["dense"],
+            "macs": record["macs"]["left"],
+            "published_m": record["macs"].get("published_m"),
+            "weights_dense": record["weights"]["dense"],
+            "weights": record["weights"]["left"],
+            **{k: record["accuracy"].get(k) for k in ("dense", "before", "last", "best", "best_epoch")},
+            "sparsity": record.get("sparsity"),
+            "nominal_sparsity": record.get("nominal_sparsity"),
+            "wall_s": record.get("wall_s"),
+            "images_per_s": record.get("images_per_s"),
+            "device": record["hardware"]["device"],
+            "hardware": record["hardware"]["name"],
+            "layers": record.get("layers", []),
+            "history": record["history"],
+        }
+        for record in records
+    ]
+    return pd.DataFrame(rows)

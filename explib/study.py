@@ -1,0 +1,333 @@
+"""The runs of the study: parameters in, a record and its files out. Notebooks show what these do."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from explib import data as datasets
+from explib import finetune as tuning
+from explib import flops, masks as masking, models, pruners, records
+from explib.data import Data
+from explib.files import load_tensors, resolve, save_tensors, sha256, write_json
+from explib.masks import Masks
+from explib.models import Conv
+from explib.params import ParamError, Params, keep_floor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense network with what a run needs to know of it."""
+
+    model: nn.Module
+    convs: list[Conv]  # in forward order
+    rates: dict[str, float]  # nominal, by conv, in the order of compress_rate
+    checkpoint: str = ""  # the file it came from, as named in the record
+    sha256: str = ""
+
+
+def seed_all(params: Params) -> None:
+    """Seed initialisation, and set the number of CPU threads."""
+    torch.manual_seed(params.seed)
+    if params.threads:
+        torch.set_num_threads(params.threads)
+
+
+def fresh(params: Params) -> Dense:
+    """The network of a configuration with seeded fresh weights, its rates checked against it."""
+    seed_all(params)
+    model = models.build(params.arch, 10)
+    convs = models.find_convs(model, models.ARCHS[params.arch].image_size)
+    rates = models.rates_by_name(params.arch, convs, params.rates)
+    if params.start_cov >= len(convs):
+        raise ParamError(f"start_cov: {params.start_cov} of {len(convs)} convs; give a lower index")
+    names = [conv.name for conv in convs][params.start_cov :]
+    return Dense(model, convs, {n: r for n, r in rates.items() if n in names})
+
+
+def dense_path(params: Params) -> Path:
+    """The checkpoint of the dense network: `resume`, else the one that 00_baseline writes."""
+    if params.resume:
+        return resolve(params.resume)
+    return resolve(params.results_dir) / f"checkpoints/{params.dataset}/{params.arch}.safetensors"
+
+
+def load_dense(params: Params) -> Dense:
+    """The dense network to prune, from `dense_path`: a file of ours or a foreign torch checkpoint.
+
+    One line of FileNotFoundError or ValueError where it is missing, damaged, of another network or
+    trained with another normalization of its inputs.
+    """
+    network, path = fresh(params), dense_path(params)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"resume: {path} is not there; run notebooks/00_baseline.ipynb with dataset "
+            f"{params.dataset!r} and arch {params.arch!r}, or set resume to a checkpoint"
+        )
+    if path.suffix == ".safetensors":
+        state, masks, meta = masking.load_compact(path)
+        if meta.get("arch", params.arch) != params.arch:
+            raise ValueError(f"resume: {path} is a {meta['arch']}, not a {params.arch}")
+        if meta.get("normalization", params.normalization) != params.normalization:
+            raise ParamError(
+                f"normalization: {params.normalization!r}, but {path.name} was trained with "
+                f"{meta['normalization']!r}; set that"
+            )
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(f"resume: {path} is no readable checkpoint ({why})") from None
+        if not isinstance(state, dict):
+            raise ValueError(f"resume: {path} holds a {type(state).__name__}, not a state dict")
+    models.load_weights(network.model, state, f"resume: {path.name}")
+    return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
+
+
+def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -> Masks:
+    """The masks of a configuration (or of some of its convs) from the model's present weights.
+
+    With `resume_mask` they come from that file instead.
+    """
+    wanted = {n: dense.rates[n] for n in (dense.rates if names is None else names)}
+    if params.resume_mask:
+        found, _ = masking.load(params.resume_mask)
+        masking.check(dense.model, found, f"resume_mask: {params.resume_mask}")
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
+        return {name: found[name] for name in wanted}
+    floor = keep_floor(list(dense.rates.values())) if params.keep_floor is None else params.keep_floor
+    return pruners.prune(
+        dense.model,
+        wanted,
+        params.pruning_way,
+        seed=params.mask_seed,
+        floor=floor,
+        convs=dense.convs,
+        bias_in_score=params.bias_in_score,
+        survivors=params.survivors,
+        groups=params.groups,
+        strict_rate=params.strict_rate,
+    )
+
+
+def counts(params: Params, dense: Dense, masks: Masks) -> dict:
+    """What masks leave of a network, as a record says it: layers, MACs, weights, sparsity."""
+    layers = flops.layer_table(dense.convs, masks, dense.rates)
+    published = flops.published_convention(dense.model, dense.convs, dense.rates)
+    size = models.ARCHS[params.arch].image_size
+    kernels = sum(row["kernels"] for row in layers)
+    return {
+        "layers": layers,
+        "macs": flops.macs(dense.model, dense.convs, masks, size)
+        | {"published_m": published["macs_m"]},
+        "weights": flops.weights(dense.model, masks),
+        "sparsity": sum(row["pruned"] for row in layers) / kernels,
+        "nominal_sparsity": sum(row["nominal"] for row in layers) / kernels,
+    }
+
+
+def baseline(params: Params) -> dict:
+    """The dense network: trained from scratch, or with `resume` loaded and evaluated.
+
+    Leaves the checkpoint where `load_dense` looks for it, and returns the record.
+    """
+    device, data = _begin(params)
+    if params.resume:
+        network = load_dense(params)
+        network.model.to(device)
+        top1 = tuning.evaluate(network.model, data, data.test)
+        accuracy = {"dense": top1, "before": top1, "last": top1, "best": top1, "best_epoch": 0}
+        history, wall = [], 0.0
+    else:
+        network = fresh(params)
+        history, wall = _train(params, network, data, device)
+        accuracy = _accuracy(history, None, None)
+    path = dense_path(params.replace(resume=""))
+    record = _record(params, network, data, {}, history, accuracy, wall, device, "baseline")
+    if not params.resume:
+        _save_network(path, params, network, {}, accuracy["last"], torch.float32)
+    return _write(params, record)
+
+
+def finetune(params: Params) -> dict:
+    """Prune and fine-tune one configuration; returns the record.
+
+    An interrupted run goes on where it was; a finished one is not computed again. Leaves in
+    job_dir: masks.safetensors, model.safetensors (surviving kernels only), record.json.
+    """
+    device, data = _begin(params)
+    done = resolve(params.job_dir) / "record.json"
+    if done.is_file() and _same(params, json.loads(done.read_text())["params"], done):
+        return _write(params, records.read(done))
+    dense = load_dense(params)
+    dense.model.to(device)
+    masks: Masks = {}
+    top1 = {"dense": tuning.evaluate(dense.model, data, data.test)}
+    history, wall = _train(params, dense, data, device, masks, top1)
+    accuracy = _accuracy(history, top1["dense"], top1["before"])
+    folder = resolve(params.job_dir)
+    masking.save(folder / "masks.safetensors", masks, {"arch": params.arch, "name": params.name})
+    _save_network(folder / "model.safetensors", params, dense, masks, accuracy["last"])
+    record = _record(params, dense, data, masks, history, accuracy, wall, device, "finetune")
+    return _write(params, record)
+
+
+def _begin(params: Params) -> tuple[str, Data]:
+    """Everything that can be wrong is found here, before any long work."""
+    device = tuning.device_of(params)
+    fresh(params)
+    folder = resolve(params.job_dir)
+    write_json(folder / "params.json", params.asdict())
+    return device, datasets.load(params).to(device)
+
+
+def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=None):
+    """All stages of training, resumed where an earlier call was interrupted.
+
+    masks and top1 are filled in on the way: masks stage by stage, top1["before"] when the first
+    ones are on. Returns (history, wall seconds, those before an interruption included).
+    """
+    path = resolve(params.job_dir) / "state.safetensors"
+    state = _load_state(path, params)
+    names = [name for name in dense.rates if dense.rates[name] > 0] if masks is not None else []
+    layerwise = params.schedule == "layerwise" and masks is not None
+    stages = [[name] for name in names] if layerwise else [names]
+    history, wall = state.get("history", []), state.get("wall_s", 0.0)
+    teacher = None
+    total = params.epochs * len(stages) * len(data.train)
+    if params.distill and masks is not None:
+        frozen = models.build(params.arch, 10).to(device)
+        frozen.load_state_dict(dense.model.state_dict())
+        teacher = tuning.forward_of(frozen.eval(), params, device, total)
+    dense.model.to(memory_format=torch.channels_last)
+    forward = tuning.forward_of(dense.model, params, device, total)
+    for stage, chosen in enumerate(stages):
+        if stage < state.get("stage", 0):
+            continue
+        resume = state if stage == state.get("stage") else None
+        if resume:
+            dense.model.load_state_dict(state["model"])
+            (masks if masks is not None else {}).update(state["masks"])
+            (top1 if top1 is not None else {}).update(state["top1"])
+        elif masks is not None:
+            masks.update(choose_masks(params, dense, chosen))
+            if not params.fade_epochs:
+                masking.apply(dense.model, masks)
+            tuning.reestimate_bn(dense.model, data, params.bn_images)
+            top1.setdefault("before", _pruned_top1(dense.model, masks, data))
+        label = f"{params.name} {stage + 1}/{len(stages)}" if layerwise else params.name
+        started = time.perf_counter()
+        for entry, progress in tuning.train(
+            dense.model, data, params, masks, forward=forward, teacher=teacher,
+            resume=resume, label=label,
+        ):
+            history.append({**entry, "stage": stage})
+            elapsed = time.perf_counter() - started
+            _save_state(path, params, dense, masks, top1, stage, progress, history, wall + elapsed)
+        wall += time.perf_counter() - started
+    return history, wall
+
+
+def _pruned_top1(model, masks, data) -> float:
+    """Accuracy with the masks on, before any fine-tuning."""
+    return tuning.evaluate(model, data, data.test)
+
+
+def _accuracy(history: list[dict], dense: float | None, before: float | None) -> dict:
+    """Last epoch first, best epoch beside it (chosen on what `top1` was measured on)."""
+    curve = [entry["top1"] for entry in history] or [before]
+    best = max(range(len(curve)), key=curve.__getitem__)
+    last = curve[-1]
+    return {
+        "dense": last if dense is None else dense,
+        "before": before,
+        "last": last,
+        "best": curve[best],
+        "best_epoch": best + 1 if history else 0,
+    }
+
+
+def _record(params, dense, data, masks, history, accuracy, wall, device, kind) -> dict:
+    seconds = sum(entry["seconds"] for entry in history)
+    images = sum(entry["images_per_s"] * entry["seconds"] for entry in history)
+    origin = records.provenance(device)
+    hardware = origin.pop("hardware") | {"precision": tuning.precision_of(params, device)}
+    return {
+        "schema": records.SCHEMA,
+        "kind": kind,
+        "status": "done",
+        "params": params.asdict(),
+        "hardware": hardware,
+        "provenance": origin
+        | {"data": data.summary(), "checkpoint": dense.checkpoint, "checkpoint_sha256": dense.sha256},
+        "accuracy": accuracy,
+        **counts(params, dense, masks),
+        "wall_s": wall,
+        "images_per_s": images / seconds if seconds else None,
+        "history": history,
+    }
+
+
+def _write(params: Params, record: dict) -> dict:
+    """The record into job_dir and, under its own name, among the others."""
+    write_json(resolve(params.job_dir) / "record.json", record)
+    records.write(record, params.results_dir)
+    return record
+
+
+def _save_network(path, params, dense, masks, top1, dtype=torch.float16) -> None:
+    meta = {
+        "arch": params.arch,
+        "num_classes": 10,
+        "dataset": params.dataset,
+        "normalization": params.normalization,
+        "name": params.name,
+        "top1": top1,
+    }
+    masking.save_compact(path, dense.model, masks, meta, dtype)
+
+
+def _same(params: Params, saved: dict, path: Path) -> bool:
+    """True; ParamError if the files in job_dir are of a run with other parameters."""
+    if Params(**saved).digest != params.digest:
+        own = params.asdict()
+        field = next((k for k in own if saved.get(k) != own[k]), "")
+        raise ParamError(
+            f"job_dir: {path.parent} holds a run with {field} {saved.get(field)!r}, this one has "
+            f"{own.get(field)!r}; give another job_dir, or delete that one to start over"
+        )
+    return True
+
+
+def _save_state(path, params, dense, masks, top1, stage, progress, history, wall) -> None:
+    tensors = {f"model.{k}": v for k, v in dense.model.state_dict().items()}
+    tensors |= {f"momentum.{k}": v for k, v in progress["momentum"].items()}
+    tensors |= {f"masks.{k}": v for k, v in (masks or {}).items()}
+    meta = {
+        "kind": "state",
+        "params": params.asdict(),
+        "stage": stage,
+        "epoch": progress["epoch"],
+        "history": history,
+        "top1": top1 or {},
+        "wall_s": wall,
+    }
+    save_tensors(path, tensors, meta)
+
+
+def _load_state(path: Path, params: Params) -> dict:
+    """The state of an interrupted run, or an empty dict where there is none."""
+    if not path.is_file():
+        return {}
+    tensors, meta = load_tensors(path)
+    _same(params, meta["params"], path)
+    for part in ("model", "momentum", "masks"):
+        prefix = f"{part}."
+        meta[part] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return meta
