@@ -77,7 +77,7 @@ class Data:
         }
 
 
-def load(params: Params) -> Data:
+def load_data(params: Params) -> Data:
     """The data set of a configuration. DataError, in one line, if it is not to be had.
 
     `validation` images are taken from the training set, the same ones for every seed, and stand

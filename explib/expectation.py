@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 
 def delta_e(
@@ -47,7 +49,33 @@ def levels(delta: torch.Tensor, groups: int = 13) -> torch.Tensor:
     return ((torch.sigmoid(2 * (delta / scale)) - 0.5) * groups).round().long()
 
 
-def redundant(level: torch.Tensor) -> torch.Tensor:
-    """Which kernels share their level with another kernel of the layer. (F, C) -> (F, C), bool."""
-    low = level.min()
-    return torch.bincount((level - low).flatten())[level - low] > 1
+@torch.no_grad()
+def linear_relation(
+    model: nn.Module, name: str, images: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Measure E[output] / E[input] of every kernel of conv `name` on real activations.
+
+    Each kernel is convolved by itself with its own input channel, as the layer does it (stride and
+    zero padding included), while the network sees `images` (N, 3, H, W), normalized. Returns
+    (delta_e, ratio, r2): the first two of shape (n,), for the kernels whose input channel is alive;
+    r2 is the share of the ratios' variance that the line ratio = delta_e explains.
+    """
+    conv = model.get_submodule(name)
+    caught = []
+    hook = conv.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        model.eval()(images)
+    finally:
+        hook.remove()
+    x = caught[0].float()
+    delta = delta_e(conv.weight, layer=name).cpu()
+    into = x.mean((0, 2, 3), dtype=torch.float64).cpu()
+    alive = into.abs() > 1e-3 * into.abs().max()
+    ratio = torch.empty_like(delta)
+    for channel in range(conv.in_channels):
+        kernels = conv.weight[:, channel : channel + 1]
+        y = F.conv2d(x[:, channel : channel + 1], kernels, None, conv.stride, conv.padding)
+        ratio[:, channel] = y.mean((0, 2, 3), dtype=torch.float64).cpu() / into[channel]
+    delta, ratio = delta[:, alive].flatten(), ratio[:, alive].flatten()
+    r2 = 1 - ((ratio - delta) ** 2).sum() / ((ratio - ratio.mean()) ** 2).sum()
+    return delta, ratio, float(r2)

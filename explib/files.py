@@ -5,10 +5,10 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 """The project's root: relative paths in parameters start here, wherever one stands."""
@@ -55,14 +55,18 @@ def write_json(path: str | Path, value) -> Path:
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict) -> Path:
+def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"], meta: dict) -> Path:
     """Write tensors as safetensors with `meta`, any JSON value, under the key `explib`."""
+    from safetensors.torch import save  # brings torch, which takes seconds to import
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return write_bytes(path, save(tensors, metadata={"explib": json.dumps(meta)}))
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
     """Read a file of `save_tensors`: (tensors, meta). ValueError for what is not one."""
+    from safetensors import SafetensorError, safe_open
+
     path = resolve(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -208,7 +208,7 @@ def train(
 
 def _loss(logits, labels, params, teacher, images):
     loss = F.cross_entropy(logits, labels, label_smoothing=params.label_smoothing)
-    if params.distill:
+    if teacher is not None:
         with torch.no_grad():
             soft = F.softmax(teacher(images) / TEMPERATURE, 1)
         own = F.log_softmax(logits / TEMPERATURE, 1)

@@ -5,12 +5,15 @@ ptflops counts the same network with biases, BatchNorm, activations and pooling 
 `by_ptflops`.
 """
 
+import pandas as pd
 import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 
+from explib import models
 from explib.masks import Masks
 from explib.models import Conv, find_convs
+from explib.params import parse_rates
 from explib.pruners import number_to_prune
 
 
@@ -103,6 +106,47 @@ def published_convention(
         if model.get_submodule(conv.name).bias is not None:
             size += filters
     return {"macs_m": count / 1024**2, "weights_m": size / 1024**2}
+
+
+def published_rows(rows: list[dict]) -> pd.DataFrame:
+    """The published configurations counted both ways, next to what was published.
+
+    rows: those of params/published.yaml. Columns: arch, rates, published cut %, MACs dense M,
+    convention M (the published count of what is left), convention cut % (mixed units, as
+    published), MACs left M (all rates met, kernels), true cut %, weights left M.
+    """
+    table = []
+    for row in rows:
+        with torch.device("meta"):
+            model = models.build(row["arch"])
+        size = models.ARCHS[row["arch"]].image_size
+        convs = models.find_convs(model, size)
+        rates = models.rates_by_name(row["arch"], convs, parse_rates(row["compress_rate"]))
+        layers = layer_table(convs, rates=rates)
+        linear = linear_macs(model, size)
+        dense = sum(layer["macs_dense"] for layer in layers) + linear
+        pruned = sum(
+            layer["nominal"] * conv.kernel_macs for layer, conv in zip(layers, convs, strict=True)
+        )
+        elements = sum(
+            layer["nominal"] * conv.kernel[0] * conv.kernel[1]
+            for layer, conv in zip(layers, convs, strict=True)
+        )
+        convention = published_convention(model, convs, rates)["macs_m"]
+        table.append(
+            {
+                "arch": row["arch"],
+                "rates": row["compress_rate"],
+                "published cut %": row["cut_pct"],
+                "MACs dense M": dense / 1e6,
+                "convention M": convention,
+                "convention cut %": 100 * (1 - convention / (dense / 1e6)),
+                "MACs left M": (dense - pruned) / 1e6,
+                "true cut %": 100 * pruned / dense,
+                "weights left M": (weights(model)["dense"] - elements) / 1e6,
+            }
+        )
+    return pd.DataFrame(table)
 
 
 def by_ptflops(model: nn.Module, image_size: int = 32) -> dict[str, int]:

@@ -6,9 +6,8 @@ prune the rest in that order (method: section 2). The criteria of comparison hav
 prune the first n kernels of an order.
 """
 
-import math
-
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -184,8 +183,14 @@ def prune(
     return masks
 
 
-def redundancy(delta: torch.Tensor, groups: int = 13) -> dict[str, float]:
-    """How redundant one layer is: share of kernels (per cent) with a twin, and levels in use."""
-    counts = torch.unique(levels(delta, groups), return_counts=True)[1]
-    shared = int(counts[counts > 1].sum())
-    return {"redundant_pct": 100 * shared / max(1, delta.numel()), "levels": math.prod(counts.shape)}
+def redundancy_table(scores: dict[str, torch.Tensor], groups: int = 13) -> pd.DataFrame:
+    """How redundant each layer is, from its scores (F, C).
+
+    Columns: layer, kernels, redundant_pct (share with a twin of the same level), levels in use.
+    """
+    rows = []
+    for name, delta in scores.items():
+        sizes = torch.unique(levels(delta, groups), return_counts=True)[1]
+        twins = 100 * int(sizes[sizes > 1].sum()) / delta.numel()
+        rows.append((name, delta.numel(), twins, len(sizes)))
+    return pd.DataFrame(rows, columns=["layer", "kernels", "redundant_pct", "levels"])

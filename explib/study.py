@@ -5,13 +5,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
-from explib import data as datasets
+from explib import expectation, flops, models, pruners, records
 from explib import finetune as tuning
-from explib import flops, masks as masking, models, pruners, records
-from explib.data import Data
+from explib import masks as masking
+from explib.data import Data, load_data
 from explib.files import load_tensors, resolve, save_tensors, sha256, write_json
 from explib.masks import Masks
 from explib.models import Conv
@@ -116,6 +117,35 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
     )
 
 
+def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
+    """The expectation scaling factors (F, C) of the convs that the configuration prunes."""
+    modules = {name: dense.model.get_submodule(name) for name in dense.rates}
+    return {
+        name: expectation.delta_e(
+            module.weight, module.bias if params.bias_in_score else None, name
+        )
+        for name, module in modules.items()
+    }
+
+
+def save_masks(params: Params, masks: Masks) -> Path:
+    """Write masks where `finetune` leaves those of the same configuration."""
+    path = resolve(params.job_dir) / "masks.safetensors"
+    return masking.save(path, masks, {"arch": params.arch, "name": params.name})
+
+
+def counting_table(params: Params, dense: Dense, left: dict) -> pd.DataFrame:
+    """One pruned network counted as published and from its masks; `left` as of `counts`."""
+    total, published = left["macs"]["dense"] / 1e6, left["macs"]["published_m"]
+    kernels = left["macs"]["left"] / 1e6
+    rows = {
+        "published convention": (total, published, 100 * (1 - published / total)),
+        "true, from the masks": (total, kernels, 100 * (1 - kernels / total)),
+    }
+    columns = ["dense, millions", "left, millions", "cut, %"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
+
+
 def counts(params: Params, dense: Dense, masks: Masks) -> dict:
     """What masks leave of a network, as a record says it: layers, MACs, weights, sparsity."""
     layers = flops.layer_table(dense.convs, masks, dense.rates)
@@ -172,7 +202,7 @@ def finetune(params: Params) -> dict:
     history, wall = _train(params, dense, data, device, masks, top1)
     accuracy = _accuracy(history, top1["dense"], top1["before"])
     folder = resolve(params.job_dir)
-    masking.save(folder / "masks.safetensors", masks, {"arch": params.arch, "name": params.name})
+    save_masks(params, masks)
     _save_network(folder / "model.safetensors", params, dense, masks, accuracy["last"])
     record = _record(params, dense, data, masks, history, accuracy, wall, device, "finetune")
     return _write(params, record)
@@ -184,7 +214,7 @@ def _begin(params: Params) -> tuple[str, Data]:
     fresh(params)
     folder = resolve(params.job_dir)
     write_json(folder / "params.json", params.asdict())
-    return device, datasets.load(params).to(device)
+    return device, load_data(params).to(device)
 
 
 def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=None):
@@ -220,7 +250,7 @@ def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=
             if not params.fade_epochs:
                 masking.apply(dense.model, masks)
             tuning.reestimate_bn(dense.model, data, params.bn_images)
-            top1.setdefault("before", _pruned_top1(dense.model, masks, data))
+            top1.setdefault("before", tuning.evaluate(dense.model, data, data.test))
         label = f"{params.name} {stage + 1}/{len(stages)}" if layerwise else params.name
         started = time.perf_counter()
         for entry, progress in tuning.train(
@@ -232,11 +262,6 @@ def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=
             _save_state(path, params, dense, masks, top1, stage, progress, history, wall + elapsed)
         wall += time.perf_counter() - started
     return history, wall
-
-
-def _pruned_top1(model, masks, data) -> float:
-    """Accuracy with the masks on, before any fine-tuning."""
-    return tuning.evaluate(model, data, data.test)
 
 
 def _accuracy(history: list[dict], dense: float | None, before: float | None) -> dict:
