@@ -150,14 +150,17 @@ def train(
         for name, momentum in resume["momentum"].items():
             optimizer.state[named[name]]["momentum_buffer"] = momentum.to(named[name].device)
     steps = batches_per_epoch(data, params.batch_size)
-    with _holding(model, masks, faded=first >= fade), tqdm(
-        total=params.epochs * steps,
-        initial=first * steps,
-        desc=label or "training",
-        unit="batch",
-        mininterval=2,
-        dynamic_ncols=True,
-    ) as bar:
+    with (
+        _holding(model, masks, faded=first >= fade),
+        tqdm(
+            total=params.epochs * steps,
+            initial=first * steps,
+            desc=label or "training",
+            unit="batch",
+            mininterval=2,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
         for epoch in range(first, params.epochs):
             started = time.perf_counter()
             model.train()
@@ -176,7 +179,9 @@ def train(
                     left = lambda t: max(0.0, 1 - t / fade)  # noqa: E731
                     _shrink(model, masks, optimizer, left(now + 1 / steps) / left(now))
                 hits = (logits.detach().argmax(1) == labels).sum()
-                total += torch.stack([loss.detach() * len(labels), hits, hits.new_tensor(len(labels))])
+                total += torch.stack(
+                    [loss.detach() * len(labels), hits, hits.new_tensor(len(labels))]
+                )
                 bar.update()
             loss_sum, hits, count = total.tolist()
             seconds = time.perf_counter() - started
@@ -195,13 +200,17 @@ def train(
                 "seconds": seconds,
                 "images_per_s": count / seconds,
             }
-            bar.set_postfix_str(f"epoch {epoch + 1}: top-1 {top1:.2f} %, {count / seconds:.0f} images/s")
+            bar.set_postfix_str(
+                f"epoch {epoch + 1}: top-1 {top1:.2f} %, {count / seconds:.0f} images/s"
+            )
             state = optimizer.state
             yield (
                 entry,
                 {
                     "epoch": epoch + 1,
-                    "momentum": {k: state[p]["momentum_buffer"] for k, p in named.items() if p in state},
+                    "momentum": {
+                        k: state[p]["momentum_buffer"] for k, p in named.items() if p in state
+                    },
                 },
             )
 

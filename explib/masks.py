@@ -71,7 +71,9 @@ def hold(model: nn.Module, masks: Masks) -> Callable[[], None]:
 def held(model: nn.Module, masks: Masks) -> bool:
     """Whether every pruned kernel of the model is exactly zero."""
     return not any(
-        model.get_submodule(name).weight.detach()[~mask.to(model.get_submodule(name).weight.device)].any()
+        model.get_submodule(name)
+        .weight.detach()[~mask.to(model.get_submodule(name).weight.device)]
+        .any()
         for name, mask in masks.items()
     )
 
@@ -140,7 +142,9 @@ def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict
         mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
         kernels = tensors[f"{name}.weight"]
         if int(mask.sum()) != len(kernels):
-            raise ValueError(f"{path}: {name} has {len(kernels)} kernels for {int(mask.sum())} places")
+            raise ValueError(
+                f"{path}: {name} has {len(kernels)} kernels for {int(mask.sum())} places"
+            )
         weight = kernels.new_zeros(*shape, *kernels.shape[1:])
         weight[mask] = kernels
         tensors[f"{name}.weight"], masks[name] = weight, mask

@@ -74,7 +74,9 @@ class Params:
     normalization: str = ""  # mean and std of the inputs; empty: the data set's own
     resume: str = ""  # checkpoint of the dense network; empty: the one 00_baseline made
     resume_mask: str = ""  # file of masks to use instead of computing them
-    job_dir: str = ""  # where the run keeps its files; empty: results/runs/DATASET/NAME-sSEED-DIGEST
+    job_dir: str = (
+        ""  # where the run keeps its files; empty: results/runs/DATASET/NAME-sSEED-DIGEST
+    )
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
@@ -82,10 +84,14 @@ class Params:
     compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
     survivors: str = "random"  # who stays in a redundant set: random (published) or l1
     groups: int = 13  # number of level groups
-    keep_floor: float | None = None  # share of each redundant set that stays; null: 1-max(rates)-0.1
+    keep_floor: float | None = (
+        None  # share of each redundant set that stays; null: 1-max(rates)-0.1
+    )
     start_cov: int = 0  # convs before this index stay dense
     strict_rate: bool = False  # go below keep_floor where a rate is not met otherwise
-    bias_in_score: bool = False  # add the conv bias to the score, as the reference does for VGG-16, A
+    bias_in_score: bool = (
+        False  # add the conv bias to the score, as the reference does for VGG-16, A
+    )
 
     # How the network is trained
     schedule: str = "oneshot"  # mask all convs and train once, or layerwise: one conv at a time

@@ -112,7 +112,10 @@ def frame(records: list[dict]) -> pd.DataFrame:
             "published_m": record["macs"].get("published_m"),
             "weights_dense": record["weights"]["dense"],
             "weights": record["weights"]["left"],
-            **{k: record["accuracy"].get(k) for k in ("dense", "before", "last", "best", "best_epoch")},
+            **{
+                k: record["accuracy"].get(k)
+                for k in ("dense", "before", "last", "best", "best_epoch")
+            },
             "sparsity": record.get("sparsity"),
             "nominal_sparsity": record.get("nominal_sparsity"),
             "wall_s": record.get("wall_s"),

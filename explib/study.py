@@ -102,7 +102,9 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         if missing:
             raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
         return {name: found[name] for name in wanted}
-    floor = keep_floor(list(dense.rates.values())) if params.keep_floor is None else params.keep_floor
+    floor = (
+        keep_floor(list(dense.rates.values())) if params.keep_floor is None else params.keep_floor
+    )
     return pruners.prune(
         dense.model,
         wanted,
@@ -254,8 +256,14 @@ def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=
         label = f"{params.name} {stage + 1}/{len(stages)}" if layerwise else params.name
         started = time.perf_counter()
         for entry, progress in tuning.train(
-            dense.model, data, params, masks, forward=forward, teacher=teacher,
-            resume=resume, label=label,
+            dense.model,
+            data,
+            params,
+            masks,
+            forward=forward,
+            teacher=teacher,
+            resume=resume,
+            label=label,
         ):
             history.append({**entry, "stage": stage})
             elapsed = time.perf_counter() - started
@@ -290,7 +298,11 @@ def _record(params, dense, data, masks, history, accuracy, wall, device, kind) -
         "params": params.asdict(),
         "hardware": hardware,
         "provenance": origin
-        | {"data": data.summary(), "checkpoint": dense.checkpoint, "checkpoint_sha256": dense.sha256},
+        | {
+            "data": data.summary(),
+            "checkpoint": dense.checkpoint,
+            "checkpoint_sha256": dense.sha256,
+        },
         "accuracy": accuracy,
         **counts(params, dense, masks),
         "wall_s": wall,

@@ -37,9 +37,7 @@ class Inception(nn.Module):
         super().__init__()
         self.branch1 = nn.Sequential(*_units(channels, (ones, 1)))
         self.branch2 = nn.Sequential(*_units(channels, (threes[0], 1), (threes[1], 3)))
-        self.branch3 = nn.Sequential(
-            *_units(channels, (fives[0], 1), (fives[1], 3), (fives[1], 3))
-        )
+        self.branch3 = nn.Sequential(*_units(channels, (fives[0], 1), (fives[1], 3), (fives[1], 3)))
         self.branch4 = nn.Sequential(
             nn.MaxPool2d(3, stride=1, padding=1), *_units(channels, (pooled, 1))
         )

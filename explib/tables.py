@@ -1,0 +1,303 @@
+"""Records in, tables out. Nothing in a table is typed by hand.
+
+Of several groups of runs for one row (equal but for their seeds) a table shows the one with most
+epochs, then the one with most seeds. Runs that diverged, or that used only a part of the data, are
+no results.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from explib import flops, records
+from explib.files import ROOT, resolve, write_text
+from explib.params import Params, parse_rates
+
+NOT_MEASURED = "not measured yet"
+NAMES = {
+    "vgg_16_bn": "VGG-16",
+    "resnet_56": "ResNet-56",
+    "resnet_110": "ResNet-110",
+    "googlenet": "GoogLeNet",
+    "resnet_50": "ResNet-50",
+}
+CAPTIONS = {
+    "as_published": "Ways A and B with random survivors, as published",
+    "ours": "Ways A and B with the survivors of largest L1 norm",
+    "criteria": "Criteria of comparison at the same rates",
+    "baselines": "Dense networks",
+    "flops": "Published cuts, recounted",
+}
+_COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
+_COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
+_COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
+_USUAL = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0, "limit_train": 0}
+_USUAL |= {"limit_test": 0, "validation": 0}
+
+
+def published() -> dict[str, pd.DataFrame]:
+    """The published figures of params/published.yaml: `rows` and `others`, in per cent."""
+    content = yaml.safe_load((ROOT / "params/published.yaml").read_text())
+    return {name: pd.DataFrame(rows) for name, rows in content.items()}
+
+
+def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """Runs equal but for their seeds, one row a group, the chosen one first.
+
+    Adds to the columns of `records.frame`: n (seeds), last_std (None for one seed); last, best,
+    before, dense, macs, weights, sparsity and nominal_sparsity are means. Takes finished
+    fine-tunes; with `usual` only those with the published method's settings and all the data.
+    """
+    if frame.empty:
+        return frame
+    chosen = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
+    if usual:
+        for field, value in _USUAL.items():
+            column = chosen[field]
+            chosen = chosen[column.isna() if value is None else column == value]
+    if chosen.empty:
+        return chosen
+    fields = list(Params.__dataclass_fields__)
+    keys = [
+        _experiment(dict(zip(fields, values, strict=True))) for values in _plain(chosen[fields])
+    ]
+    means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
+    rows = []
+    for _, group in chosen.groupby([keys, chosen["hardware"].tolist()], sort=False):
+        one = group.iloc[0].copy()
+        one[means] = group[means].astype(float).mean()
+        one["n"] = len(group)
+        one["last_std"] = group["last"].std() if len(group) > 1 else None
+        rows.append(one)
+    table = pd.DataFrame(rows)
+    return table.sort_values(["epochs", "n"], ascending=False, kind="stable")
+
+
+def _plain(frame: pd.DataFrame) -> list[list]:
+    """Rows as Python values, missing ones None, as Params wants them."""
+    return [
+        [None if value is None or value != value else value for value in row]
+        for row in frame.astype(object).values.tolist()
+    ]
+
+
+def _experiment(fields: dict) -> str:
+    fields |= {"name": "", "seed": 0, "mask_seed": 0, "job_dir": ""}
+    return Params(**{k: v for k, v in fields.items() if v is not None}).digest
+
+
+def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = True) -> pd.DataFrame:
+    """The accuracy table of one kind of survivors: the published rows with what was measured.
+
+    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not; on other
+    data one row for each group of runs. Cuts in per cent of multiply-adds, top-1 in per cent.
+    """
+    runs = groups(frame, usual)
+    if not runs.empty:
+        runs = runs[runs["pruning_way"].isin(["A", "B"]) & (runs["survivors"] == survivors)]
+    if dataset != "cifar10":
+        runs = runs.drop_duplicates(["arch", "pruning_way"]) if not runs.empty else runs
+        lines = [_line(run, None) for _, run in runs.iterrows()]
+        return _ordered(lines).sort_values(["network", "way"]) if lines else pd.DataFrame()
+    lines = []
+    for _, row in published()["rows"].iterrows():
+        if row["arch"] not in ("vgg_16_bn", "resnet_56"):
+            continue
+        for way in "AB":
+            found = None
+            for _, run in runs.iterrows():
+                same = run["arch"] == row["arch"] and run["pruning_way"] == way
+                if same and parse_rates(run["compress_rate"]) == parse_rates(row["compress_rate"]):
+                    found = run
+                    break
+            lines.append(_line(found, row, way))
+    return _ordered(lines)
+
+
+def _ordered(lines: list[dict]) -> pd.DataFrame:
+    table = pd.DataFrame(lines)
+    return table[[column for column in _COLUMNS if column in table]]
+
+
+def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
+    """One line of the accuracy table."""
+    line = {
+        "network": NAMES[(run if row is None else row)["arch"]],
+        "way": way or run["pruning_way"],
+    }
+    if row is not None:
+        line["published cut %"] = f"{row['cut_pct']:.1f}"
+    if run is None:
+        line |= {
+            "true cut %": "",
+            "weights M": "",
+            "published top-1": f"{row['top1_pct'][way]:.2f}",
+        }
+        return line | {"last epoch": NOT_MEASURED}
+    if row is not None:
+        line["cut by its convention %"] = f"{_cut(run['published_m'], run['macs_dense'] / 1e6):.2f}"
+    line["true cut %"] = f"{_cut(run['macs'], run['macs_dense']):.2f}"
+    line["weights M"] = f"{run['weights'] / 1e6:.3f}"
+    if row is not None:
+        line["published top-1"] = f"{row['top1_pct'][line['way']]:.2f}"
+    spread = f" ± {run['last_std']:.2f}" if run["n"] > 1 else ""
+    short = run["nominal_sparsity"] - run["sparsity"] > 5e-5
+    return line | {
+        "last epoch": f"{run['last']:.2f}{spread} (n={run['n']})",
+        "best epoch": f"{run['best']:.2f}",
+        "before fine-tuning": f"{run['before']:.2f}",
+        "change": f"{run['last'] - run['dense']:+.2f}",
+        "epochs": str(run["epochs"]),
+        "kernels pruned %": f"{100 * run['sparsity']:.2f}"
+        + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
+        "hardware": run["hardware"],
+    }
+
+
+def _cut(left: float, dense: float) -> float:
+    return 100 * (1 - left / dense)
+
+
+def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """All ways and criteria side by side where one of comparison was run at the same rates."""
+    runs = groups(frame, usual)
+    if runs.empty or runs["pruning_way"].isin(["A", "B"]).all():
+        return pd.DataFrame()
+    lines = [
+        {
+            "network": NAMES[run["arch"]],
+            "rates": run["compress_rate"],
+            "criterion": run["pruning_way"],
+            "survivors": run["survivors"] if run["pruning_way"] in "AB" else "",
+            **{k: v for k, v in _line(run, None).items() if k not in ("network", "way")},
+        }
+        for _, run in runs.iterrows()
+    ]
+    return pd.DataFrame(lines).sort_values(["network", "rates", "criterion", "survivors"])
+
+
+def baselines(frame: pd.DataFrame) -> pd.DataFrame:
+    """The dense networks: top-1 at the last and the best epoch in per cent, MACs and weights in M."""
+    if frame.empty:
+        return frame
+    lines = [
+        {
+            "network": NAMES[run["arch"]],
+            "name": run["name"],
+            "last epoch": f"{run['last']:.2f}",
+            "best epoch": f"{run['best']:.2f}",
+            "epochs": str(len(run["history"])) if run["history"] else "none, loaded",
+            "MACs M": f"{run['macs_dense'] / 1e6:.2f}",
+            "weights M": f"{run['weights_dense'] / 1e6:.3f}",
+            "hardware": run["hardware"],
+        }
+        for _, run in frame[(frame["kind"] == "baseline") & (frame["status"] == "done")].iterrows()
+    ]
+    return pd.DataFrame(lines)
+
+
+def recount() -> pd.DataFrame:
+    """The published configurations counted both ways; see `flops.published_rows`."""
+    table = flops.published_rows(published()["rows"].to_dict("records"))
+    table["arch"] = table["arch"].map(NAMES)
+    table = table.rename(columns={"arch": "network"}).drop(columns="rates")
+    return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
+
+
+def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
+    """Every table of a data set by name, the empty ones left out; all cells are text."""
+    frame = records.frame(records.read_all(results_dir, dataset))
+    usual = dataset == "cifar10"
+    tables = {
+        "as_published": accuracy(frame, dataset, "random", usual),
+        "ours": accuracy(frame, dataset, "l1", usual),
+        "criteria": criteria(frame, usual),
+        "baselines": baselines(frame),
+        "flops": recount() if dataset == "cifar10" else pd.DataFrame(),
+    }
+    return {name: table.fillna("") for name, table in tables.items() if not table.empty}
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A Markdown table, numbers to the right."""
+    rule = ["---:" if _is_number(table[column]) else "---" for column in table.columns]
+    lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _is_number(column: pd.Series) -> bool:
+    cells = [cell for cell in column if cell and cell != NOT_MEASURED]
+    return bool(cells) and all(re.match(r"[+-]?[0-9.]+( |$)", str(cell)) for cell in cells)
+
+
+_CSS = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+figure { margin: 0; overflow-x: auto; }
+figcaption { font-weight: 600; margin-bottom: .6rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+th { text-align: left; border-bottom-width: 2px; }
+td.number, th.number { text-align: right; }
+td.open { opacity: .55; font-style: italic; }
+@media print { body { margin: 0; max-width: none; font-size: 9pt; } }
+"""
+
+
+def to_html(table: pd.DataFrame, caption: str) -> str:
+    """A page of its own with one table: readable on a phone, in the dark, on paper."""
+    numbers = {column: _is_number(table[column]) for column in table.columns}
+    classes = pd.DataFrame(
+        {
+            c: ["open" if v == NOT_MEASURED else "number" if numbers[c] else "" for v in table[c]]
+            for c in table.columns
+        },
+        index=table.index,
+    )
+    body = (
+        table.style.hide(axis="index")
+        .set_td_classes(classes)
+        .to_html(exclude_styles=True, table_attributes="")
+    )
+    for column, number in numbers.items():
+        if number:
+            body = re.sub(
+                rf"<th[^>]*>({re.escape(column)})</th>", r'<th class="number">\1</th>', body
+            )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{caption}</title><style>{_CSS}</style></head>\n"
+        f"<body><figure><figcaption>{caption}</figcaption>\n{body}</figure></body></html>\n"
+    )
+
+
+def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
+    """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths."""
+    folder = resolve(results_dir) / "tables" / dataset
+    written = []
+    for name, table in make(results_dir, dataset).items():
+        written += [
+            write_text(folder / f"{name}.csv", table.to_csv(index=False)),
+            write_text(folder / f"{name}.md", to_markdown(table)),
+            write_text(folder / f"{name}.html", to_html(table, CAPTIONS[name])),
+        ]
+    return written
+
+
+def fill(text: str, tables: dict[str, pd.DataFrame]) -> str:
+    """`text` with each table put between <!-- table:NAME --> and <!-- /table:NAME -->."""
+    for name, table in tables.items():
+        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)"
+        body = to_markdown(table).replace("\\", "\\\\")
+        text = re.sub(pattern, rf"\g<1>{body}\g<2>", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    write_text(readme, fill(readme.read_text(), make()))
+    print(*build(), readme, sep="\n", file=sys.stdout)

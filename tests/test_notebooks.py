@@ -1,0 +1,131 @@
+"""The notebooks: thin, committed without outputs, and run by papermill on the embedded data."""
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from explib.files import ROOT
+from explib.params import Params
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = [path for path in NOTEBOOKS if path.stem != "04_tables"]
+TINY = {
+    "epochs": 1,
+    "batch_size": 32,
+    "limit_train": 64,
+    "limit_test": 40,
+    "bn_images": 32,
+    "threads": 1,
+}
+
+
+def sources(path: Path, kind: str = "code") -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == kind]
+
+
+def parameters_cell(path: Path) -> str:
+    tagged = [
+        cell.source
+        for cell in nbformat.read(path, 4).cells
+        if "parameters" in cell.metadata.get("tags", [])
+    ]
+    assert len(tagged) == 1, f"{path.name} has {len(tagged)} parameters cells"
+    return tagged[0]
+
+
+def run(notebook: str, folder: Path, **parameters) -> str:
+    """Execute a notebook in `folder` and return all it shows, as text."""
+    output = folder / f"{notebook}.ipynb"
+    papermill.execute_notebook(
+        str(ROOT / "notebooks" / f"{notebook}.ipynb"),
+        str(output),
+        {"results_dir": str(folder / "results"), **parameters},
+        cwd=str(folder),
+        progress_bar=False,
+    )
+    return output.read_text()
+
+
+def images_in(executed: str) -> int:
+    return executed.count('"image/png"') + executed.count('"image/svg+xml"')
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestSource:
+    def test_is_committed_without_outputs(self, path):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None
+
+    def test_defines_nothing_and_loops_over_no_batches(self, path):
+        for source in sources(path):
+            kinds = {type(node) for node in ast.walk(ast.parse(source))}
+            assert not kinds & {ast.ClassDef, ast.FunctionDef, ast.While}
+
+    def test_begins_with_what_it_needs_and_takes(self, path):
+        first = sources(path, "markdown")[0]
+        assert first.startswith(f"# {path.stem[:2]} ·")
+        assert "**Needs**" in first and "**Takes**" in first
+
+    def test_shares_no_code_cell_with_another_but_its_parameters(self, path):
+        shared = {parameters_cell(path)}
+        others = {s for other in NOTEBOOKS if other != path for s in sources(other)}
+        assert not (set(sources(path)) - shared) & others
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_parameters_are_those_of_params_with_its_defaults(path):
+    defaults = Params.__dataclass_fields__
+    for node in ast.parse(parameters_cell(path)).body:
+        name = node.targets[0].id
+        assert ast.literal_eval(node.value) == defaults[name].default, name
+    assert parameters_cell(path) == parameters_cell(STEPS[0])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder in which the dense network has been made by 00_baseline."""
+    folder = tmp_path_factory.mktemp("study")
+    run("00_baseline", folder, name="resnet_56-baseline", distill=0.0, **TINY)
+    return folder
+
+
+def test_baseline_leaves_a_checkpoint_and_a_record(study):
+    assert (study / "results/checkpoints/digits/resnet_56.safetensors").is_file()
+    assert len(list((study / "results/records/digits").glob("baseline-*.json"))) == 1
+
+
+def test_score_analysis_shows_the_linear_relation(study):
+    executed = run("01_score_analysis", study, **TINY)
+    assert images_in(executed) == 6
+
+
+def test_pruning_shows_both_ways_of_counting(study):
+    executed = run("02_pruning", study, pruning_way="A", **TINY)
+    assert images_in(executed) == 2
+    assert "published convention" in executed and "true, from the masks" in executed
+    assert list((study / "results/runs/digits").glob("*/masks.safetensors"))
+
+
+def test_finetune_then_tables(study):
+    for way in "AB":
+        executed = run("03_finetune", study, name=f"resnet_56-{way}", pruning_way=way, **TINY)
+        assert images_in(executed) == 1
+    executed = run("04_tables", study, dataset="digits")
+    assert images_in(executed) >= 1
+    assert list((study / "results/tables/digits").glob("*.csv"))
+    assert list((study / "results/figures/digits").glob("*.svg"))
+
+
+def test_a_parameter_that_does_not_exist_is_an_error(study):
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
+        run("03_finetune", study, epoch=1)
+
+
+def test_a_missing_input_says_what_to_run(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="run notebooks/00_baseline"):
+        run("03_finetune", tmp_path, **TINY)

@@ -1,0 +1,61 @@
+"""What holds the project together: one list of packages, one README, one name per configuration."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from explib import params
+from explib.files import ROOT
+
+CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
+README = (ROOT / "README.md").read_text()
+
+
+def test_conda_users_get_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    own = project["dependencies"] + project["optional-dependencies"]["test"]
+    by_pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
+    assert sorted(by_pip) == sorted([*own, "--editable ."])
+    assert f"python{project['requires-python']}" in environment
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_configuration_is_named_like_its_file(path):
+    loaded = params.from_yaml(path)
+    assert loaded.name == path.stem and loaded.dataset == path.parent.name
+
+
+def test_every_published_row_of_the_twelve_has_its_configuration():
+    published = yaml.safe_load((ROOT / "params/published.yaml").read_text())["rows"]
+    rows = [row for row in published if row["arch"] in ("vgg_16_bn", "resnet_56")]
+    ours = [params.from_yaml(path) for path in CONFIGURATIONS if path.parent.name == "cifar10"]
+    found = {(p.arch, tuple(p.rates), p.pruning_way, p.survivors) for p in ours}
+    wanted = {
+        (row["arch"], tuple(params.parse_rates(row["compress_rate"])), way, survivors)
+        for row in rows
+        for way in "AB"
+        for survivors in ("random", "l1")
+    }
+    assert len(rows) == 6 and wanted <= found
+
+
+def test_the_readme_example_runs(tmp_path):
+    code = re.search(r"<!-- example:.*?-->\n```python\n(.*?)```", README, re.S)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pruned.safetensors").is_file()
+
+
+def test_every_file_the_readme_names_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
