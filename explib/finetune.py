@@ -163,56 +163,57 @@ def train(
     ):
         for epoch in range(first, params.epochs):
             started = time.perf_counter()
-            model.train()
-            total = torch.zeros(3, device=data.train.labels.device)
-            for step, (images, labels) in enumerate(
-                train_batches(data, params.batch_size, params.seed, epoch)
-            ):
-                now = epoch + step / steps
-                optimizer.param_groups[0]["lr"] = lr = lr_at(params, now)
-                logits = forward(images)
-                loss = _loss(logits, labels, params, teacher, images)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if now < fade:
-                    left = lambda t: max(0.0, 1 - t / fade)  # noqa: E731
-                    _shrink(model, masks, optimizer, left(now + 1 / steps) / left(now))
-                hits = (logits.detach().argmax(1) == labels).sum()
-                total += torch.stack(
-                    [loss.detach() * len(labels), hits, hits.new_tensor(len(labels))]
-                )
-                bar.update()
-            loss_sum, hits, count = total.tolist()
+            loss, hits, count = _epoch(
+                model, data, params, masks, optimizer, epoch, forward, teacher, bar
+            )
             seconds = time.perf_counter() - started
-            if not math.isfinite(loss_sum):
+            lr = optimizer.param_groups[0]["lr"]
+            if not math.isfinite(loss):
                 raise Diverged(
-                    f"{label or 'training'}: loss is {loss_sum} in epoch {epoch + 1} at learning "
-                    f"rate {lr:.2g}; use a smaller lr"
+                    f"{label or 'training'}: loss is {loss} in epoch {epoch + 1} at learning rate "
+                    f"{lr:.2g}; use a smaller lr"
                 )
+            # the last epoch is the result: measured in fp32, whatever the training's precision
             top1 = evaluate(model, data, data.test, None if epoch + 1 == params.epochs else forward)
+            speed = count / seconds
+            bar.set_postfix_str(f"epoch {epoch + 1}: top-1 {top1:.2f} %, {speed:.0f} images/s")
             entry = {
                 "epoch": epoch + 1,
                 "lr": lr,
-                "train_loss": loss_sum / count,
+                "train_loss": loss / count,
                 "train_top1": 100 * hits / count,
                 "top1": top1,
                 "seconds": seconds,
-                "images_per_s": count / seconds,
+                "images_per_s": speed,
             }
-            bar.set_postfix_str(
-                f"epoch {epoch + 1}: top-1 {top1:.2f} %, {count / seconds:.0f} images/s"
-            )
-            state = optimizer.state
-            yield (
-                entry,
-                {
-                    "epoch": epoch + 1,
-                    "momentum": {
-                        k: state[p]["momentum_buffer"] for k, p in named.items() if p in state
-                    },
-                },
-            )
+            kept = {k: optimizer.state[p] for k, p in named.items() if p in optimizer.state}
+            momentum = {k: state["momentum_buffer"] for k, state in kept.items()}
+            yield entry, {"epoch": epoch + 1, "momentum": momentum}
+
+
+def _epoch(model, data, params, masks, optimizer, epoch, forward, teacher, bar):
+    """One epoch of steps; returns (sum of losses, hits, images), read from the device once."""
+    model.train()
+    steps = batches_per_epoch(data, params.batch_size)
+    fade = params.fade_epochs if masks else 0
+    total, count = torch.zeros(2, device=data.train.labels.device), 0
+    batches = train_batches(data, params.batch_size, params.seed, epoch)
+    for step, (images, labels) in enumerate(batches):
+        now = epoch + step / steps
+        optimizer.param_groups[0]["lr"] = lr_at(params, now)
+        logits = forward(images)
+        loss = _loss(logits, labels, params, teacher, images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if now < fade:
+            share = max(0.0, fade - now - 1 / steps) / (fade - now)
+            _shrink(model, masks, optimizer, share)
+        hits = (logits.detach().argmax(1) == labels).sum()
+        total += torch.stack([loss.detach() * len(labels), hits])
+        count += len(labels)
+        bar.update()
+    return (*total.tolist(), count)
 
 
 def _loss(logits, labels, params, teacher, images):

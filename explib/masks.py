@@ -16,7 +16,7 @@ Masks = dict[str, torch.Tensor]
 
 
 def check(model: nn.Module, masks: Masks, source: str = "masks") -> None:
-    """ValueError, naming the layer, unless each mask is a bool (F, C) of one of the model's convs."""
+    """ValueError, naming the layer, unless each mask is a bool (F, C) of a conv of the model."""
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         conv = modules.get(name)

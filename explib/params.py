@@ -35,7 +35,7 @@ RANGES = {
     "groups": (1, 10_000, True),
     "keep_floor": (0, 1, True),
     "start_cov": (0, 10_000, True),
-    "epochs": (0, 100_000, True),
+    "epochs": (1, 100_000, True),
     "batch_size": (1, 1_000_000, True),
     "lr": (0, 100, False),
     "momentum": (0, 1, True),
@@ -74,9 +74,7 @@ class Params:
     normalization: str = ""  # mean and std of the inputs; empty: the data set's own
     resume: str = ""  # checkpoint of the dense network; empty: the one 00_baseline made
     resume_mask: str = ""  # file of masks to use instead of computing them
-    job_dir: str = (
-        ""  # where the run keeps its files; empty: results/runs/DATASET/NAME-sSEED-DIGEST
-    )
+    job_dir: str = ""  # where the run keeps its files; empty: below results_dir/runs
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
@@ -135,7 +133,7 @@ class Params:
             object.__setattr__(self, "normalization", "cifar10")
         if self.normalization and self.dataset == "digits":
             raise ParamError(
-                f"normalization: {self.normalization!r} does not go with dataset 'digits'; leave it empty"
+                f"normalization: {self.normalization!r} is not for dataset 'digits'; leave it empty"
             )
         if not self.name:
             object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")
@@ -152,7 +150,7 @@ class Params:
 
     @property
     def digest(self) -> str:
-        """Six hexadecimal digits: equal for runs that compute the same, wherever their files are."""
+        """Six hexadecimal digits, equal for runs that compute the same wherever their files are."""
         chosen = {k: v for k, v in self.asdict().items() if k not in PLACES}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
 

@@ -226,11 +226,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         offset, side = around[i % 4]
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
-    runs = tables.groups(frame)
-    runs = runs[runs["arch"] == arch] if not runs.empty else runs
-    runs = (
-        runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"]) if len(runs) else runs
-    )
+    runs = _best_of(frame, arch)
     shown = set()
     for _, run in runs[::-1].iterrows():
         key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
@@ -276,11 +272,9 @@ def published_vs_true() -> Figure:
 @_style
 def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
-    runs = tables.groups(frame, usual)
-    runs = runs[runs["arch"] == arch] if not runs.empty else runs
+    runs = _best_of(frame, arch, usual)
     if len(runs) < 2:
         return None
-    runs = runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
     rates = list(dict.fromkeys(runs["compress_rate"]))
     figure, axes = _figure(6.8, 1.3 + 0.42 * len(runs))
     runs = runs.assign(cut=100 * (1 - runs["macs"] / runs["macs_dense"]))
@@ -305,6 +299,15 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     axes.set_title(f"{NAMES[arch]}: who should go, who should stay")
     axes.margins(x=0.12)
     return figure
+
+
+def _best_of(frame: pd.DataFrame, arch: str, usual: bool = True) -> pd.DataFrame:
+    """The group of runs that the tables choose for each way, criterion and rates of a network."""
+    runs = tables.groups(frame, usual)
+    if runs.empty:
+        return runs
+    runs = runs[runs["arch"] == arch]
+    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
 
 
 def _thinned(names: list[str], most: int) -> list[str]:

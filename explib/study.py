@@ -1,6 +1,5 @@
-"""The runs of the study: parameters in, a record and its files out. Notebooks show what these do."""
+"""The runs of the study: parameters in, a record and its files out."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from explib.data import Data, load_data
 from explib.files import load_tensors, resolve, save_tensors, sha256, write_json
 from explib.masks import Masks
 from explib.models import Conv
-from explib.params import ParamError, Params, keep_floor
+from explib.params import PLACES, ParamError, Params, keep_floor
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def load_dense(params: Params) -> Dense:
             f"{params.dataset!r} and arch {params.arch!r}, or set resume to a checkpoint"
         )
     if path.suffix == ".safetensors":
-        state, masks, meta = masking.load_compact(path)
+        state, _, meta = masking.load_compact(path)
         if meta.get("arch", params.arch) != params.arch:
             raise ValueError(f"resume: {path} is a {meta['arch']}, not a {params.arch}")
         if meta.get("normalization", params.normalization) != params.normalization:
@@ -170,6 +169,9 @@ def baseline(params: Params) -> dict:
     Leaves the checkpoint where `load_dense` looks for it, and returns the record.
     """
     device, data = _begin(params)
+    path = dense_path(params.replace(resume=""))
+    if (done := _finished(params)) and (params.resume or path.is_file()):
+        return _write(params, done)
     if params.resume:
         network = load_dense(params)
         network.model.to(device)
@@ -180,7 +182,6 @@ def baseline(params: Params) -> dict:
         network = fresh(params)
         history, wall = _train(params, network, data, device)
         accuracy = _accuracy(history, None, None)
-    path = dense_path(params.replace(resume=""))
     record = _record(params, network, data, {}, history, accuracy, wall, device, "baseline")
     if not params.resume:
         _save_network(path, params, network, {}, accuracy["last"], torch.float32)
@@ -194,9 +195,8 @@ def finetune(params: Params) -> dict:
     job_dir: masks.safetensors, model.safetensors (surviving kernels only), record.json.
     """
     device, data = _begin(params)
-    done = resolve(params.job_dir) / "record.json"
-    if done.is_file() and _same(params, json.loads(done.read_text())["params"], done):
-        return _write(params, records.read(done))
+    if done := _finished(params):
+        return _write(params, done)
     dense = load_dense(params)
     dense.model.to(device)
     masks: Masks = {}
@@ -217,6 +217,16 @@ def _begin(params: Params) -> tuple[str, Data]:
     folder = resolve(params.job_dir)
     write_json(folder / "params.json", params.asdict())
     return device, load_data(params).to(device)
+
+
+def _finished(params: Params) -> dict | None:
+    """The record of this very run where it is complete already."""
+    path = resolve(params.job_dir) / "record.json"
+    if not path.is_file():
+        return None
+    record = records.read(path)
+    _same(params, record["params"], path)
+    return record
 
 
 def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=None):
@@ -315,6 +325,7 @@ def _write(params: Params, record: dict) -> dict:
     """The record into job_dir and, under its own name, among the others."""
     write_json(resolve(params.job_dir) / "record.json", record)
     records.write(record, params.results_dir)
+    (resolve(params.job_dir) / "state.safetensors").unlink(missing_ok=True)
     return record
 
 
@@ -330,16 +341,15 @@ def _save_network(path, params, dense, masks, top1, dtype=torch.float16) -> None
     masking.save_compact(path, dense.model, masks, meta, dtype)
 
 
-def _same(params: Params, saved: dict, path: Path) -> bool:
-    """True; ParamError if the files in job_dir are of a run with other parameters."""
+def _same(params: Params, saved: dict, path: Path) -> None:
+    """ParamError if the files in job_dir are of a run with other parameters."""
     if Params(**saved).digest != params.digest:
         own = params.asdict()
-        field = next((k for k in own if saved.get(k) != own[k]), "")
+        field = next(k for k in own if k not in PLACES and saved.get(k) != own[k])
         raise ParamError(
             f"job_dir: {path.parent} holds a run with {field} {saved.get(field)!r}, this one has "
             f"{own.get(field)!r}; give another job_dir, or delete that one to start over"
         )
-    return True
 
 
 def _save_state(path, params, dense, masks, top1, stage, progress, history, wall) -> None:

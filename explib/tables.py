@@ -180,7 +180,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
 
 def baselines(frame: pd.DataFrame) -> pd.DataFrame:
-    """The dense networks: top-1 at the last and the best epoch in per cent, MACs and weights in M."""
+    """The dense networks: top-1 at the last and best epoch in per cent, MACs and weights in M."""
     if frame.empty:
         return frame
     lines = [
@@ -239,7 +239,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 figure { margin: 0; overflow-x: auto; }
 figcaption { font-weight: 600; margin-bottom: .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; }
 th { text-align: left; border-bottom-width: 2px; }
 td.number, th.number { text-align: right; }
 td.open { opacity: .55; font-style: italic; }
