@@ -1,7 +1,8 @@
 """The runs of the study: parameters in, a record and its files out."""
 
+import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -168,55 +169,58 @@ def baseline(params: Params) -> dict:
 
     Leaves the checkpoint where `load_dense` looks for it, and returns the record.
     """
-    device, data = _begin(params)
     path = dense_path(params.replace(resume=""))
     if (done := _finished(params)) and (params.resume or path.is_file()):
-        return _write(params, done)
+        return _publish(params, done)
+    network = load_dense(params) if params.resume else fresh(params)
+    device, data = _begin(params, network)
     if params.resume:
-        network = load_dense(params)
-        network.model.to(device)
         top1 = tuning.evaluate(network.model, data, data.test)
-        accuracy = {"dense": top1, "before": top1, "last": top1, "best": top1, "best_epoch": 0}
-        history, wall = [], 0.0
+        run = _Run(top1={"dense": top1, "before": top1})
     else:
-        network = fresh(params)
-        history, wall = _train(params, network, data, device)
-        accuracy = _accuracy(history, None, None)
-    record = _record(params, network, data, {}, history, accuracy, wall, device, "baseline")
-    if not params.resume:
-        _save_network(path, params, network, {}, accuracy["last"], torch.float32)
-    return _write(params, record)
+        run = _train(params, network, data, device, stages=[[]])
+        _save_network(path, params, network, {}, run.history[-1]["top1"], torch.float32)
+    return _publish(params, _record(params, network, data, run, device, "baseline"))
 
 
 def finetune(params: Params) -> dict:
     """Prune and fine-tune one configuration; returns the record.
 
     An interrupted run goes on where it was; a finished one is not computed again. Leaves in
-    job_dir: masks.safetensors, model.safetensors (surviving kernels only), record.json.
+    job_dir: masks.safetensors, model.safetensors (surviving kernels only), record.json. A run
+    whose loss is no longer finite raises Diverged; its record says so, and the last good epoch
+    stays in job_dir.
     """
-    device, data = _begin(params)
     if done := _finished(params):
-        return _write(params, done)
+        return _publish(params, done)
     dense = load_dense(params)
-    dense.model.to(device)
-    masks: Masks = {}
-    top1 = {"dense": tuning.evaluate(dense.model, data, data.test)}
-    history, wall = _train(params, dense, data, device, masks, top1)
-    accuracy = _accuracy(history, top1["dense"], top1["before"])
-    folder = resolve(params.job_dir)
-    save_masks(params, masks)
-    _save_network(folder / "model.safetensors", params, dense, masks, accuracy["last"])
-    record = _record(params, dense, data, masks, history, accuracy, wall, device, "finetune")
-    return _write(params, record)
+    device, data = _begin(params, dense)
+    names = [name for name, rate in dense.rates.items() if rate > 0]
+    stages = [[name] for name in names] if params.schedule == "layerwise" else [names]
+    run = _train(params, dense, data, device, stages)
+    save_masks(params, run.masks)
+    path = resolve(params.job_dir) / "model.safetensors"
+    _save_network(path, params, dense, run.masks, run.history[-1]["top1"])
+    return _publish(params, _record(params, dense, data, run, device, "finetune"))
 
 
-def _begin(params: Params) -> tuple[str, Data]:
-    """Everything that can be wrong is found here, before any long work."""
+@dataclass
+class _Run:
+    """What a run has come to so far."""
+
+    masks: Masks = field(default_factory=dict)
+    top1: dict[str, float] = field(default_factory=dict)  # dense, and before fine-tuning
+    history: list[dict] = field(default_factory=list)
+    wall_s: float = 0.0
+
+
+def _begin(params: Params, network: Dense) -> tuple[str, Data]:
+    """Device and data, and a folder that can be written: all there before any long work."""
     device = tuning.device_of(params)
-    fresh(params)
-    folder = resolve(params.job_dir)
-    write_json(folder / "params.json", params.asdict())
-    return device, load_data(params).to(device)
+    data = load_data(params).to(device)
+    write_json(resolve(params.job_dir) / "params.json", params.asdict())
+    network.model.to(device, memory_format=torch.channels_last)
+    return device, data
 
 
 def _finished(params: Params) -> dict | None:
@@ -229,76 +233,63 @@ def _finished(params: Params) -> dict | None:
     return record
 
 
-def _train(params, dense: Dense, data, device, masks: Masks | None = None, top1=None):
-    """All stages of training, resumed where an earlier call was interrupted.
+def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) -> _Run:
+    """Stage by stage: mask the stage's convs, then train; none to mask is the dense baseline.
 
-    masks and top1 are filled in on the way: masks stage by stage, top1["before"] when the first
-    ones are on. Returns (history, wall seconds, those before an interruption included).
+    Goes on where an earlier call was interrupted.
     """
     path = resolve(params.job_dir) / "state.safetensors"
     state = _load_state(path, params)
-    names = [name for name in dense.rates if dense.rates[name] > 0] if masks is not None else []
-    layerwise = params.schedule == "layerwise" and masks is not None
-    stages = [[name] for name in names] if layerwise else [names]
-    history, wall = state.get("history", []), state.get("wall_s", 0.0)
+    run = state["run"] if state else _Run()
+    pruning = stages != [[]]
+    images = params.epochs * len(stages) * len(data.train)
+    if pruning and not state:
+        run.top1["dense"] = tuning.evaluate(dense.model, data, data.test)
     teacher = None
-    total = params.epochs * len(stages) * len(data.train)
-    if params.distill and masks is not None:
-        frozen = models.build(params.arch, 10).to(device)
-        frozen.load_state_dict(dense.model.state_dict())
-        teacher = tuning.forward_of(frozen.eval(), params, device, total)
-    dense.model.to(memory_format=torch.channels_last)
-    forward = tuning.forward_of(dense.model, params, device, total)
-    for stage, chosen in enumerate(stages):
-        if stage < state.get("stage", 0):
+    if pruning and params.distill:
+        unpruned = copy.deepcopy(dense.model).eval()
+        teacher = tuning.forward_of(unpruned, params, device, images)
+    forward = tuning.forward_of(dense.model, params, device, images)
+    for stage, names in enumerate(stages):
+        resume = None
+        if state and stage < state["stage"]:
             continue
-        resume = state if stage == state.get("stage") else None
-        if resume:
+        if state and stage == state["stage"]:
+            resume = state
             dense.model.load_state_dict(state["model"])
-            (masks if masks is not None else {}).update(state["masks"])
-            (top1 if top1 is not None else {}).update(state["top1"])
-        elif masks is not None:
-            masks.update(choose_masks(params, dense, chosen))
+        elif names:
+            run.masks.update(choose_masks(params, dense, names))
             if not params.fade_epochs:
-                masking.apply(dense.model, masks)
+                masking.apply(dense.model, run.masks)
             tuning.reestimate_bn(dense.model, data, params.bn_images)
-            top1.setdefault("before", tuning.evaluate(dense.model, data, data.test))
-        label = f"{params.name} {stage + 1}/{len(stages)}" if layerwise else params.name
-        started = time.perf_counter()
-        for entry, progress in tuning.train(
-            dense.model,
-            data,
-            params,
-            masks,
-            forward=forward,
-            teacher=teacher,
-            resume=resume,
-            label=label,
-        ):
-            history.append({**entry, "stage": stage})
-            elapsed = time.perf_counter() - started
-            _save_state(path, params, dense, masks, top1, stage, progress, history, wall + elapsed)
-        wall += time.perf_counter() - started
-    return history, wall
+            run.top1.setdefault("before", tuning.evaluate(dense.model, data, data.test))
+        label = params.name if len(stages) == 1 else f"{params.name} {stage + 1}/{len(stages)}"
+        began = time.perf_counter() - run.wall_s
+        epochs = tuning.train(
+            dense.model, data, params, run.masks,
+            forward=forward, teacher=teacher, resume=resume, label=label,
+        )  # fmt: skip
+        try:
+            for entry, progress in epochs:
+                run.history.append({**entry, "stage": stage})
+                run.wall_s = time.perf_counter() - began
+                _save_state(path, params, dense, run, stage, progress)
+        except tuning.Diverged:
+            record = _record(
+                params, dense, data, run, device, "finetune" if pruning else "baseline"
+            )
+            records.write(record | {"status": "diverged"}, params.results_dir)
+            raise
+    return run
 
 
-def _accuracy(history: list[dict], dense: float | None, before: float | None) -> dict:
-    """Last epoch first, best epoch beside it (chosen on what `top1` was measured on)."""
-    curve = [entry["top1"] for entry in history] or [before]
-    best = max(range(len(curve)), key=curve.__getitem__)
-    last = curve[-1]
-    return {
-        "dense": last if dense is None else dense,
-        "before": before,
-        "last": last,
-        "best": curve[best],
-        "best_epoch": best + 1 if history else 0,
-    }
-
-
-def _record(params, dense, data, masks, history, accuracy, wall, device, kind) -> dict:
-    seconds = sum(entry["seconds"] for entry in history)
-    images = sum(entry["images_per_s"] * entry["seconds"] for entry in history)
+def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str) -> dict:
+    """The record of a run: last epoch first, the best one (by `top1` of the history) beside it."""
+    before = run.top1.get("before")
+    curve = [entry["top1"] for entry in run.history] or [before]
+    best = max(range(len(curve)), key=lambda i: curve[i] or 0)
+    seconds = sum(entry["seconds"] for entry in run.history)
+    images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
     origin = records.provenance(device)
     hardware = origin.pop("hardware") | {"precision": tuning.precision_of(params, device)}
     return {
@@ -307,25 +298,32 @@ def _record(params, dense, data, masks, history, accuracy, wall, device, kind) -
         "status": "done",
         "params": params.asdict(),
         "hardware": hardware,
-        "provenance": origin
-        | {
+        "provenance": {
+            **origin,
             "data": data.summary(),
             "checkpoint": dense.checkpoint,
             "checkpoint_sha256": dense.sha256,
         },
-        "accuracy": accuracy,
-        **counts(params, dense, masks),
-        "wall_s": wall,
+        "accuracy": {
+            "dense": run.top1.get("dense", curve[-1]),
+            "before": before,
+            "last": curve[-1],
+            "best": curve[best],
+            "best_epoch": best + 1 if run.history else 0,
+        },
+        **counts(params, dense, run.masks),
+        "wall_s": run.wall_s,
         "images_per_s": images / seconds if seconds else None,
-        "history": history,
+        "history": run.history,
     }
 
 
-def _write(params: Params, record: dict) -> dict:
+def _publish(params: Params, record: dict) -> dict:
     """The record into job_dir and, under its own name, among the others."""
-    write_json(resolve(params.job_dir) / "record.json", record)
+    folder = resolve(params.job_dir)
+    write_json(folder / "record.json", record)
     records.write(record, params.results_dir)
-    (resolve(params.job_dir) / "state.safetensors").unlink(missing_ok=True)
+    (folder / "state.safetensors").unlink(missing_ok=True)
     return record
 
 
@@ -345,36 +343,35 @@ def _same(params: Params, saved: dict, path: Path) -> None:
     """ParamError if the files in job_dir are of a run with other parameters."""
     if Params(**saved).digest != params.digest:
         own = params.asdict()
-        field = next(k for k in own if k not in PLACES and saved.get(k) != own[k])
+        name = next(k for k in own if k not in PLACES and saved.get(k) != own[k])
         raise ParamError(
-            f"job_dir: {path.parent} holds a run with {field} {saved.get(field)!r}, this one has "
-            f"{own.get(field)!r}; give another job_dir, or delete that one to start over"
+            f"job_dir: {path.parent} holds a run with {name} {saved.get(name)!r}, this one has "
+            f"{own[name]!r}; give another job_dir, or delete that one to start over"
         )
 
 
-def _save_state(path, params, dense, masks, top1, stage, progress, history, wall) -> None:
+def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
+    """Everything that continues the run after this epoch, bit for bit."""
     tensors = {f"model.{k}": v for k, v in dense.model.state_dict().items()}
     tensors |= {f"momentum.{k}": v for k, v in progress["momentum"].items()}
-    tensors |= {f"masks.{k}": v for k, v in (masks or {}).items()}
+    tensors |= {f"masks.{k}": v for k, v in run.masks.items()}
     meta = {
-        "kind": "state",
         "params": params.asdict(),
         "stage": stage,
         "epoch": progress["epoch"],
-        "history": history,
-        "top1": top1 or {},
-        "wall_s": wall,
+        "run": {"top1": run.top1, "history": run.history, "wall_s": run.wall_s},
     }
     save_tensors(path, tensors, meta)
 
 
-def _load_state(path: Path, params: Params) -> dict:
-    """The state of an interrupted run, or an empty dict where there is none."""
+def _load_state(path: Path, params: Params) -> dict | None:
+    """The state of an interrupted run; None where there is none."""
     if not path.is_file():
-        return {}
-    tensors, meta = load_tensors(path)
-    _same(params, meta["params"], path)
+        return None
+    tensors, state = load_tensors(path)
+    _same(params, state["params"], path)
     for part in ("model", "momentum", "masks"):
-        prefix = f"{part}."
-        meta[part] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    return meta
+        own = {k: v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        state[part] = {k.removeprefix(f"{part}."): v for k, v in own.items()}
+    state["run"] = _Run(masks=state["masks"], **state["run"])
+    return state
