@@ -1,6 +1,7 @@
-# Each target is one line; what it does is in the Snakefile, the package and pyproject.toml.
+# What each target does is in the Snakefile, the package and pyproject.toml; `make` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKFLOW := $(BIN)/snakemake --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
 
 .PHONY: help study test reproduce tables lab bench
 help:  ## this list
@@ -9,20 +10,23 @@ help:  ## this list
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test]' && touch $@
 
-study: .venv/ready  ## the whole study on the embedded digits, a few minutes
-	$(BIN)/snakemake study --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
+study: .venv/ready  ## the whole study on the embedded digits: a few minutes
+	$(WORKFLOW) study
+	@printf '\nThe study is in\n' && ls results/tables/digits/* results/figures/digits/* results/notebooks/digits/*
 
 test: .venv/ready  ## lint and tests
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/pytest
 
-reproduce: .venv/ready  ## the twelve published CIFAR-10 rows: many hours without a GPU
-	$(BIN)/snakemake reproduce --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
+reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours without a GPU
+	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
+	$(WORKFLOW) reproduce
 
-tables: .venv/ready  ## every table and figure from the committed records, seconds
-	$(BIN)/papermill notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
+tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
+	$(BIN)/python -m explib.tables
+	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
 
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
-bench: .venv/ready  ## how fast kernels are scored and masked on this machine
+bench: .venv/ready  ## how fast this machine scores and masks kernels
 	$(BIN)/python -m explib.bench

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from explib.files import write_json
+from explib.files import ROOT, write_json
 from explib.models import build, find_convs
 from explib.params import keep_floor, parse_rates
 from explib.pruners import number_to_prune, prune, prune_layer
@@ -86,5 +86,6 @@ if __name__ == "__main__":
     figures = scoring()
     for name, value in figures.items():
         print(f"{name:45s} {value:10.4f}")
-    written = write_json("results/bench/scoring.json", {**figures, "provenance": provenance()})
+    record = {**figures, "provenance": provenance()}
+    written = write_json(ROOT / "results/bench/scoring.json", record)
     print(written)

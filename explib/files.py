@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The project's root: relative paths in parameters start here, wherever one stands."""
+"""The project's root: relative paths in parameters start here, wherever one stands.
+
+Paths given to functions are as everywhere in Python: a relative one starts where one stands.
+"""
 
 
 def resolve(path: str | Path) -> Path:
@@ -25,7 +28,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 
     Raises OSError, naming the file, on a full disk or a read-only folder; the old file stays.
     """
-    path = resolve(path)
+    path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
     """Read a file of `save_tensors`: (tensors, meta). ValueError for what is not one."""
     from safetensors import SafetensorError, safe_open
 
-    path = resolve(path)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -80,5 +83,5 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
 
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with open(resolve(path), "rb") as stream:
+    with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

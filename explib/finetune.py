@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,7 @@ def train(
             desc=label or "training",
             unit="batch",
             mininterval=2,
+            file=sys.stdout,
             dynamic_ncols=True,
         ) as bar,
     ):

@@ -14,8 +14,6 @@ from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
-from explib.files import resolve
-
 ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
 WAYS = ("A", "B", "random", "l1", "bn")
 CHOICES = {
@@ -199,7 +197,7 @@ def from_mapping(mapping: dict, source: str = "parameters") -> Params:
 
 def from_yaml(path: str | Path, **changes) -> Params:
     """Params from a YAML file of params/, with changes on top. ParamError names file and line."""
-    path = resolve(path)
+    path = Path(path)
     try:
         mapping = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -53,10 +54,10 @@ STYLE = {
 
 
 def _figure(width: float, height: float, rows: int = 1, **options):
-    """A figure of the study's style, outside pyplot so that notebooks show it once."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, 1, **options)
+    """A figure and its axes; closed at once, so that a notebook shows it where it is returned."""
+    figure, axes = plt.subplots(rows, 1, figsize=(width, height), **options)
+    plt.close(figure)
+    return figure, axes
 
 
 def _style(draw):
@@ -342,7 +343,7 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
         stream = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             figure.savefig(stream, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        target = resolve(path)
+        target = Path(path)
         written.append(write_bytes(target.with_name(f"{target.name}.{kind}"), stream.getvalue()))
     return written
 

@@ -76,7 +76,7 @@ def write(record: dict, results_dir: str | Path = "results") -> Path:
 def read(path: str | Path) -> dict:
     """One record. ValueError names the file and what it lacks."""
     try:
-        record = json.loads(resolve(path).read_text())
+        record = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); restore or delete it") from None
     needed = ("schema", "kind", "params", "macs", "weights", "accuracy", "history", "hardware")

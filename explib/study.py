@@ -96,7 +96,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
     """
     wanted = {n: dense.rates[n] for n in (dense.rates if names is None else names)}
     if params.resume_mask:
-        found, _ = masking.load(params.resume_mask)
+        found, _ = masking.load(resolve(params.resume_mask))
         masking.check(dense.model, found, f"resume_mask: {params.resume_mask}")
         missing = [name for name in wanted if name not in found]
         if missing:
@@ -169,8 +169,11 @@ def baseline(params: Params) -> dict:
 
     Leaves the checkpoint where `load_dense` looks for it, and returns the record.
     """
+    unnamed = params.name == f"{params.arch}-{params.pruning_way}"
+    name = f"{params.arch}-baseline" if unnamed else params.name
+    params = params.replace(name=name, distill=0.0)  # there is no other network to learn from
     path = dense_path(params.replace(resume=""))
-    if (done := _finished(params)) and (params.resume or path.is_file()):
+    if (done := _finished(params, "baseline")) and (params.resume or path.is_file()):
         return _publish(params, done)
     network = load_dense(params) if params.resume else fresh(params)
     device, data = _begin(params, network)
@@ -191,7 +194,7 @@ def finetune(params: Params) -> dict:
     whose loss is no longer finite raises Diverged; its record says so, and the last good epoch
     stays in job_dir.
     """
-    if done := _finished(params):
+    if done := _finished(params, "finetune"):
         return _publish(params, done)
     dense = load_dense(params)
     device, data = _begin(params, dense)
@@ -223,12 +226,14 @@ def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     return device, data
 
 
-def _finished(params: Params) -> dict | None:
+def _finished(params: Params, kind: str) -> dict | None:
     """The record of this very run where it is complete already."""
     path = resolve(params.job_dir) / "record.json"
     if not path.is_file():
         return None
     record = records.read(path)
+    if record["kind"] != kind:
+        raise ParamError(f"job_dir: {path.parent} holds a {record['kind']}; give another job_dir")
     _same(params, record["params"], path)
     return record
 

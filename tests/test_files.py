@@ -1,3 +1,5 @@
+"""Files are written whole or not at all, and read with one-line errors."""
+
 import errno
 import os
 
@@ -7,46 +9,94 @@ import torch
 from explib import files
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["replace", "fsync", "chmod"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call):
     path = files.write_text(tmp_path / "a.txt", "old")
 
-    def full(*_):
+    def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*a\.txt \(No space left on device\)"):
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match=r"a\.txt \(No space left on device\)") as caught:
         files.write_text(path, "new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    assert "\n" not in str(caught.value) and caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write .*file/a\.txt"):
-        files.write_text(tmp_path / "file" / "a.txt", "x")
+def test_a_failed_first_write_leaves_nothing(tmp_path, monkeypatch):
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(OSError, match="cannot write"):
+        files.write_text(tmp_path / "a.txt", "new")
+    assert os.listdir(tmp_path) == []
 
 
-def test_tensors_round_trip(tmp_path):
-    tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "c": torch.tensor([True, False])}
-    path = files.save_tensors(tmp_path / "t.safetensors", tensors, {"x": [1, None]})
-    found, meta = files.load_tensors(path)
-    assert meta == {"x": [1, None]}
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+def test_a_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(OSError, match="cannot write"):
+        files.write_text(tmp_path / "a/b.txt", "new")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 60])
-def test_a_truncated_file_is_named(tmp_path, keep):
-    path = files.save_tensors(tmp_path / "t.safetensors", {"a": torch.zeros(9)}, {})
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"t\.safetensors: not a readable"):
+def test_folders_are_made_and_files_replaced(tmp_path):
+    path = tmp_path / "b/c/a.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "two ä")
+    assert path.read_bytes() == "two ä".encode()
+
+
+def test_json_refuses_nan_and_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_relative_paths_start_at_the_root_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.resolve("params/published.yaml").is_file()
+    assert files.resolve(tmp_path) == tmp_path
+
+
+def test_tensors_and_meta_come_back(tmp_path):
+    tensors = {
+        "a": torch.tensor([1.5, float("nan")]),
+        "b": torch.arange(6).reshape(2, 3).T,
+        "c": torch.ones(2, 2, dtype=torch.bool),
+        "d": torch.ones(3, dtype=torch.float16),
+        "e": torch.tensor(7),
+    }
+    meta = {"name": "ä", "nested": [1, {"x": None}]}
+    found, read = files.load_tensors(files.save_tensors(tmp_path / "t.safetensors", tensors, meta))
+    assert read == meta and found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 4, 40, -1])
+def test_a_truncated_file_is_a_value_error_that_names_it(tmp_path, size):
+    path = files.save_tensors(tmp_path / "t.safetensors", {"a": torch.ones(100)}, {})
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"t\.safetensors: not a readable safetensors file"):
         files.load_tensors(path)
 
 
-def test_nan_is_refused_in_json(tmp_path):
-    with pytest.raises(ValueError):
-        files.write_json(tmp_path / "a.json", {"loss": float("nan")})
-    assert not (tmp_path / "a.json").exists()
+def test_meta_that_is_no_json_is_a_value_error(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(1)}, tmp_path / "t.safetensors", metadata={"explib": "{"})
+    with pytest.raises(ValueError, match=r"t\.safetensors"):
+        files.load_tensors(tmp_path / "t.safetensors")
 
 
-def test_relative_paths_start_at_the_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert files.resolve("results") == files.ROOT / "results"
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"t\.safetensors: no such file"):
+        files.load_tensors(tmp_path / "t.safetensors")
+
+
+def test_sha256_of_a_known_text(tmp_path):
+    path = files.write_text(tmp_path / "a", "abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256(path) == known

@@ -90,7 +90,7 @@ def test_parameters_are_those_of_params_with_its_defaults(path):
 def study(tmp_path_factory):
     """A folder in which the dense network has been made by 00_baseline."""
     folder = tmp_path_factory.mktemp("study")
-    run("00_baseline", folder, name="resnet_56-baseline", distill=0.0, **TINY)
+    run("00_baseline", folder, **TINY)
     return folder
 
 

@@ -1,139 +1,269 @@
+"""Parameters: the rate grammar, the checks of every field, YAML files and notebooks."""
+
+import dataclasses
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from explib import params as module
-from explib.params import ParamError, Params, from_mapping, from_notebook, from_yaml, parse_rates
-
-terms = st.tuples(st.sampled_from([0, 0.1, 0.25, 0.4, 0.99]), st.integers(1, 60))
-
-
-@given(st.lists(terms, min_size=1, max_size=6))
-def test_rates_round_trip(pairs):
-    text = "+".join(f"[{rate}]*{count}" for rate, count in pairs)
-    assert parse_rates(text) == [rate for rate, count in pairs for _ in range(count)]
-
-
-@given(st.text(max_size=40) | st.text("[]*+.0123456789 e-", max_size=30))
-def test_any_text_is_rates_or_a_parameter_error(text):
-    try:
-        rates = parse_rates(text)
-    except ParamError as error:
-        assert str(error).startswith("compress_rate: ")
-    else:
-        assert rates and all(0 <= rate < 1 for rate in rates)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "0.5", "[0.5", "[1.2]", "[1.0]", "[-0.1]", "[0.5]*0", "[0.5]*-1", "[0.5]**2",
-             "[0.5]+", "[nan]", "[1e-1]", "[0.5]*99999", "[0.5]*1.5", "__import__('os')"]
-)  # fmt: skip
-def test_bad_rates_are_refused(text):
-    with pytest.raises(ParamError, match="compress_rate"):
-        parse_rates(text)
-
-
-def test_rate_count_is_checked_against_the_convs():
-    with pytest.raises(ParamError, match="54 rates for 55 convs"):
-        module.spread_rates([0.5] * 54, 55)
-    assert module.spread_rates([0.5], 3) == [0.5] * 3
-
-
-BAD = [
-    ("arch", "resnet_57", "did you mean 'resnet_56'"),
-    ("arch", 56, "give str"),
-    ("dataset", "cifar100", "did you mean 'cifar10'"),
-    ("pruning_way", "C", "known: 'A', 'B'"),
-    ("survivors", "L1", "known: 'random', 'l1'"),
-    ("epochs", 0, "1 to"),
-    ("epochs", 2.5, "give int"),
-    ("epochs", "3", "give int"),
-    ("epochs", True, "give int"),
-    ("epochs", None, "give int"),
-    ("batch_size", 0, "1 to"),
-    ("lr", 0.0, "out of range"),
-    ("lr", float("nan"), "out of range"),
-    ("lr", float("inf"), "out of range"),
-    ("lr", "0.01", "give float"),
-    ("momentum", 1.5, "0 to 1"),
-    ("weight_decay", -1e-4, "0 to 1"),
-    ("label_smoothing", 2.0, "0 to 1"),
-    ("distill", -0.1, "0 to 1"),
-    ("keep_floor", 1.1, "0 to 1"),
-    ("groups", 0, "1 to"),
-    ("start_cov", -1, "0 to"),
-    ("seed", -1, "0 to"),
-    ("mask_seed", 2**40, "0 to"),
-    ("strict_rate", 1, "give bool"),
-    ("nesterov", "yes", "give bool"),
-    ("schedule", "one-shot", "did you mean 'oneshot'"),
-    ("lr_schedule", "linear", "known: 'step'"),
-    ("lr_decay_step", "25,15", "ascending"),
-    ("lr_decay_step", "a", "epochs like 15,25"),
-    ("compress_rate", "[1.2]", "0 to below 1"),
-    ("compress_rate", 0.5, "give str"),
-    ("name", "../x", "letters"),
-    ("name", "; rm -rf ~", "letters"),
-    ("job_dir", "a\0b", "NUL"),
-    ("device", "gpu", "known: 'auto'"),
-    ("normalization", "imagenet", "leave it empty"),
-]
-
-
-@pytest.mark.parametrize(("field", "value", "says"), BAD, ids=lambda value: str(value)[:20])
-def test_a_wrong_value_names_its_field_and_what_would_be_right(field, value, says):
-    with pytest.raises(ParamError) as caught:
-        from_mapping({field: value})
-    assert str(caught.value).startswith(f"{field}:") and says in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_name_gets_the_nearest_known_one():
-    with pytest.raises(ParamError, match="unknown parameter 'epoch'; did you mean 'epochs'"):
-        from_mapping({"epoch": 3})
-
-
-@pytest.mark.parametrize("content", [b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b"just words"])
-def test_what_is_no_mapping_in_yaml_is_named(tmp_path, content):
-    path = tmp_path / "bad.yaml"
-    path.write_bytes(content)
-    with pytest.raises(ParamError, match=r"bad\.yaml") as caught:
-        from_yaml(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_yaml_is_named(tmp_path):
-    with pytest.raises(ParamError, match=r"none\.yaml: cannot be read"):
-        from_yaml(tmp_path / "none.yaml")
-
-
-def test_a_notebook_gives_its_variables():
-    assert from_notebook({"epochs": 3, "arch": "vgg_16_bn", "x": object()}).epochs == 3
-
-
-def test_what_papermill_injects_must_be_known():
-    namespace = {"epochs": 3, "lrr": 1.0, "In": ["", "epochs = 10", "# Parameters\nlrr = 1.0\n"]}
-    with pytest.raises(ParamError, match="unknown parameter 'lrr'; did you mean 'lr'"):
-        from_notebook(namespace)
-
-
-def test_integers_do_for_floats():
-    assert Params(lr=1).lr == 1.0
-
-
-def test_the_default_folder_follows_the_parameters():
-    one = Params(epochs=3)
-    assert one.replace(epochs=4).job_dir == Params(epochs=4).job_dir != one.job_dir
-    assert one.replace(job_dir="x").replace(epochs=4).job_dir == "x"
-
-
-def test_the_digest_ignores_where_files_are_and_nothing_else():
-    assert Params(data_dir="a", results_dir="b", threads=2).digest == Params().digest
-    assert Params(seed=1).digest != Params().digest
-
-
-@pytest.mark.parametrize(
-    ("rates", "floor"), [([0.6], 0.3), ([0.0, 0.8], 0.1), ([0.9], 0.0), ([0.95], 0.0)]
+from explib.files import ROOT
+from explib.params import (
+    CHOICES,
+    PLACES,
+    RANGES,
+    ParamError,
+    Params,
+    from_mapping,
+    from_notebook,
+    from_yaml,
+    keep_floor,
+    parse_rates,
+    parse_steps,
+    spread_rates,
 )
-def test_keep_floor(rates, floor):
-    assert module.keep_floor(rates) == floor
+
+RESNET_56 = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
+
+
+class TestRates:
+    def test_a_published_string(self):
+        wanted = [0.0] + [0.4] * 17 + [0.5] * 2 + [0.6] * 16 + [0.4] * 2 + [0.6] * 17
+        assert parse_rates(RESNET_56) == wanted
+
+    @pytest.mark.parametrize(
+        ("text", "rates"),
+        [
+            ("[0]", [0.0]),
+            ("[.5]", [0.5]),
+            ("[0.]*2", [0.0, 0.0]),
+            (" [ 0.60 ] * 2 + [0.1] ", [0.6, 0.6, 0.1]),
+        ],
+    )
+    def test_spellings(self, text, rates):
+        assert parse_rates(text) == rates
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "0.5", "[]", "[1.0]", "[1.2]", "[-0.1]", "[0.5]*0", "[0.5]*10001", "[0.5]*-1"),
+            *("[0.5]*1.5", "[0.5]++[0.5]", "[0.5]+", "[0.5,0.6]", "[0.5][0.6]", "[nan]", "[1e-1]"),
+            *("[0.99999999999999999999]", "[０.5]", "__import__('os')", "[0.5]*2*2", "2*[0.5]"),
+        ],
+    )
+    def test_what_is_not_a_rate_is_refused(self, text):
+        with pytest.raises(ParamError, match="compress_rate"):
+            parse_rates(text)
+
+    def test_the_message_names_the_offending_term(self):
+        with pytest.raises(ParamError, match=r"'\[1\.2\]\*3'"):
+            parse_rates("[0.1]*2+[1.2]*3")
+
+    @given(st.text() | st.text("[]0123456789.*+ -e", max_size=30))
+    @example("[0.1]*99999")
+    def test_any_text_gives_rates_or_a_param_error(self, text):
+        try:
+            rates = parse_rates(text)
+        except ParamError:
+            return
+        assert rates and all(type(rate) is float and 0 <= rate < 1 for rate in rates)
+
+    @given(st.lists(st.tuples(st.integers(0, 999), st.integers(1, 60)), min_size=1, max_size=8))
+    def test_what_is_written_comes_back(self, terms):
+        text = "+".join(f"[{mills / 1000}]*{count}" for mills, count in terms)
+        wanted = [mills / 1000 for mills, count in terms for _ in range(count)]
+        assert parse_rates(text) == wanted
+
+    def test_54_rates_for_55_convs_names_both_numbers(self):
+        with pytest.raises(ParamError, match=r"54 rates for 55 convs; give 55"):
+            spread_rates([0.5] * 54, 55)
+
+    def test_a_single_rate_serves_all(self):
+        assert spread_rates([0.3], 4) == [0.3] * 4
+        assert spread_rates([0.1, 0.2], 2) == [0.1, 0.2]
+
+    @pytest.mark.parametrize(
+        ("rates", "floor"), [([0.1, 0.6], 0.3), ([0.4], 0.5), ([0.95], 0.0), ([0.0], 0.9)]
+    )
+    def test_the_published_floor(self, rates, floor):
+        assert keep_floor(rates) == floor
+
+
+class TestSteps:
+    def test_read(self):
+        assert parse_steps(" 15, 25 ") == [15, 25]
+        assert parse_steps("") == []
+
+    @pytest.mark.parametrize("text", ["25,15", "15,15", "a", "1.5", "-1", "15;25", "15,", ","])
+    def test_refused(self, text):
+        with pytest.raises(ParamError, match="lr_decay_step"):
+            parse_steps(text)
+
+
+def wrong_values():
+    """(field, value) for every field: a wrong type, an unknown choice, both sides of its range."""
+    for field in dataclasses.fields(Params):
+        yield field.name, [1]
+        yield field.name, {"a": 1}
+        if field.type is str:
+            yield from ((field.name, value) for value in (1, None, True))
+        if field.type is int:
+            yield from ((field.name, value) for value in ("1", 1.0, None, True))
+        if field.type is float:
+            yield from ((field.name, value) for value in ("0.1", None, False, 10**400))
+            yield from ((field.name, float(value)) for value in ("nan", "inf", "-inf"))
+        if field.type is bool:
+            yield from ((field.name, value) for value in (1, "true", None))
+        if field.name in CHOICES:
+            yield field.name, "nonsense"
+        if field.name in RANGES:
+            low, high, closed = RANGES[field.name]
+            kind = int if field.type is int or "seed" in field.name else float
+            yield field.name, kind(low - 1 if closed else low)
+            yield field.name, kind(high + 1)
+    yield from (("keep_floor", "0.5"), ("mask_seed", 0.5), ("name", "a/b"), ("name", ".."))
+    yield from (("compress_rate", "0.5"), ("lr_decay_step", "x"), ("data_dir", "a\0b"))
+    yield "normalization", "imagenet"
+
+
+@pytest.mark.parametrize(("field", "value"), list(wrong_values()), ids=lambda value: str(value)[:24])
+def test_a_wrong_value_is_an_error_that_names_the_field(field, value):
+    with pytest.raises(ParamError, match=rf"^{field}: ") as caught:
+        Params(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_every_choice_and_every_range_is_of_a_field():
+    names = {field.name for field in dataclasses.fields(Params)}
+    assert set(CHOICES) | set(RANGES) | set(PLACES) <= names
+
+
+def test_an_unknown_choice_names_the_nearest():
+    with pytest.raises(ParamError, match="did you mean 'resnet_56'"):
+        Params(arch="resnet56")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("compres_rate", "compress_rate"), ("epoch", "epochs"), ("learning", "known: name, arch")],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(ParamError, match=rf"'{key}'.*{nearest}"):
+        from_mapping({key: 1})
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted():
+    params = Params(lr=1, weight_decay=0)
+    assert type(params.lr) is float and type(params.weight_decay) is float
+
+
+class TestYaml:
+    def write(self, folder, content):
+        path = folder / "a.yaml"
+        path.write_bytes(content)
+        return path
+
+    def test_values_and_changes(self, tmp_path):
+        path = self.write(tmp_path, b'epochs: 3\ncompress_rate: "[0.1]"\n')
+        assert from_yaml(path).epochs == 3
+        assert from_yaml(path, epochs=4).epochs == 4
+        assert from_yaml(path).rates == [0.1]
+
+    def test_an_empty_file_is_all_defaults(self, tmp_path):
+        assert from_yaml(self.write(tmp_path, b"")) == Params()
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"a: [1\n",
+            b"- arch\n- lr\n",
+            b"[]",
+            b"false",
+            b"resnet_56",
+            b"\x00\x01\xff\xfe",
+            b"\xff\xfe\x00\x00",
+            b"arch: !!python/object/apply:os.system [echo]\n",
+            b"epochs: 2023-13-45\n",
+            b"epochs: " + b"9" * 5000,
+            b"[" * 5000,
+            b"epochs: 1\nepochs: 2\n",
+            b"1: 2\n",
+            b"lr: 1e400\n",
+        ],
+        ids=lambda content: repr(content[:16]),
+    )
+    def test_a_file_that_is_no_mapping_of_fields_is_one_line(self, tmp_path, content):
+        with pytest.raises(ParamError) as caught:
+            from_yaml(self.write(tmp_path, content))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(ParamError, match="nowhere.yaml"):
+            from_yaml(tmp_path / "nowhere.yaml")
+        with pytest.raises(ParamError, match="cannot be read"):
+            from_yaml(tmp_path)
+
+    def test_an_unknown_key_names_the_file(self, tmp_path):
+        with pytest.raises(ParamError, match=r"a\.yaml: unknown parameter 'eppochs'.*'epochs'"):
+            from_yaml(self.write(tmp_path, b"eppochs: 1\n"))
+
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "params").glob("*/*.yaml")), ids=lambda path: path.stem
+    )
+    def test_a_configuration_of_the_study_loads_and_fits_its_network(self, path):
+        from explib import study
+
+        params = from_yaml(path)
+        rates = study.fresh(params).rates
+        assert len(rates) == {"resnet_56": 55, "vgg_16_bn": 13}[params.arch]
+
+
+class TestNotebook:
+    def test_takes_the_variables_named_like_fields(self):
+        params = from_notebook({"epochs": 2, "arch": "vgg_16_bn", "something": object()})
+        assert (params.epochs, params.arch) == (2, "vgg_16_bn")
+
+    def test_injected_parameters_count(self):
+        cells = ["", "epochs = 1", "# Parameters\nepochs = 5\nlr = 0.1\n"]
+        params = from_notebook({"In": cells, "epochs": 5, "lr": 0.1})
+        assert (params.epochs, params.lr) == (5, 0.1)
+
+    def test_an_injected_parameter_that_the_notebook_lacks_is_an_error(self):
+        cells = ["", "# Parameters\nepoch = 5\n"]
+        with pytest.raises(ParamError, match=r"notebook: unknown parameter 'epoch'.*'epochs'"):
+            from_notebook({"In": cells, "epoch": 5})
+
+
+class TestJobDir:
+    def test_the_default_follows_a_change(self):
+        params = Params()
+        other = params.replace(epochs=3)
+        assert other.job_dir != params.job_dir and other == Params(epochs=3)
+        assert params.replace(results_dir="x").job_dir.startswith("x/runs/digits/")
+
+    def test_a_given_one_stays(self):
+        assert Params(job_dir="here").replace(epochs=3).job_dir == "here"
+
+
+@pytest.mark.parametrize("field", PLACES)
+def test_places_do_not_change_the_digest(field):
+    value = 3 if field == "threads" else "elsewhere"
+    assert Params(**{field: value}).digest == Params().digest
+
+
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(Params) if f.name not in PLACES]
+)
+def test_everything_else_changes_the_digest(field):
+    base = Params(dataset="cifar10")
+    now = getattr(base, field)
+    others = {
+        **{name: next(c for c in choices if c != now) for name, choices in CHOICES.items()},
+        **{"normalization": "imagenet", "compress_rate": "[0.2]", "keep_floor": 0.5, "name": "x"},
+        **{"resume": "x", "resume_mask": "x", "lr_decay_step": "3"},
+    }
+    other = others.get(field, not now if isinstance(now, bool) else None)
+    if other is None:
+        other = now / 2 if isinstance(now, float) and now else now + 1
+    assert other != now
+    changes = {"normalization": ""} if field == "dataset" else {}
+    assert base.replace(**{field: other}, **changes).digest != base.digest
