@@ -1,0 +1,330 @@
+"""Training, evaluation and BatchNorm statistics, compared with the same worked out by hand."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from explib import finetune as tuning
+from explib import masks as masking
+from explib.data import Split, eval_batches, normalize, train_batches
+from explib.params import Params
+from explib.pruners import prune
+
+# batches of 16 from 48 images: three steps an epoch
+PARAMS = Params(
+    epochs=3, batch_size=16, lr=0.05, distill=0.0, device="cpu", precision="fp32", compile="off"
+)
+
+
+@pytest.fixture
+def masks(net):
+    return prune(net, 0.5, "B", image_size=8)
+
+
+def run(net, data, params, masks=None, **options):
+    """All (entry, momentum) of a training, momentum copied."""
+    found = []
+    for entry, state in tuning.train(net, data, params, masks, **options):
+        momentum = {name: tensor.clone() for name, tensor in state["momentum"].items()}
+        found.append((entry, {"epoch": state["epoch"], "momentum": momentum}))
+    return found
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+class TestLearningRate:
+    def at(self, schedule, epochs, **changes):
+        params = PARAMS.replace(lr_schedule=schedule, lr=0.4, epochs=10, **changes)
+        return [tuning.lr_at(params, epoch) for epoch in epochs]
+
+    def test_step_divides_by_ten_at_each_step(self):
+        found = self.at("step", [0, 1.99, 2, 4.5, 5, 9], lr_decay_step="2,5")
+        assert found == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004, 0.004])
+        assert self.at("step", [0, 9], lr_decay_step="") == [0.4, 0.4]
+
+    def test_cosine_falls_to_zero(self):
+        # cos(pi / 3) = 1/2
+        found = self.at("cosine", [0, 10 / 3, 5, 10])
+        assert found == pytest.approx([0.4, 0.3, 0.2, 0])
+
+    def test_onecycle_rises_for_a_fifth_then_falls_as_a_cosine(self):
+        # from a fiftieth of lr in a straight line; halfway down at 0.6 of the run
+        found = self.at("onecycle", [0, 1, 2, 6, 10])
+        assert found == pytest.approx([0.008, 0.204, 0.4, 0.2, 0])
+
+    def test_is_set_at_every_step(self, net, data):
+        seen = []
+        net.register_forward_hook(lambda *_: None)
+        params = PARAMS.replace(lr_schedule="cosine", epochs=2, momentum=0.0, nesterov=False)
+        original = torch.optim.SGD.step
+
+        def step(self, *args, **kwargs):
+            seen.append(self.param_groups[0]["lr"])
+            return original(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", step)
+            run(net, data, params)
+        wanted = [0.025 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+        assert seen == pytest.approx(wanted)
+
+
+class TestEvaluate:
+    def test_is_total_correct_over_total_images_with_a_short_last_batch(self, net, data):
+        # 503 images are a batch of 500 and one of 3: a mean over batches would differ
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (503, 3, 8, 8), generator=generator).to(torch.uint8)
+        with torch.no_grad():
+            answers = net.eval()(normalize(images, data)).argmax(1)
+        labels = answers.clone()
+        labels[:100] += 1
+        labels[502] += 1
+        split = Split(images, labels)
+        assert len(list(eval_batches(split, data))) == 2
+        assert tuning.evaluate(net, data, split) == 100 * 402 / 503
+
+    def test_uses_the_running_statistics_and_changes_none(self, net, data):
+        net.train()
+        before = copy.deepcopy(net.state_dict())
+        tuning.evaluate(net, data, data.test)
+        assert equal(net.state_dict(), before) and not net.training
+
+
+class TestReestimateBN:
+    def test_one_batch_by_hand(self, net, data):
+        with torch.no_grad():
+            net[1].running_mean.fill_(9)
+        tuning.reestimate_bn(net, data, 32)
+        x = F.conv2d(normalize(data.train.images[:32], data), net[0].weight, padding=1)
+        torch.testing.assert_close(net[1].running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(net[1].running_var, x.transpose(0, 1).flatten(1).var(1))
+        assert net[1].momentum == 0.1 and not net.training
+
+    def test_several_batches_are_averaged(self, net, data):
+        tuning.reestimate_bn(net, data, 48, batch_size=16)
+        x = F.conv2d(normalize(data.train.images, data), net[0].weight, padding=1)
+        parts = x.split(16)
+        wanted = torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0)
+        torch.testing.assert_close(net[1].running_mean, wanted)
+        wanted = torch.stack([part.transpose(0, 1).flatten(1).var(1) for part in parts]).mean(0)
+        torch.testing.assert_close(net[1].running_var, wanted)
+
+    def test_every_image_asked_for_counts(self, net, data):
+        tuning.reestimate_bn(net, data, 40, batch_size=16)
+        x = F.conv2d(normalize(data.train.images[:40], data), net[0].weight, padding=1)
+        assert (net[1].running_mean - x.mean((0, 2, 3))).abs().max() < 0.05
+        few = net[1].running_mean.clone()
+        tuning.reestimate_bn(net, data, 32, batch_size=16)
+        assert not torch.equal(few, net[1].running_mean)
+
+    def test_more_images_than_there_are_is_all_of_them(self, net, data):
+        other = copy.deepcopy(net)
+        tuning.reestimate_bn(net, data, 10_000)
+        tuning.reestimate_bn(other, data, 48)
+        assert equal(net.state_dict(), other.state_dict())
+
+    def test_zero_images_change_nothing(self, net, data):
+        before = copy.deepcopy(net.state_dict())
+        tuning.reestimate_bn(net, data, 0)
+        assert equal(net.state_dict(), before)
+
+    def test_weights_stay(self, net, data):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        tuning.reestimate_bn(net, data, 48)
+        assert equal(dict(net.named_parameters()), before)
+
+
+class TestTrain:
+    def test_one_epoch_is_plain_torch(self, make_net, data):
+        params = PARAMS.replace(epochs=1, label_smoothing=0.1)
+        net, plain = make_net(), make_net()
+        ((entry, _),) = run(net, data, params)
+        optimizer = torch.optim.SGD(
+            plain.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+        total = hits = 0
+        plain.train()
+        for step, (images, labels) in enumerate(train_batches(data, 16, 0, 0)):
+            optimizer.param_groups[0]["lr"] = tuning.lr_at(params, step / 3)
+            optimizer.zero_grad()
+            logits = plain(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * 16
+            hits += int((logits.argmax(1) == labels).sum())
+        plain.eval()
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], tensor)
+        assert entry["train_loss"] == pytest.approx(total / 48)
+        assert entry["train_top1"] == pytest.approx(100 * hits / 48)
+        assert entry["top1"] == tuning.evaluate(plain, data, data.test)
+        assert entry["epoch"] == 1 and entry["seconds"] > 0 and entry["images_per_s"] > 0
+
+    def test_learns_what_can_be_learned(self, make_net, data):
+        data.train.images[:] = (25 * data.train.labels)[:, None, None, None].to(torch.uint8)
+        history = run(make_net(), data, PARAMS.replace(epochs=40))
+        assert history[-1][0]["train_top1"] > history[0][0]["train_top1"] + 30
+
+    @pytest.mark.parametrize("fade", [0, 2])
+    def test_two_runs_are_bit_identical(self, make_net, data, fade):
+        found = []
+        for _ in range(2):
+            net = make_net()
+            masks = prune(net, 0.5, "B", image_size=8)
+            history = run(net, data, PARAMS.replace(fade_epochs=fade), masks)
+            found.append((net.state_dict(), history))
+        (weights, one), (again, two) = found
+        assert equal(weights, again)
+        for (entry, state), (other, same) in zip(one, two, strict=True):
+            timed = {"seconds", "images_per_s"}
+            assert {k: v for k, v in entry.items() if k not in timed} == {
+                k: v for k, v in other.items() if k not in timed
+            }
+            assert equal(state["momentum"], same["momentum"])
+
+    def test_another_seed_is_another_run(self, make_net, data):
+        nets = [make_net(), make_net()]
+        for seed, net in enumerate(nets):
+            run(net, data, PARAMS.replace(seed=seed, epochs=1))
+        assert not torch.equal(nets[0][0].weight, nets[1][0].weight)
+
+    @pytest.mark.parametrize("fade", [0, 2])
+    @pytest.mark.parametrize("after", [1, 2])
+    def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
+        self, make_net, data, fade, after
+    ):
+        params = PARAMS.replace(fade_epochs=fade)
+        whole, broken = make_net(), make_net()
+        masks = prune(whole, 0.5, "B", image_size=8)
+        *_, (last, state) = run(whole, data, params, masks)
+        training = tuning.train(broken, data, params, masks)
+        for _ in range(after):
+            _, kept = next(training)
+        kept = copy.deepcopy(kept)
+        resumed = make_net(seed=5)
+        resumed.load_state_dict(copy.deepcopy(broken.state_dict()))
+        training.close()
+        history = run(resumed, data, params, masks, resume=kept)
+        assert len(history) == 3 - after
+        entry, again = history[-1]
+        assert equal(resumed.state_dict(), whole.state_dict())
+        assert equal(again["momentum"], state["momentum"])
+        assert (entry["train_loss"], entry["lr"]) == (last["train_loss"], last["lr"])
+
+    def test_a_finished_run_resumed_does_nothing(self, net, data):
+        *_, (_, state) = run(net, data, PARAMS)
+        before = copy.deepcopy(net.state_dict())
+        assert run(net, data, PARAMS, resume=state) == []
+        assert equal(net.state_dict(), before)
+
+    def test_masks_hold_after_every_epoch_in_weights_and_momentum(self, net, data, masks):
+        for _, state in tuning.train(net, data, PARAMS, masks):
+            assert masking.held(net, masks)
+            for name, mask in masks.items():
+                assert not state["momentum"][f"{name}.weight"][~mask].any()
+                assert state["momentum"][f"{name}.weight"][mask].any()
+
+    def test_masks_are_released_afterwards(self, net, data, masks):
+        run(net, data, PARAMS.replace(epochs=1), masks)
+        assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+    def test_zero_epochs_is_no_training_but_masked(self, net, data, masks):
+        assert run(net, data, PARAMS.replace(epochs=0), masks) == []
+        assert masking.held(net, masks)
+
+    @pytest.mark.parametrize("fade", [0, 1])
+    def test_runs_without_momentum(self, net, data, masks, fade):
+        params = PARAMS.replace(momentum=0.0, nesterov=False, fade_epochs=fade, epochs=2)
+        assert len(run(net, data, params, masks)) == 2 and masking.held(net, masks)
+
+    def test_diverged_says_when_and_at_what_rate(self, net, data):
+        with pytest.raises(tuning.Diverged, match=r"here: loss is nan .* use a smaller lr") as error:
+            run(net, data, PARAMS.replace(lr=100.0, epochs=60, weight_decay=1.0), label="here")
+        assert "\n" not in str(error.value) and "in epoch" in str(error.value)
+
+
+class TestFade:
+    def test_shrinks_in_a_straight_line_untrained_and_ends_in_zeros(self, net, data, masks):
+        before = {name: net.get_submodule(name).weight.detach().clone() for name in masks}
+        shares = []
+        for _ in tuning.train(net, data, PARAMS.replace(fade_epochs=2, epochs=4), masks):
+            for name, mask in masks.items():
+                now = net.get_submodule(name).weight.detach()[~mask]
+                share = (now / before[name][~mask]).mean()
+                torch.testing.assert_close(now, before[name][~mask] * share, atol=1e-6, rtol=1e-4)
+            shares.append(float(share))
+        # 6 steps of fading, 3 an epoch
+        assert shares == pytest.approx([0.5, 0, 0, 0], abs=1e-5)
+        assert shares[1:] == [0, 0, 0] and masking.held(net, masks)
+
+    def test_the_remaining_kernels_learn_meanwhile(self, net, data, masks):
+        before = net[0].weight.detach().clone()
+        run(net, data, PARAMS.replace(fade_epochs=2, epochs=1), masks)
+        assert (net[0].weight[masks["0"]] != before[masks["0"]]).any(-1).any(-1).all()
+
+
+class TestDistillation:
+    def test_the_loss_by_hand(self):
+        logits = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+        soft = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        labels = torch.tensor([0, 0])
+        params = PARAMS.replace(distill=0.7)
+        found = tuning._loss(logits, labels, params, lambda images: soft, None)
+        sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+        hard = (-math.log(sigmoid(2)) - math.log(sigmoid(-4))) / 2
+        # at temperature 4 the odds are of logits' differences over 4
+        kl = 0.0
+        for own, other in ((0.5, 1.0), (-1.0, 0.0)):
+            for p, q in ((sigmoid(other), sigmoid(own)), (sigmoid(-other), sigmoid(-own))):
+                kl += p * math.log(p / q) / 2
+        assert found.item() == pytest.approx(0.3 * hard + 0.7 * 16 * kl)
+
+    def test_no_teacher_is_plain_cross_entropy(self):
+        logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+        found = tuning._loss(logits, labels, PARAMS.replace(distill=0.7), None, None)
+        assert found.item() == pytest.approx(-math.log(1 / (1 + math.exp(-2))), rel=1e-6)
+
+    def test_runs_and_leaves_the_teacher_as_it_was(self, make_net, data, masks):
+        net, teacher = make_net(), make_net().eval()
+        before = copy.deepcopy(teacher.state_dict())
+        run(net, data, PARAMS.replace(distill=0.9, epochs=1), masks, teacher=teacher)
+        assert equal(teacher.state_dict(), before)
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+        plain = make_net()
+        run(plain, data, PARAMS.replace(epochs=1), masks)
+        assert not torch.equal(plain[0].weight, net[0].weight)
+
+
+class TestMachine:
+    def test_cuda_that_is_not_there_is_one_line(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="device: 'cuda' but torch sees no CUDA"):
+            tuning.device_of(PARAMS.replace(device="cuda"))
+        assert tuning.device_of(PARAMS.replace(device="auto")) == "cpu"
+
+    def test_what_is_asked_for_is_what_is_computed(self, net):
+        x = torch.randn(2, 3, 8, 8)
+        seen = []
+        net[0].register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+        for precision in ("fp32", "bf16"):
+            params = dataclasses.replace(PARAMS, precision=precision)
+            assert tuning.precision_of(params, "cpu") == precision
+            assert tuning.forward_of(net, params, "cpu", 0)(x).dtype == torch.float32
+        assert seen == [torch.float32, torch.bfloat16]
+
+    def test_auto_compiles_long_runs_only(self, net, monkeypatch):
+        compiled = []
+        monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(1) or model)
+        monkeypatch.setattr(tuning.shutil, "which", lambda name: "/bin/" + name)
+        for wanted, images in (("auto", 1000), ("auto", 10**6), ("off", 10**6), ("on", 1)):
+            tuning.forward_of(nn.Identity(), PARAMS.replace(compile=wanted), "cpu", images)
+            compiled.append(wanted)
+        assert compiled == ["auto", 1, "auto", "off", 1, "on"]
