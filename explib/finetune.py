@@ -158,7 +158,7 @@ def train(
             initial=first * steps,
             desc=label or "training",
             unit="batch",
-            mininterval=2,
+            mininterval=2 if sys.stdout.isatty() else 30,  # a log wants lines, not a movie
             file=sys.stdout,
             dynamic_ncols=True,
         ) as bar,

@@ -211,7 +211,7 @@ class TestCifar10:
             raise urllib.error.URLError("Name or service not known")
 
         monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
-        with pytest.raises(DataError, match="could not be downloaded .*EXPLIB_DATA") as caught:
+        with pytest.raises(DataError, match=r"could not be downloaded .*EXPLIB_DATA") as caught:
             load_data(self.params(tmp_path / "none"))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 

@@ -125,7 +125,9 @@ def wrong_values():
     yield "normalization", "imagenet"
 
 
-@pytest.mark.parametrize(("field", "value"), list(wrong_values()), ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(
+    ("field", "value"), list(wrong_values()), ids=lambda value: str(value)[:24]
+)
 def test_a_wrong_value_is_an_error_that_names_the_field(field, value):
     with pytest.raises(ParamError, match=rf"^{field}: ") as caught:
         Params(**{field: value})
@@ -197,7 +199,7 @@ class TestYaml:
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
 
     def test_a_file_that_is_not_there(self, tmp_path):
-        with pytest.raises(ParamError, match="nowhere.yaml"):
+        with pytest.raises(ParamError, match=r"nowhere\.yaml"):
             from_yaml(tmp_path / "nowhere.yaml")
         with pytest.raises(ParamError, match="cannot be read"):
             from_yaml(tmp_path)

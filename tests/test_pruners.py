@@ -257,14 +257,14 @@ class TestErrors:
     def test_weights_that_are_not_finite_are_named(self, net, way):
         with torch.no_grad():
             net[6].weight[0, 0] = float("nan")
-        with pytest.raises(ValueError, match="^6: weights hold NaN"):
+        with pytest.raises(ValueError, match=r"^6: weights hold NaN"):
             prune(net, {"6": 0.5}, way, image_size=8)
 
     @pytest.mark.parametrize("way", ["A", "bn"])
     def test_scales_that_are_not_finite_are_named(self, net, way):
         with torch.no_grad():
             net[1].weight[0] = float("inf")
-        with pytest.raises(ValueError, match="^0: BatchNorm scales hold NaN"):
+        with pytest.raises(ValueError, match=r"^0: BatchNorm scales hold NaN"):
             prune(net, {"0": 0.5}, way, image_size=8)
 
     def test_an_unknown_way_lists_the_known(self):
@@ -273,7 +273,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("rate", [1, 1.0, 1.2, -0.1, float("nan")])
     def test_a_rate_out_of_range(self, net, rate):
-        with pytest.raises(ParamError, match="rate: .* for 0; give 0 to below 1"):
+        with pytest.raises(ParamError, match=r"rate: .* for 0; give 0 to below 1"):
             prune(net, rate, image_size=8)
 
     def test_a_rate_for_what_is_no_prunable_conv(self, net):

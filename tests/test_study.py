@@ -1,0 +1,364 @@
+"""Whole runs on the embedded digits: checkpoints, records, interruption, and what is refused.
+
+`resnet_56` stands for a ResNet of 8 layers here, but for the tests of the public checkpoint.
+"""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from explib import finetune as tuning
+from explib import masks as masking
+from explib import models, records, study
+from explib.data import load_data
+from explib.files import ROOT, load_tensors, save_tensors
+from explib.params import ParamError, Params, from_yaml
+
+PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
+KEYS = {
+    *("schema", "kind", "status", "params", "hardware", "provenance", "accuracy", "layers"),
+    *("macs", "weights", "sparsity", "nominal_sparsity", "wall_s", "images_per_s", "history"),
+}
+TIMED = {"seconds", "images_per_s", "wall_s"}
+NAMES = ["conv1", *(f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2))]
+
+
+@pytest.fixture
+def params(tmp_path, resnet_8):
+    return Params(
+        results_dir=str(tmp_path / "results"),
+        epochs=2,
+        batch_size=32,
+        limit_train=64,
+        limit_test=40,
+        bn_images=32,
+        device="cpu",
+        precision="fp32",
+        compile="off",
+        threads=1,
+    )
+
+
+@pytest.fixture
+def trained(params):
+    """The same, with the dense network's checkpoint in its place."""
+    study.baseline(params.replace(epochs=1))
+    return params
+
+
+def as_json(found):
+    return json.loads(json.dumps(found))
+
+
+def untimed(found):
+    history = [{k: v for k, v in entry.items() if k not in TIMED} for entry in found["history"]]
+    dropped = TIMED | {"history", "params", "provenance"}
+    return {k: v for k, v in found.items() if k not in dropped} | {"history": history}
+
+
+def weights_of(params):
+    return masking.load_compact(study.resolve(params.job_dir) / "model.safetensors")[0]
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def interrupt(monkeypatch, after):
+    """Makes the run stop, as by Ctrl-C, after so many saved states."""
+    original, saved = study._save_state, []
+
+    def save_then_stop(*args, **kwargs):
+        original(*args, **kwargs)
+        saved.append(1)
+        if len(saved) == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_save_state", save_then_stop)
+
+
+class TestBaseline:
+    def test_leaves_a_record_and_a_checkpoint_that_load_dense_reads(self, params):
+        found = study.baseline(params)
+        assert set(found) == KEYS and found["kind"] == "baseline"
+        assert found["sparsity"] == 0 and found["macs"]["left"] == found["macs"]["dense"]
+        assert [entry["epoch"] for entry in found["history"]] == [1, 2]
+        assert found["accuracy"]["last"] == found["history"][-1]["top1"]
+        assert records.read_all(params.results_dir, "digits") == [as_json(found)]
+        dense = study.load_dense(params)
+        data = load_data(params)
+        assert tuning.evaluate(dense.model, data, data.test) == found["accuracy"]["last"]
+        assert dense.checkpoint == "resnet_56.safetensors" and len(dense.sha256) == 64
+
+    def test_with_resume_evaluates_that_checkpoint(self, trained, tmp_path):
+        own = study.dense_path(trained)
+        moved = own.rename(tmp_path / "moved.safetensors")
+        found = study.baseline(trained.replace(resume=str(moved)))
+        data = load_data(trained)
+        model = study.load_dense(trained.replace(resume=str(moved))).model
+        assert found["accuracy"]["last"] == tuning.evaluate(model, data, data.test)
+        assert found["history"] == [] and not own.exists()
+        assert found["provenance"]["checkpoint"] == "moved.safetensors"
+
+    def test_is_the_same_for_the_same_seed(self, params, tmp_path):
+        other = params.replace(results_dir=str(tmp_path / "other"))
+        assert untimed(study.baseline(params)) == untimed(study.baseline(other))
+        one, two = (study.load_dense(p).model.state_dict() for p in (params, other))
+        assert equal(one, two)
+
+
+class TestFinetune:
+    def test_record_files_and_masks_say_the_same(self, trained):
+        found = study.finetune(trained)
+        assert set(found) == KEYS and found["kind"] == "finetune"
+        folder = study.resolve(trained.job_dir)
+        assert json.loads((folder / "record.json").read_text()) == as_json(found)
+        assert as_json(found) in records.read_all(trained.results_dir, "digits")
+        masks, _ = masking.load(folder / "masks.safetensors")
+        state, same, meta = masking.load_compact(folder / "model.safetensors")
+        assert equal(masks, same) and list(masks) == NAMES
+        assert found["sparsity"] == pytest.approx(masking.sparsity(masks)) and meta["num_classes"]
+        model = models.build("resnet_56", 10)
+        model.load_state_dict(state)
+        assert masking.held(model, masks)
+        left = {row["name"]: row["pruned"] for row in found["layers"]}
+        assert left == {name: int((~mask).sum()) for name, mask in masks.items()}
+        data = load_data(trained)
+        # the file is of half precision: one of 40 images may go the other way
+        top1 = tuning.evaluate(model, data, data.test)
+        assert abs(top1 - found["accuracy"]["last"]) <= 100 / 40
+        curve = [entry["top1"] for entry in found["history"]]
+        assert found["accuracy"]["best"] == max(curve) and found["accuracy"]["last"] == curve[-1]
+        assert found["accuracy"]["best_epoch"] == curve.index(max(curve)) + 1
+
+    def test_a_finished_run_is_not_computed_again(self, trained, monkeypatch):
+        found = as_json(study.finetune(trained))
+        monkeypatch.setattr(study, "_train", None)
+        assert study.finetune(trained) == found
+        for path in (study.resolve(trained.results_dir) / "records/digits").glob("finetune*"):
+            path.unlink()
+        study.finetune(trained)
+        assert found in records.read_all(trained.results_dir, "digits")
+
+    @pytest.mark.parametrize(
+        ("changes", "after"),
+        [
+            ({}, 1),
+            ({}, 2),
+            ({"fade_epochs": 1}, 1),
+            ({"schedule": "layerwise", "start_cov": 5}, 1),
+            ({"schedule": "layerwise", "start_cov": 5}, 2),
+            ({"schedule": "layerwise", "start_cov": 5, "survivors": "l1"}, 3),
+        ],
+    )
+    def test_an_interrupted_run_goes_on_bit_for_bit(
+        self, trained, tmp_path, monkeypatch, changes, after
+    ):
+        whole = trained.replace(**changes)
+        broken = whole.replace(job_dir=str(tmp_path / "broken"))
+        found = study.finetune(whole)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, after)
+            study.finetune(broken)
+        assert not (tmp_path / "broken/record.json").exists()
+        again = study.finetune(broken)
+        assert untimed(again) == untimed(found)
+        assert equal(weights_of(broken), weights_of(whole))
+        assert broken.digest == whole.digest
+
+    def test_another_seed_prunes_other_kernels(self, trained):
+        one, two = (study.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))
+        paths = (study.resolve(f["params"]["job_dir"]) / "masks.safetensors" for f in (one, two))
+        first, second = (masking.load(path)[0] for path in paths)
+        assert not equal(first, second)
+
+    @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn"])
+    def test_every_way_runs(self, trained, way):
+        params = trained.replace(pruning_way=way, name=f"way-{way}", epochs=1, strict_rate=True)
+        found = study.finetune(params)
+        assert found["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+    def test_layerwise_trains_once_per_conv_and_prunes_them_all(self, trained):
+        found = study.finetune(trained.replace(schedule="layerwise", start_cov=5, epochs=1))
+        assert [entry["stage"] for entry in found["history"]] == [0, 1]
+        pruned = {row["name"] for row in found["layers"] if row["pruned"]}
+        assert pruned == set(NAMES[5:])
+        masks, _ = masking.load(study.resolve(found["params"]["job_dir"]) / "masks.safetensors")
+        assert list(masks) == NAMES[5:]
+
+    def test_start_cov_beyond_the_last_conv(self, trained):
+        with pytest.raises(ParamError, match="start_cov: 7 of 7 convs"):
+            study.finetune(trained.replace(start_cov=7))
+
+    def test_a_wrong_number_of_rates_names_both(self, trained):
+        with pytest.raises(ParamError, match="compress_rate: 6 rates for 7 convs of resnet_56"):
+            study.finetune(trained.replace(compress_rate="[0.5]*6"))
+
+    def test_a_run_that_diverges_leaves_a_record_that_says_so(self, trained):
+        params = trained.replace(lr=100.0, epochs=30, weight_decay=1.0, distill=0.0)
+        with pytest.raises(tuning.Diverged, match="use a smaller lr"):
+            study.finetune(params)
+        found = {r["status"]: r for r in records.read_all(trained.results_dir, "digits")}
+        assert set(found) == {"done", "diverged"} and len(found["diverged"]["history"]) < 30
+        assert not (study.resolve(params.job_dir) / "record.json").exists()
+
+
+class TestJobDir:
+    def test_of_another_run_is_refused_and_left_alone(self, trained, tmp_path):
+        folder = tmp_path / "job"
+        study.finetune(trained.replace(job_dir=str(folder), epochs=1))
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ParamError, match=r"^job_dir: .* holds a run with lr 0.04, .* 0.01"):
+            study.finetune(trained.replace(job_dir=str(folder), epochs=1, lr=0.01))
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_of_another_unfinished_run_is_refused(self, trained, tmp_path, monkeypatch):
+        broken = trained.replace(job_dir=str(tmp_path / "job"))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            study.finetune(broken)
+        before = {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()}
+        with pytest.raises(ParamError, match=r"holds a run with survivors 'random', .* 'l1'"):
+            study.finetune(broken.replace(survivors="l1"))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()} == before
+
+    def test_of_a_baseline_is_not_a_fine_tunings(self, params, tmp_path):
+        params = params.replace(name="x", distill=0.0, job_dir=str(tmp_path / "job"))
+        study.baseline(params)
+        with pytest.raises(ParamError, match=r"^job_dir: .* holds a baseline"):
+            study.finetune(params)
+
+    def test_that_cannot_be_written_is_one_line(self, trained, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="cannot write") as caught:
+            study.finetune(trained.replace(job_dir=str(tmp_path / "file/x")))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["record.json", "state.safetensors"])
+    def test_a_damaged_file_in_it_is_one_line_that_names_it(self, trained, tmp_path, name):
+        (tmp_path / "job").mkdir()
+        (tmp_path / "job" / name).write_bytes(b'{"schema"')
+        with pytest.raises(ValueError, match=name) as caught:
+            study.finetune(trained.replace(job_dir=str(tmp_path / "job")))
+        assert "\n" not in str(caught.value)
+
+
+class Code:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestCheckpoints:
+    def test_a_missing_one_says_what_to_run(self, params):
+        with pytest.raises(FileNotFoundError, match=r"run notebooks/00_baseline\.ipynb") as caught:
+            study.finetune(params)
+        assert "'digits'" in str(caught.value) and "'resnet_56'" in str(caught.value)
+
+    def refused(self, params, path, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            study.load_dense(params.replace(resume=str(path)))
+        assert "\n" not in str(caught.value) and path.name in str(caught.value)
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "th"])
+    @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+    def test_a_truncated_one(self, trained, tmp_path, suffix, share):
+        path = tmp_path / f"a.{suffix}"
+        if suffix == "th":
+            torch.save(study.load_dense(trained).model.state_dict(), path)
+        else:
+            path.write_bytes(study.dense_path(trained).read_bytes())
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        self.refused(trained, path, "not a readable safetensors|no readable checkpoint")
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_one_of_torch(self, trained, tmp_path, nested):
+        state = study.load_dense(trained).model.state_dict()
+        torch.save({"state_dict": state} if nested else state, tmp_path / "a.th")
+        found = study.load_dense(trained.replace(resume=str(tmp_path / "a.th")))
+        assert equal(found.model.state_dict(), state)
+
+    def test_with_code_in_it_and_no_code_is_run(self, trained, tmp_path):
+        bad = Code()
+        bad.path = str(tmp_path / "was-run")
+        path = tmp_path / "a.th"
+        torch.save({"state_dict": bad}, path)
+        self.refused(trained, path, "no readable checkpoint")
+        path.write_bytes(pickle.dumps({"state_dict": bad}, protocol=2))
+        self.refused(trained, path, "no readable checkpoint")
+        assert not os.path.exists(bad.path)
+
+    def test_that_is_no_state_dict(self, trained, tmp_path):
+        torch.save([torch.ones(1)], tmp_path / "a.th")
+        self.refused(trained, tmp_path / "a.th", "holds a list, not a state dict")
+
+    def test_of_another_arch(self, trained, tmp_path):
+        path = tmp_path / "a.th"
+        torch.save(models.build("vgg_16_bn").state_dict(), path)
+        self.refused(trained, path, "does not fit the network: lacks conv1.weight")
+        tensors, meta = load_tensors(study.dense_path(trained))
+        path = save_tensors(tmp_path / "b.safetensors", tensors, {**meta, "arch": "vgg_16_bn"})
+        self.refused(trained, path, "is a vgg_16_bn, not a resnet_56")
+
+    def test_with_nan(self, trained, tmp_path):
+        tensors, meta = load_tensors(study.dense_path(trained))
+        tensors["conv1.weight"][0, 0] = float("nan")
+        path = save_tensors(tmp_path / "a.safetensors", tensors, meta)
+        self.refused(trained, path, "conv1.weight has NaN")
+
+    def test_safetensors_of_others(self, trained, tmp_path):
+        path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
+        self.refused(trained, path, "no compact network")
+
+    def test_trained_with_another_normalization(self, params):
+        changed = params.replace(dataset="cifar10", normalization="cifar10", resume=str(PUBLIC))
+        with pytest.raises(ParamError, match=r"^normalization: 'cifar10', but .* with 'imagenet'"):
+            study.load_dense(changed)
+
+
+class TestResumeMask:
+    def test_masks_of_a_file_are_used_as_they_are(self, trained):
+        first = study.finetune(trained.replace(epochs=1, mask_seed=7))
+        path = study.resolve(first["params"]["job_dir"]) / "masks.safetensors"
+        again = trained.replace(epochs=1, resume_mask=str(path))
+        study.finetune(again)
+        assert equal(
+            masking.load(study.resolve(again.job_dir) / "masks.safetensors")[0],
+            masking.load(path)[0],
+        )
+
+    @pytest.mark.parametrize(
+        ("masks", "message"),
+        [
+            ({"features.conv0": (64, 3)}, "'features.conv0' is no conv of this network"),
+            ({"conv1": (64, 3)}, r"conv1 has a torch.bool mask \(64, 3\); give bool \(16, 3\)"),
+            ({"conv1": (16, 3)}, "lacks a mask of layer1.0.conv1"),
+        ],
+    )
+    def test_masks_that_do_not_fit_are_refused(self, trained, tmp_path, masks, message):
+        given = {name: torch.ones(shape, dtype=torch.bool) for name, shape in masks.items()}
+        path = masking.save(tmp_path / "m.safetensors", given)
+        with pytest.raises(ValueError, match=rf"^resume_mask: .*m\.safetensors.*{message}"):
+            study.finetune(trained.replace(resume_mask=str(path)))
+
+    def test_a_file_that_is_not_there(self, trained, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
+            study.finetune(trained.replace(resume_mask=str(tmp_path / "nothing.safetensors")))
+
+
+class TestPublicCheckpoint:
+    def test_evaluates_to_93_39(self, public, cifar10_root):
+        params = Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
+        data = load_data(params)
+        model = public.model.to(memory_format=torch.channels_last)
+        assert tuning.evaluate(model, data, data.test) == 93.39
+
+    def test_is_what_the_configurations_start_from(self):
+        params = from_yaml("params/cifar10/resnet_56-B-53.yaml")
+        assert study.dense_path(params) == PUBLIC
+        assert len(study.load_dense(params).rates) == 55

@@ -1,0 +1,169 @@
+"""Tables from records whose every number is written down here."""
+
+import json
+
+import pytest
+
+from explib import records, tables
+from explib.files import ROOT
+from explib.params import Params
+
+RATES = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
+
+
+def record(results_dir, last=92.0, status="done", kind="finetune", sparsity=0.5, **fields):
+    """Write a made-up record of ResNet-56's 53.5 % row; returns its path."""
+    fields = {"dataset": "cifar10", "compress_rate": RATES, "name": "made-up"} | fields
+    params = Params(results_dir=str(results_dir), **fields)
+    entry = {
+        "schema": 1,
+        "kind": kind,
+        "status": status,
+        "params": params.asdict(),
+        "hardware": {"device": "cpu", "name": "abacus", "threads": 1},
+        "macs": {"dense": 125_485_696, "left": 62_742_848, "published_m": 58.272},
+        "weights": {"dense": 853_018, "left": 400_000},
+        "accuracy": {
+            "dense": 93.0, "before": 40.0, "last": last, "best": last + 0.5, "best_epoch": 1
+        },
+        "sparsity": sparsity,
+        "nominal_sparsity": 0.5,
+        "layers": [
+            {"name": "conv1", "kernels": 48, "nominal": 24, "pruned": 20,
+             "macs_dense": 442_368, "macs": 258_048},
+        ],
+        "history": [{"epoch": 1, "stage": 0, "top1": last}],
+        "wall_s": 1.0,
+        "images_per_s": 100.0,
+    }  # fmt: skip
+    return records.write(entry, results_dir)
+
+
+def row(results_dir, way="B", table="as_published"):
+    made = tables.make(results_dir, "cifar10")[table]
+    chosen = made[(made["network"] == "ResNet-56") & (made["published cut %"] == "53.5")]
+    return chosen[chosen["way"] == way].iloc[0]
+
+
+def test_one_record_fills_its_row_and_no_other(tmp_path):
+    record(tmp_path)
+    got = row(tmp_path)
+    assert got["true cut %"] == "50.00"
+    # 1 - 58.272 / 125.485696
+    assert got["cut by its convention %"] == "53.56"
+    assert (got["published top-1"], got["last epoch"]) == ("93.82", "92.00 (n=1)")
+    assert (got["best epoch"], got["before fine-tuning"]) == ("92.50", "40.00")
+    assert (got["change"], got["epochs"], got["weights M"]) == ("-1.00", "10", "0.400")
+    assert (got["kernels pruned %"], got["hardware"]) == ("50.00", "abacus")
+    made = tables.make(tmp_path, "cifar10")
+    assert (made["as_published"]["last epoch"] == tables.NOT_MEASURED).sum() == 11
+    assert (made["ours"]["last epoch"] == tables.NOT_MEASURED).all()
+
+
+def test_seeds_are_averaged_with_their_spread(tmp_path):
+    for seed, last in enumerate((92.0, 92.3, 92.9)):
+        record(tmp_path, last, seed=seed)
+    # mean 92.4, deviations -0.4 -0.1 0.5: sqrt((0.16 + 0.01 + 0.25) / 2) = 0.458
+    assert row(tmp_path)["last epoch"] == "92.40 ± 0.46 (n=3)"
+
+
+def test_most_epochs_win_then_most_seeds(tmp_path):
+    record(tmp_path, 95.0, seed=0, lr=0.1)
+    record(tmp_path, 95.0, seed=1, lr=0.1)
+    record(tmp_path, 91.0, lr=0.2)
+    assert row(tmp_path)["last epoch"].endswith("(n=2)")
+    record(tmp_path, 90.0, epochs=11)
+    assert row(tmp_path)["last epoch"] == "90.00 (n=1)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "diverged"},
+        {"limit_train": 100},
+        {"limit_test": 100},
+        {"validation": 100},
+        {"groups": 5},
+        {"keep_floor": 0.0},
+        {"strict_rate": True},
+        {"start_cov": 3},
+        {"kind": "baseline"},
+        {"compress_rate": "[0.5]"},
+    ],
+    ids=str,
+)
+def test_what_is_no_result_of_the_row_never_shows_as_one(tmp_path, fields):
+    record(tmp_path, **fields)
+    assert row(tmp_path)["last epoch"] == tables.NOT_MEASURED
+
+
+def test_falling_short_of_the_rate_shows(tmp_path):
+    record(tmp_path, sparsity=0.4567, pruning_way="A")
+    assert row(tmp_path, "A")["kernels pruned %"] == "45.67 of 50.00"
+
+
+def test_deleting_a_record_removes_its_row_and_nothing_else(tmp_path):
+    path = record(tmp_path, pruning_way="A")
+    record(tmp_path, 91.5)
+    record(tmp_path, 92.5, survivors="l1")
+    before = tables.make(tmp_path, "cifar10")
+    path.unlink()
+    after = tables.make(tmp_path, "cifar10")
+    assert row(tmp_path, "A")["last epoch"] == tables.NOT_MEASURED
+    assert row(tmp_path)["last epoch"] == "91.50 (n=1)"
+    assert after["ours"].equals(before["ours"]) and after["flops"].equals(before["flops"])
+
+
+def test_criteria_stand_side_by_side_once_there_are_some(tmp_path):
+    record(tmp_path)
+    assert "criteria" not in tables.make(tmp_path, "cifar10")
+    record(tmp_path, 90.0, pruning_way="random")
+    made = tables.make(tmp_path, "cifar10")["criteria"]
+    assert made[["criterion", "last epoch"]].values.tolist() == [
+        ["B", "92.00 (n=1)"],
+        ["random", "90.00 (n=1)"],
+    ]
+
+
+def test_a_record_edited_by_hand_is_named(tmp_path):
+    path = record(tmp_path)
+    path.write_text(json.dumps({"schema": 1}))
+    with pytest.raises(ValueError, match=f"{path.name}.*not a record, lacks kind"):
+        tables.make(tmp_path, "cifar10")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        tables.make(tmp_path, "cifar10")
+
+
+def test_files_in_three_forms(tmp_path):
+    record(tmp_path)
+    written = tables.build(tmp_path, "cifar10")
+    assert {path.suffix for path in written} == {".csv", ".md", ".html"}
+    page = next(path for path in written if path.name == "as_published.html").read_text()
+    assert "92.00 (n=1)" in page and "viewport" in page and "prefers" not in page
+    assert page.count("<tr>") == 13 and "http" not in page
+
+
+def test_other_data_has_its_own_rows(tmp_path):
+    record(tmp_path, dataset="digits", compress_rate="[0.5]", limit_train=10)
+    made = tables.make(tmp_path, "digits")
+    assert list(made) == ["as_published"]
+    assert made["as_published"]["last epoch"].tolist() == ["92.00 (n=1)"]
+
+
+def test_a_table_is_put_between_its_marks(tmp_path):
+    record(tmp_path)
+    made = tables.make(tmp_path, "cifar10")
+    text = "a\n<!-- table:ours -->\nold\n<!-- /table:ours -->\nb\n"
+    filled = tables.fill(text, made)
+    assert filled.startswith("a\n<!-- table:ours -->\n| network |") and "old" not in filled
+    assert filled.endswith("|\n<!-- /table:ours -->\nb\n") and tables.fill(filled, made) == filled
+
+
+def test_the_readme_shows_the_tables_of_the_committed_records():
+    readme = (ROOT / "README.md").read_text()
+    assert tables.fill(readme, tables.make()) == readme, "run `make tables`"
+
+
+def test_no_records_make_no_tables(tmp_path):
+    assert tables.make(tmp_path, "digits") == {}
