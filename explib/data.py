@@ -72,8 +72,8 @@ class Data:
             "train_images": len(self.train),
             "test_images": len(self.test),
             "evaluated_on": self.evaluated_on,
-            "mean": self.mean,
-            "std": self.std,
+            "mean": list(self.mean),
+            "std": list(self.std),
         }
 
 

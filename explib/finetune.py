@@ -90,9 +90,9 @@ def reestimate_bn(model: nn.Module, data: Data, images: int, batch_size: int = 2
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over batches
     model.train()
-    size = min(batch_size, images)
-    for start in range(0, images - size + 1, size):
-        model(normalize(data.train.images[start : start + size], data))
+    # batches of nearly equal size, since each counts alike in the average
+    for part in data.train.images[:images].chunk(math.ceil(images / batch_size)):
+        model(normalize(part, data))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -143,7 +143,7 @@ def train(
         lr=params.lr,
         momentum=params.momentum,
         weight_decay=params.weight_decay,
-        nesterov=params.nesterov,
+        nesterov=params.nesterov and params.momentum > 0,
     )
     first = 0
     if resume:
@@ -188,8 +188,8 @@ def train(
                 "seconds": seconds,
                 "images_per_s": speed,
             }
-            kept = {k: optimizer.state[p] for k, p in named.items() if p in optimizer.state}
-            momentum = {k: state["momentum_buffer"] for k, state in kept.items()}
+            buffers = {k: _momentum(optimizer, p) for k, p in named.items()}
+            momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
             yield entry, {"epoch": epoch + 1, "momentum": momentum}
 
 
@@ -208,9 +208,9 @@ def _epoch(model, data, params, masks, optimizer, epoch, forward, teacher, bar):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if now < fade:
-            share = max(0.0, fade - now - 1 / steps) / (fade - now)
-            _shrink(model, masks, optimizer, share)
+        left = (fade - epoch) * steps - step  # steps of fading to go, this one included
+        if left > 0:
+            _shrink(model, masks, optimizer, (left - 1) / left)
         hits = (logits.detach().argmax(1) == labels).sum()
         total += torch.stack([loss.detach() * len(labels), hits])
         count += len(labels)
@@ -250,5 +250,11 @@ def _shrink(model: nn.Module, masks: Masks, optimizer, factor: float) -> None:
     masking.apply(model, masks, factor)
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
-        momentum = optimizer.state[weight]["momentum_buffer"]
-        momentum.mul_(mask.to(weight.device)[:, :, None, None])
+        momentum = _momentum(optimizer, weight)
+        if momentum is not None:
+            momentum.mul_(mask.to(weight.device)[:, :, None, None])
+
+
+def _momentum(optimizer, parameter) -> torch.Tensor | None:
+    """A parameter's momentum; None before its first step, and without momentum."""
+    return optimizer.state.get(parameter, {}).get("momentum_buffer")

@@ -139,6 +139,8 @@ def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict
         raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
     masks = {}
     for name, shape in meta["shapes"].items():
+        if f"{name}.weight.positions" not in tensors or f"{name}.weight" not in tensors:
+            raise ValueError(f"{path}: lacks the kernels or positions of {name}; save it anew")
         mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
         kernels = tensors[f"{name}.weight"]
         if int(mask.sum()) != len(kernels):

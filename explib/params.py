@@ -153,8 +153,14 @@ class Params:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
 
     def replace(self, **changes) -> "Params":
-        """A copy with other values, validated anew; a default job_dir follows them."""
-        derived = {"job_dir": ""} if self.job_dir.endswith(f"-{self.digest}") else {}
+        """A copy with other values, validated anew; what was a default follows them."""
+        derived = {}
+        if self.job_dir.endswith(f"-{self.digest}"):
+            derived["job_dir"] = ""
+        if self.name == f"{self.arch}-{self.pruning_way}":
+            derived["name"] = ""
+        if self.mask_seed == self.seed:
+            derived["mask_seed"] = None
         return dataclasses.replace(self, **{**derived, **changes})
 
     def asdict(self) -> dict:
@@ -167,7 +173,7 @@ def _checked(field: str, value, kind):
     kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
     if value is None and type(None) in kinds:
         return None
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) not in kinds:
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
@@ -195,18 +201,29 @@ def from_mapping(mapping: dict, source: str = "parameters") -> Params:
     return Params(**mapping)
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML without code, in which a key given twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(path: str | Path, **changes) -> Params:
     """Params from a YAML file of params/, with changes on top. ParamError names file and line."""
     path = Path(path)
     try:
-        mapping = yaml.safe_load(path.read_text())
+        mapping = yaml.load(path.read_text(), _NoDuplicates)
     except OSError as error:
         raise ParamError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ParamError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(mapping or {}, dict):
+    mapping = {} if mapping is None else mapping
+    if not isinstance(mapping, dict):
         raise ParamError(f"{path}: holds a {type(mapping).__name__}; give `name: value` lines")
-    return from_mapping({**(mapping or {}), **changes}, source=str(path))
+    return from_mapping({**mapping, **changes}, source=str(path))
 
 
 def from_notebook(namespace: dict) -> Params:

@@ -77,7 +77,7 @@ def read(path: str | Path) -> dict:
     """One record. ValueError names the file and what it lacks."""
     try:
         record = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore or delete it") from None
     needed = ("schema", "kind", "params", "macs", "weights", "accuracy", "history", "hardware")
     missing = [k for k in needed if not isinstance(record, dict) or k not in record]

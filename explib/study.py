@@ -221,6 +221,7 @@ def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     """Device and data, and a folder that can be written: all there before any long work."""
     device = tuning.device_of(params)
     data = load_data(params).to(device)
+    _load_state(resolve(params.job_dir) / "state.safetensors", params)
     write_json(resolve(params.job_dir) / "params.json", params.asdict())
     network.model.to(device, memory_format=torch.channels_last)
     return device, data

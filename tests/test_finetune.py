@@ -252,8 +252,9 @@ class TestFade:
     def test_shrinks_in_a_straight_line_untrained_and_ends_in_zeros(self, net, data, masks):
         before = {name: net.get_submodule(name).weight.detach().clone() for name in masks}
         shares = []
-        for _ in tuning.train(net, data, PARAMS.replace(fade_epochs=2, epochs=4), masks):
+        for _, state in tuning.train(net, data, PARAMS.replace(fade_epochs=2, epochs=4), masks):
             for name, mask in masks.items():
+                assert not state["momentum"][f"{name}.weight"][~mask].any()
                 now = net.get_submodule(name).weight.detach()[~mask]
                 share = (now / before[name][~mask]).mean()
                 torch.testing.assert_close(now, before[name][~mask] * share, atol=1e-6, rtol=1e-4)
