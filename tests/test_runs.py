@@ -12,7 +12,7 @@ import torch
 
 from explib import finetune as tuning
 from explib import masks as masking
-from explib import models, records, study
+from explib import models, records, runs, study
 from explib.data import load_data
 from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import ParamError, Params, from_yaml
@@ -45,7 +45,7 @@ def params(tmp_path, resnet_8):
 @pytest.fixture
 def trained(params):
     """The same, with the dense network's checkpoint in its place."""
-    study.baseline(params.replace(epochs=1))
+    runs.baseline(params.replace(epochs=1))
     return params
 
 
@@ -69,7 +69,7 @@ def equal(one, two):
 
 def interrupt(monkeypatch, after):
     """Makes the run stop, as by Ctrl-C, after so many saved states."""
-    original, saved = study._save_state, []
+    original, saved = runs._save_state, []
 
     def save_then_stop(*args, **kwargs):
         original(*args, **kwargs)
@@ -77,12 +77,12 @@ def interrupt(monkeypatch, after):
         if len(saved) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_save_state", save_then_stop)
+    monkeypatch.setattr(runs, "_save_state", save_then_stop)
 
 
 class TestBaseline:
     def test_leaves_a_record_and_a_checkpoint_that_load_dense_reads(self, params):
-        found = study.baseline(params)
+        found = runs.baseline(params)
         assert set(found) == KEYS and found["kind"] == "baseline"
         assert found["sparsity"] == 0 and found["macs"]["left"] == found["macs"]["dense"]
         assert [entry["epoch"] for entry in found["history"]] == [1, 2]
@@ -96,7 +96,7 @@ class TestBaseline:
     def test_with_resume_evaluates_that_checkpoint(self, trained, tmp_path):
         own = study.dense_path(trained)
         moved = own.rename(tmp_path / "moved.safetensors")
-        found = study.baseline(trained.replace(resume=str(moved)))
+        found = runs.baseline(trained.replace(resume=str(moved)))
         data = load_data(trained)
         model = study.load_dense(trained.replace(resume=str(moved))).model
         assert found["accuracy"]["last"] == tuning.evaluate(model, data, data.test)
@@ -105,14 +105,14 @@ class TestBaseline:
 
     def test_is_the_same_for_the_same_seed(self, params, tmp_path):
         other = params.replace(results_dir=str(tmp_path / "other"))
-        assert untimed(study.baseline(params)) == untimed(study.baseline(other))
+        assert untimed(runs.baseline(params)) == untimed(runs.baseline(other))
         one, two = (study.load_dense(p).model.state_dict() for p in (params, other))
         assert equal(one, two)
 
 
 class TestFinetune:
     def test_record_files_and_masks_say_the_same(self, trained):
-        found = study.finetune(trained)
+        found = runs.finetune(trained)
         assert set(found) == KEYS and found["kind"] == "finetune"
         folder = study.resolve(trained.job_dir)
         assert json.loads((folder / "record.json").read_text()) == as_json(found)
@@ -135,12 +135,12 @@ class TestFinetune:
         assert found["accuracy"]["best_epoch"] == curve.index(max(curve)) + 1
 
     def test_a_finished_run_is_not_computed_again(self, trained, monkeypatch):
-        found = as_json(study.finetune(trained))
-        monkeypatch.setattr(study, "_train", None)
-        assert study.finetune(trained) == found
+        found = as_json(runs.finetune(trained))
+        monkeypatch.setattr(runs, "_train", None)
+        assert runs.finetune(trained) == found
         for path in (study.resolve(trained.results_dir) / "records/digits").glob("finetune*"):
             path.unlink()
-        study.finetune(trained)
+        runs.finetune(trained)
         assert found in records.read_all(trained.results_dir, "digits")
 
     @pytest.mark.parametrize(
@@ -159,18 +159,18 @@ class TestFinetune:
     ):
         whole = trained.replace(**changes)
         broken = whole.replace(job_dir=str(tmp_path / "broken"))
-        found = study.finetune(whole)
+        found = runs.finetune(whole)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, after)
-            study.finetune(broken)
+            runs.finetune(broken)
         assert not (tmp_path / "broken/record.json").exists()
-        again = study.finetune(broken)
+        again = runs.finetune(broken)
         assert untimed(again) == untimed(found)
         assert equal(weights_of(broken), weights_of(whole))
         assert broken.digest == whole.digest
 
     def test_another_seed_prunes_other_kernels(self, trained):
-        one, two = (study.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))
+        one, two = (runs.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))
         paths = (study.resolve(f["params"]["job_dir"]) / "masks.safetensors" for f in (one, two))
         first, second = (masking.load(path)[0] for path in paths)
         assert not equal(first, second)
@@ -178,11 +178,11 @@ class TestFinetune:
     @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn"])
     def test_every_way_runs(self, trained, way):
         params = trained.replace(pruning_way=way, name=f"way-{way}", epochs=1, strict_rate=True)
-        found = study.finetune(params)
+        found = runs.finetune(params)
         assert found["sparsity"] == pytest.approx(0.5, abs=0.01)
 
     def test_layerwise_trains_once_per_conv_and_prunes_them_all(self, trained):
-        found = study.finetune(trained.replace(schedule="layerwise", start_cov=5, epochs=1))
+        found = runs.finetune(trained.replace(schedule="layerwise", start_cov=5, epochs=1))
         assert [entry["stage"] for entry in found["history"]] == [0, 1]
         pruned = {row["name"] for row in found["layers"] if row["pruned"]}
         assert pruned == set(NAMES[5:])
@@ -191,16 +191,16 @@ class TestFinetune:
 
     def test_start_cov_beyond_the_last_conv(self, trained):
         with pytest.raises(ParamError, match="start_cov: 7 of 7 convs"):
-            study.finetune(trained.replace(start_cov=7))
+            runs.finetune(trained.replace(start_cov=7))
 
     def test_a_wrong_number_of_rates_names_both(self, trained):
         with pytest.raises(ParamError, match="compress_rate: 6 rates for 7 convs of resnet_56"):
-            study.finetune(trained.replace(compress_rate="[0.5]*6"))
+            runs.finetune(trained.replace(compress_rate="[0.5]*6"))
 
     def test_a_run_that_diverges_leaves_a_record_that_says_so(self, trained):
         params = trained.replace(lr=100.0, epochs=30, weight_decay=1.0, distill=0.0)
         with pytest.raises(tuning.Diverged, match="use a smaller lr"):
-            study.finetune(params)
+            runs.finetune(params)
         found = {r["status"]: r for r in records.read_all(trained.results_dir, "digits")}
         assert set(found) == {"done", "diverged"} and len(found["diverged"]["history"]) < 30
         assert not (study.resolve(params.job_dir) / "record.json").exists()
@@ -209,32 +209,32 @@ class TestFinetune:
 class TestJobDir:
     def test_of_another_run_is_refused_and_left_alone(self, trained, tmp_path):
         folder = tmp_path / "job"
-        study.finetune(trained.replace(job_dir=str(folder), epochs=1))
+        runs.finetune(trained.replace(job_dir=str(folder), epochs=1))
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(ParamError, match=r"^job_dir: .* holds a run with lr 0.04, .* 0.01"):
-            study.finetune(trained.replace(job_dir=str(folder), epochs=1, lr=0.01))
+            runs.finetune(trained.replace(job_dir=str(folder), epochs=1, lr=0.01))
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def test_of_another_unfinished_run_is_refused(self, trained, tmp_path, monkeypatch):
         broken = trained.replace(job_dir=str(tmp_path / "job"))
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, 1)
-            study.finetune(broken)
+            runs.finetune(broken)
         before = {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()}
         with pytest.raises(ParamError, match=r"holds a run with survivors 'random', .* 'l1'"):
-            study.finetune(broken.replace(survivors="l1"))
+            runs.finetune(broken.replace(survivors="l1"))
         assert {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()} == before
 
     def test_of_a_baseline_is_not_a_fine_tunings(self, params, tmp_path):
         params = params.replace(name="x", distill=0.0, job_dir=str(tmp_path / "job"))
-        study.baseline(params)
+        runs.baseline(params)
         with pytest.raises(ParamError, match=r"^job_dir: .* holds a baseline"):
-            study.finetune(params)
+            runs.finetune(params)
 
     def test_that_cannot_be_written_is_one_line(self, trained, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(OSError, match="cannot write") as caught:
-            study.finetune(trained.replace(job_dir=str(tmp_path / "file/x")))
+            runs.finetune(trained.replace(job_dir=str(tmp_path / "file/x")))
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("name", ["record.json", "state.safetensors"])
@@ -242,7 +242,7 @@ class TestJobDir:
         (tmp_path / "job").mkdir()
         (tmp_path / "job" / name).write_bytes(b'{"schema"')
         with pytest.raises(ValueError, match=name) as caught:
-            study.finetune(trained.replace(job_dir=str(tmp_path / "job")))
+            runs.finetune(trained.replace(job_dir=str(tmp_path / "job")))
         assert "\n" not in str(caught.value)
 
 
@@ -256,7 +256,7 @@ class Code:
 class TestCheckpoints:
     def test_a_missing_one_says_what_to_run(self, params):
         with pytest.raises(FileNotFoundError, match=r"run notebooks/00_baseline\.ipynb") as caught:
-            study.finetune(params)
+            runs.finetune(params)
         assert "'digits'" in str(caught.value) and "'resnet_56'" in str(caught.value)
 
     def refused(self, params, path, message):
@@ -323,10 +323,10 @@ class TestCheckpoints:
 
 class TestResumeMask:
     def test_masks_of_a_file_are_used_as_they_are(self, trained):
-        first = study.finetune(trained.replace(epochs=1, mask_seed=7))
+        first = runs.finetune(trained.replace(epochs=1, mask_seed=7))
         path = study.resolve(first["params"]["job_dir"]) / "masks.safetensors"
         again = trained.replace(epochs=1, resume_mask=str(path))
-        study.finetune(again)
+        runs.finetune(again)
         assert equal(
             masking.load(study.resolve(again.job_dir) / "masks.safetensors")[0],
             masking.load(path)[0],
@@ -344,11 +344,11 @@ class TestResumeMask:
         given = {name: torch.ones(shape, dtype=torch.bool) for name, shape in masks.items()}
         path = masking.save(tmp_path / "m.safetensors", given)
         with pytest.raises(ValueError, match=rf"^resume_mask: .*m\.safetensors.*{message}"):
-            study.finetune(trained.replace(resume_mask=str(path)))
+            runs.finetune(trained.replace(resume_mask=str(path)))
 
     def test_a_file_that_is_not_there(self, trained, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
-            study.finetune(trained.replace(resume_mask=str(tmp_path / "nothing.safetensors")))
+            runs.finetune(trained.replace(resume_mask=str(tmp_path / "nothing.safetensors")))
 
 
 class TestPublicCheckpoint:

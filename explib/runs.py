@@ -1,0 +1,236 @@
+"""Whole runs, parameters in, a record and its files out; interrupted ones go on."""
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from explib import finetune as tuning
+from explib import masks as masking
+from explib import records
+from explib.data import Data, load_data
+from explib.files import load_tensors, resolve, save_tensors, write_json
+from explib.masks import Masks
+from explib.params import PLACES, ParamError, Params
+from explib.study import Dense, choose_masks, counts, dense_path, fresh, load_dense, save_masks
+
+
+def baseline(params: Params) -> dict:
+    """The dense network: trained from scratch, or with `resume` loaded and evaluated.
+
+    Leaves the checkpoint where `load_dense` looks for it, and returns the record.
+    """
+    unnamed = params.name == f"{params.arch}-{params.pruning_way}"
+    name = f"{params.arch}-baseline" if unnamed else params.name
+    params = params.replace(name=name, distill=0.0)  # there is no other network to learn from
+    path = dense_path(params.replace(resume=""))
+    if (done := _finished(params, "baseline")) and (params.resume or path.is_file()):
+        return _publish(params, done)
+    network = load_dense(params) if params.resume else fresh(params)
+    device, data = _begin(params, network)
+    if params.resume:
+        top1 = tuning.evaluate(network.model, data, data.test)
+        run = _Run(top1={"dense": top1, "before": top1})
+    else:
+        run = _train(params, network, data, device, stages=[[]])
+        _save_network(path, params, network, {}, run.history[-1]["top1"], torch.float32)
+    return _publish(params, _record(params, network, data, run, device, "baseline"))
+
+
+def finetune(params: Params) -> dict:
+    """Prune and fine-tune one configuration; returns the record.
+
+    An interrupted run goes on where it was; a finished one is not computed again. Leaves in
+    job_dir: masks.safetensors, model.safetensors (surviving kernels only), record.json. A run
+    whose loss is no longer finite raises Diverged; its record says so, and the last good epoch
+    stays in job_dir.
+    """
+    if done := _finished(params, "finetune"):
+        return _publish(params, done)
+    dense = load_dense(params)
+    device, data = _begin(params, dense)
+    names = [name for name, rate in dense.rates.items() if rate > 0]
+    stages = [[name] for name in names] if params.schedule == "layerwise" else [names]
+    run = _train(params, dense, data, device, stages)
+    save_masks(params, run.masks)
+    path = resolve(params.job_dir) / "model.safetensors"
+    _save_network(path, params, dense, run.masks, run.history[-1]["top1"])
+    return _publish(params, _record(params, dense, data, run, device, "finetune"))
+
+
+@dataclass
+class _Run:
+    """What a run has come to so far."""
+
+    masks: Masks = field(default_factory=dict)
+    top1: dict[str, float] = field(default_factory=dict)  # dense, and before fine-tuning
+    history: list[dict] = field(default_factory=list)
+    wall_s: float = 0.0
+
+
+def _begin(params: Params, network: Dense) -> tuple[str, Data]:
+    """Device and data, and a folder that can be written: all there before any long work."""
+    device = tuning.device_of(params)
+    data = load_data(params).to(device)
+    _load_state(resolve(params.job_dir) / "state.safetensors", params)
+    write_json(resolve(params.job_dir) / "params.json", params.asdict())
+    network.model.to(device, memory_format=torch.channels_last)
+    return device, data
+
+
+def _finished(params: Params, kind: str) -> dict | None:
+    """The record of this very run where it is complete already."""
+    path = resolve(params.job_dir) / "record.json"
+    if not path.is_file():
+        return None
+    record = records.read(path)
+    if record["kind"] != kind:
+        raise ParamError(f"job_dir: {path.parent} holds a {record['kind']}; give another job_dir")
+    _same(params, record["params"], path)
+    return record
+
+
+def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) -> _Run:
+    """Stage by stage: mask the stage's convs, then train; none to mask is the dense baseline.
+
+    Goes on where an earlier call was interrupted.
+    """
+    path = resolve(params.job_dir) / "state.safetensors"
+    state = _load_state(path, params)
+    run = state["run"] if state else _Run()
+    pruning = stages != [[]]
+    images = params.epochs * len(stages) * len(data.train)
+    if pruning and not state:
+        run.top1["dense"] = tuning.evaluate(dense.model, data, data.test)
+    teacher = None
+    if pruning and params.distill:
+        unpruned = copy.deepcopy(dense.model).eval()
+        teacher = tuning.forward_of(unpruned, params, device, images)
+    forward = tuning.forward_of(dense.model, params, device, images)
+    for stage, names in enumerate(stages):
+        resume = None
+        if state and stage < state["stage"]:
+            continue
+        if state and stage == state["stage"]:
+            resume = state
+            dense.model.load_state_dict(state["model"])
+        elif names:
+            run.masks.update(choose_masks(params, dense, names))
+            if not params.fade_epochs:
+                masking.apply(dense.model, run.masks)
+            tuning.reestimate_bn(dense.model, data, params.bn_images)
+            run.top1.setdefault("before", tuning.evaluate(dense.model, data, data.test))
+        label = params.name if len(stages) == 1 else f"{params.name} {stage + 1}/{len(stages)}"
+        began = time.perf_counter() - run.wall_s
+        epochs = tuning.train(
+            dense.model, data, params, run.masks,
+            forward=forward, teacher=teacher, resume=resume, label=label,
+        )  # fmt: skip
+        try:
+            for entry, progress in epochs:
+                run.history.append({**entry, "stage": stage})
+                run.wall_s = time.perf_counter() - began
+                _save_state(path, params, dense, run, stage, progress)
+        except tuning.Diverged:
+            record = _record(
+                params, dense, data, run, device, "finetune" if pruning else "baseline"
+            )
+            records.write(record | {"status": "diverged"}, params.results_dir)
+            raise
+    return run
+
+
+def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str) -> dict:
+    """The record of a run: last epoch first, the best one (by `top1` of the history) beside it."""
+    before = run.top1.get("before")
+    curve = [entry["top1"] for entry in run.history] or [before]
+    best = max(range(len(curve)), key=lambda i: curve[i] or 0)
+    seconds = sum(entry["seconds"] for entry in run.history)
+    images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
+    origin = records.provenance(device)
+    hardware = origin.pop("hardware") | {"precision": tuning.precision_of(params, device)}
+    return {
+        "schema": records.SCHEMA,
+        "kind": kind,
+        "status": "done",
+        "params": params.asdict(),
+        "hardware": hardware,
+        "provenance": {
+            **origin,
+            "data": data.summary(),
+            "checkpoint": dense.checkpoint,
+            "checkpoint_sha256": dense.sha256,
+        },
+        "accuracy": {
+            "dense": run.top1.get("dense", curve[-1]),
+            "before": before,
+            "last": curve[-1],
+            "best": curve[best],
+            "best_epoch": best + 1 if run.history else 0,
+        },
+        **counts(params, dense, run.masks),
+        "wall_s": run.wall_s,
+        "images_per_s": images / seconds if seconds else None,
+        "history": run.history,
+    }
+
+
+def _publish(params: Params, record: dict) -> dict:
+    """The record into job_dir and, under its own name, among the others."""
+    folder = resolve(params.job_dir)
+    write_json(folder / "record.json", record)
+    records.write(record, params.results_dir)
+    (folder / "state.safetensors").unlink(missing_ok=True)
+    return record
+
+
+def _save_network(path, params, dense, masks, top1, dtype=torch.float16) -> None:
+    meta = {
+        "arch": params.arch,
+        "num_classes": 10,
+        "dataset": params.dataset,
+        "normalization": params.normalization,
+        "name": params.name,
+        "top1": top1,
+    }
+    masking.save_compact(path, dense.model, masks, meta, dtype)
+
+
+def _same(params: Params, saved: dict, path: Path) -> None:
+    """ParamError if the files in job_dir are of a run with other parameters."""
+    if Params(**saved).digest != params.digest:
+        own = params.asdict()
+        name = next(k for k in own if k not in PLACES and saved.get(k) != own[k])
+        raise ParamError(
+            f"job_dir: {path.parent} holds a run with {name} {saved.get(name)!r}, this one has "
+            f"{own[name]!r}; give another job_dir, or delete that one to start over"
+        )
+
+
+def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
+    """Everything that continues the run after this epoch, bit for bit."""
+    tensors = {f"model.{k}": v for k, v in dense.model.state_dict().items()}
+    tensors |= {f"momentum.{k}": v for k, v in progress["momentum"].items()}
+    tensors |= {f"masks.{k}": v for k, v in run.masks.items()}
+    meta = {
+        "params": params.asdict(),
+        "stage": stage,
+        "epoch": progress["epoch"],
+        "run": {"top1": run.top1, "history": run.history, "wall_s": run.wall_s},
+    }
+    save_tensors(path, tensors, meta)
+
+
+def _load_state(path: Path, params: Params) -> dict | None:
+    """The state of an interrupted run; None where there is none."""
+    if not path.is_file():
+        return None
+    tensors, state = load_tensors(path)
+    _same(params, state["params"], path)
+    for part in ("model", "momentum", "masks"):
+        own = {k: v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        state[part] = {k.removeprefix(f"{part}."): v for k, v in own.items()}
+    state["run"] = _Run(masks=state["masks"], **state["run"])
+    return state
