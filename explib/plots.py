@@ -208,7 +208,7 @@ def curves(frame: pd.DataFrame) -> Figure:
 @_style
 def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     """Top-1 against the cut of multiply-adds: measured, published and of other methods."""
-    figure, axes = _figure(7, 4.8)
+    figure, axes = _figure(7, 5.6)
     published = tables.published()
     rows = published["rows"][published["rows"]["arch"] == arch]
     for way, marker in (("A", "s"), ("B", "D")):
@@ -241,7 +241,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         shown.add(key)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
-    axes.legend(fontsize=8.5, loc="lower left")
+    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
     axes.margins(x=0.09, y=0.08)
     return figure
 
@@ -325,13 +325,14 @@ def _layer_ticks(axes, names: list[str]) -> None:
 
 
 def _direct_labels(axes, ends: list[tuple]) -> None:
-    """A line's name at its end, names kept apart from each other."""
+    """Each line's name beside the longest one's end, names kept apart from each other."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     gap, last = 0.05 * (high - low), -np.inf
-    for value, x, name, colour in sorted(ends):
+    edge = max(x for _, x, _, _ in ends)
+    for value, _, name, colour in sorted(ends):
         last = max(value, last + gap)
-        axes.annotate(f"{name} {value:.2f}", (x + 0.02 * (right - left), last), color=colour,
+        axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), last), color=colour,
                       fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(low, max(high, last))
 
