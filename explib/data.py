@@ -1,5 +1,6 @@
 """Data sets as uint8 tensors on the device, and batches augmented there: no loader processes."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -182,50 +183,60 @@ def _digest(*tensors: torch.Tensor) -> str:
 
 def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
     """uint8 (N, 3, H, W) to float32 with the data set's mean and std, channels last."""
-    mean = torch.tensor(data.mean, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(data.std, device=images.device).view(1, 3, 1, 1) * 255
+    mean, std = _constants(data.mean, data.std, images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def augment(
-    images: torch.Tensor, data: Data, generator: torch.Generator, pad: int = 4
-) -> torch.Tensor:
-    """Random crop after zero padding and, where it is allowed, random mirroring, per image.
+@functools.cache  # a copy to a GPU in every step would stop it, and a CUDA graph allows none
+def _constants(mean: tuple, std: tuple, device: torch.device) -> list[torch.Tensor]:
+    """Mean and std in units of a pixel's 0 to 255, (1, 3, 1, 1)."""
+    return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std)]
 
-    uint8 (N, 3, H, W) in and out. The padding is black, as in torchvision's RandomCrop.
+
+def augment(
+    images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mirrored: torch.Tensor, pad=4
+) -> torch.Tensor:
+    """Each image zero-padded, cropped to its size at its own place, mirrored where it says so.
+
+    images: uint8 (N, 3, H, W), also the result; rows, columns: int64 (N,), 0 to 2 * pad; mirrored:
+    bool (N,). The padding is black, as in torchvision's RandomCrop.
     """
     count, _, height, width = images.shape
     device = images.device
-    draw = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(device)
-    rows = draw[0][:, None] + torch.arange(height, device=device)
-    columns = draw[1][:, None] + torch.arange(width, device=device)
-    if data.flip:
-        mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    rows = rows[:, None] + torch.arange(height, device=device)
+    columns = columns[:, None] + torch.arange(width, device=device)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
     which = torch.arange(count, device=device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train_batches(
-    data: Data, batch_size: int, seed: int, epoch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch of augmented, normalized batches; order and augmentation from (seed, epoch) alone.
+def epoch_plan(data: Data, batch_size: int, seed: int, epoch: int, pad: int = 4) -> torch.Tensor:
+    """An epoch's order and augmentation, from (seed, epoch) alone: int64 (batches, 4, batch_size).
 
-    So an epoch is the same whether or not the run was interrupted before it. A short last batch is
-    left out (its gradient would be noisier), unless it is the only one.
+    For each image of a batch: its index, the crop's row and column, and whether it is mirrored. So
+    an epoch is the same on every device, and whether or not the run was interrupted before it. A
+    short last batch is left out (its gradient would be noisier), unless it is the only one.
     """
-    order = torch.Generator().manual_seed(seed * 1_000_003 + 2 * epoch)
-    noise = torch.Generator().manual_seed(seed * 1_000_003 + 2 * epoch + 1)
-    train, count = data.train, len(data.train)
-    shuffled = torch.randperm(count, generator=order).to(train.labels.device)
-    for start in range(0, max(count - batch_size + 1, 1), batch_size):
-        chosen = shuffled[start : start + batch_size]
-        yield normalize(augment(train.images[chosen], data, noise), data), train.labels[chosen]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    count, batches = len(data.train), batches_per_epoch(data, batch_size)
+    order = torch.randperm(count, generator=generator)
+    crops = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2 if data.flip else 1, (count,), generator=generator)
+    plan = torch.stack([order, *crops, mirrored])[:, : batches * batch_size]
+    plan = plan.view(4, batches, -1).transpose(0, 1).contiguous()
+    return plan.to(data.train.labels.device)
+
+
+def train_batch(data: Data, plan: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The augmented, normalized images and the labels of one batch of `epoch_plan`, (4, N)."""
+    chosen, rows, columns, mirrored = plan
+    images = augment(data.train.images[chosen], rows, columns, mirrored.bool())
+    return normalize(images, data), data.train.labels[chosen]
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:
-    """How many batches `train_batches` gives."""
+    """How many batches an epoch has."""
     return max(len(data.train) // batch_size, 1)
 
 

@@ -43,23 +43,38 @@ def apply(model: nn.Module, masks: Masks, factor: float = 0.0) -> None:
         weight.copy_(torch.where(pruned, scaled, weight))
 
 
-def hold(model: nn.Module, masks: Masks) -> Callable[[], None]:
+def hold(
+    model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], None]:
     """Zero the pruned kernels and keep them zero in any training loop; returns what undoes it.
 
-    Gradients of pruned kernels become exact zeros as soon as they are there. From weight 0,
-    momentum 0 and gradient 0, no optimizer (weight decay included) makes anything else. Put masks
-    on before the optimizer has momentum, or clear it.
+    Gradients of pruned kernels become exact zeros: before each step of the optimizer where it is
+    given, in one operation for all layers, else as soon as they are there. From weight 0, momentum
+    0 and gradient 0, no optimizer (weight decay included) makes anything else. Put masks on before
+    the optimizer has momentum, or clear it.
     """
     apply(model, masks)
+    weights = [model.get_submodule(name).weight for name in masks]
+    wide = [  # of the weight's own shape and layout, as the fused multiplication on a GPU wants it
+        torch.ones_like(weight, requires_grad=False) * mask.to(weight.device)[:, :, None, None]
+        for weight, mask in zip(weights, masks.values(), strict=True)
+    ]
+
+    def mask_all(*_):
+        pairs = [(w.grad, m) for w, m in zip(weights, wide, strict=True) if w.grad is not None]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
+
+    if optimizer is not None:
+        return optimizer.register_step_pre_hook(mask_all).remove
+
     hooks = []
-    for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
-        wide = mask.to(weight.device, weight.dtype)[:, :, None, None]
+    for weight, mask in zip(weights, wide, strict=True):
 
-        def mask_gradient(parameter, wide=wide):
-            parameter.grad.mul_(wide)
+        def mask_one(parameter, mask=mask):
+            parameter.grad.mul_(mask)
 
-        hooks.append(weight.register_post_accumulate_grad_hook(mask_gradient))
+        hooks.append(weight.register_post_accumulate_grad_hook(mask_one))
 
     def release():
         for hook in hooks:

@@ -19,6 +19,13 @@ settings.load_profile("explib")
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

@@ -93,20 +93,24 @@ def crops(image, flip):
 def test_augment_crops_the_padded_image_and_mirrors_where_allowed(make_data, flip):
     data = make_data(train=400, flip=flip)
     data.train.images[:, 0] += data.train.images[:, 0] == 0  # so that a crop tells its place
-    out = sets.augment(data.train.images, data, torch.Generator().manual_seed(0))
+    plan = sets.epoch_plan(data, 400, 0, 0)[0]
+    order, rows, columns, marks = plan
+    out = sets.augment(data.train.images[order], rows, columns, marks.bool())
     chosen = []
-    for before, after in zip(data.train.images.numpy(), out.numpy(), strict=True):
+    for before, after in zip(data.train.images[order].numpy(), out.numpy(), strict=True):
         chosen.append(dict(crops(before, flip))[np.ascontiguousarray(after).tobytes()])
     tops, lefts, mirrored = zip(*chosen, strict=True)
+    assert [tops, lefts, mirrored] == [tuple(row.tolist()) for row in (rows, columns, marks)]
     assert set(tops) == set(lefts) == set(range(9))
     # 400 fair coins: outside of 150 to 250 once in two million
     assert (150 < sum(mirrored) < 250) if flip else not any(mirrored)
     assert len(set(zip(tops, lefts, strict=True))) > 70
 
 
-class TestTrainBatches:
+class TestAnEpoch:
     def gather(self, data, seed=0, epoch=0, batch_size=16):
-        return list(sets.train_batches(data, batch_size, seed, epoch))
+        plans = sets.epoch_plan(data, batch_size, seed, epoch)
+        return [sets.train_batch(data, plan) for plan in plans]
 
     def test_the_same_for_the_same_seed_and_epoch(self, data):
         for one, two in zip(self.gather(data, 3, 2), self.gather(data, 3, 2), strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 
 from explib import finetune as tuning
 from explib import masks as masking
-from explib.data import Split, eval_batches, normalize, train_batches
+from explib.data import Split, epoch_plan, eval_batches, normalize, train_batch
 from explib.params import Params
 from explib.pruners import prune
 
@@ -150,7 +150,8 @@ class TestTrain:
         )
         total = hits = 0
         plain.train()
-        for step, (images, labels) in enumerate(train_batches(data, 16, 0, 0)):
+        for step, plan in enumerate(epoch_plan(data, 16, 0, 0)):
+            images, labels = train_batch(data, plan)
             optimizer.param_groups[0]["lr"] = tuning.lr_at(params, step / 3)
             optimizer.zero_grad()
             logits = plain(images)
@@ -318,11 +319,92 @@ class TestMachine:
             assert tuning.forward_of(net, params, "cpu", 0)(x).dtype == torch.float32
         assert seen == [torch.float32, torch.bfloat16]
 
-    def test_auto_compiles_long_runs_only(self, net, monkeypatch):
+    def test_auto_compiles_long_runs_on_a_gpu_only(self, net, monkeypatch):
         compiled = []
         monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(1) or model)
-        monkeypatch.setattr(tuning.shutil, "which", lambda name: "/bin/" + name)
-        for wanted, images in (("auto", 1000), ("auto", 10**6), ("off", 10**6), ("on", 1)):
-            tuning.forward_of(nn.Identity(), PARAMS.replace(compile=wanted), "cpu", images)
-            compiled.append(wanted)
-        assert compiled == ["auto", 1, "auto", "off", 1, "on"]
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        for wanted, device, images in (
+            ("auto", "cpu", 10**9),
+            ("on", "cpu", 1),
+            ("auto", "cuda", 1000),
+            ("auto", "cuda", 10**9),
+            ("off", "cuda", 10**9),
+        ):
+            params = PARAMS.replace(compile=wanted, precision="auto")
+            tuning.forward_of(nn.Identity(), params, device, images)
+            compiled.append((wanted, device))
+        assert compiled == [
+            *(("auto", "cpu"), 1, ("on", "cpu")),
+            *(("auto", "cuda"), 1, ("auto", "cuda"), ("off", "cuda")),
+        ]
+
+    def test_precision_is_measured_once(self, monkeypatch):
+        tuning._bf16_wins.cache_clear()
+        found = tuning.precision_of(PARAMS.replace(precision="auto"), "cpu")
+        assert found in ("bf16", "fp32")
+        monkeypatch.setattr(F, "conv2d", None)  # a second measurement would need it
+        assert tuning.precision_of(PARAMS.replace(precision="auto"), "cpu") == found
+
+
+class TestFastPath:
+    """What `forward_of` gives by default against the plain network in the plain loop."""
+
+    def trained(self, make_net, data, masks, **changes):
+        net, params = make_net(), PARAMS.replace(epochs=2, **changes)
+        forward = tuning.forward_of(net, params, "cpu", 0)
+        history = [entry for entry, _ in tuning.train(net, data, params, masks, forward=forward)]
+        assert masking.held(net, masks)
+        return net, [entry["train_loss"] for entry in history]
+
+    def test_fp32_is_bit_identical_between_two_runs(self, make_net, data, masks):
+        one, _ = self.trained(make_net, data, masks, compile="auto")
+        two, _ = self.trained(make_net, data, masks, compile="auto")
+        assert equal(one.state_dict(), two.state_dict())
+
+    def test_fp32_is_the_plain_path_up_to_rounding(self, make_net, data, masks):
+        fast, losses = self.trained(make_net, data, masks, compile="auto")
+        plain, wanted = self.trained(make_net, data, masks, compile="off")
+        assert losses == pytest.approx(wanted, rel=1e-4)
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(fast.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+    def test_bf16_has_the_loss_of_fp32_within_noise(self, make_net, data, masks):
+        _, losses = self.trained(make_net, data, masks, compile="auto", precision="bf16")
+        _, wanted = self.trained(make_net, data, masks, compile="off")
+        assert losses == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """The recorded step against the same steps one by one."""
+
+    def trained(self, make_net, data, masks, device, **changes):
+        net, params = make_net().to(device), PARAMS.replace(epochs=3, device=device, **changes)
+        return net, run(net, data.to(device), params, masks)
+
+    def test_is_the_run_on_the_cpu_up_to_rounding(self, make_net, data, masks):
+        fast, found = self.trained(make_net, data, masks, "cuda")
+        plain, wanted = self.trained(make_net, data, masks, "cpu")
+        assert masking.held(fast, masks)
+        for (one, _), (two, _) in zip(found, wanted, strict=True):
+            assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-2)
+        for name, tensor in plain.state_dict().items():
+            close = {"rtol": 1e-2, "atol": 1e-2}
+            torch.testing.assert_close(fast.state_dict()[name].cpu(), tensor, **close)
+
+    def test_resumed_is_uninterrupted(self, make_net, data, masks):
+        whole, _ = self.trained(make_net, data, masks, "cuda")
+        net, params = make_net().cuda(), PARAMS.replace(epochs=3, device="cuda")
+        epochs = tuning.train(net, data.to("cuda"), params, masks)
+        _, state = next(epochs)
+        epochs.close()
+        run(net, data.to("cuda"), params, masks, resume=state)
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
+
+    def test_bf16_learns_with_a_teacher(self, make_net, data, masks):
+        teacher, params = make_net(1).cuda().eval(), PARAMS.replace(distill=0.5, precision="bf16")
+        net = make_net().cuda()
+        forward = tuning.forward_of(net, params, "cuda", 0)
+        found = run(net, data.to("cuda"), params, masks, forward=forward, teacher=teacher)
+        assert found[-1][0]["train_loss"] < found[0][0]["train_loss"]

@@ -39,10 +39,12 @@ OPTIMIZERS = {
 
 class TestHold:
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_pruned_kernels_stay_zero_and_the_others_learn(self, net, masks, name):
+    @pytest.mark.parametrize("known", [True, False])
+    def test_pruned_kernels_stay_zero_and_the_others_learn(self, net, masks, name, known):
         before = {n: net.get_submodule(n).weight.detach().clone() for n in masks}
-        masking.hold(net, masks)
-        steps(net, OPTIMIZERS[name](net.parameters()))
+        optimizer = OPTIMIZERS[name](net.parameters())
+        masking.hold(net, masks, optimizer if known else None)
+        steps(net, optimizer)
         assert not pruned_values(net, masks).any() and masking.held(net, masks)
         for layer, mask in masks.items():
             weight = net.get_submodule(layer).weight
@@ -68,9 +70,10 @@ class TestHold:
             assert net.get_submodule(name).weight.grad[mask].any()
 
     def test_released_kernels_learn_again(self, net, masks):
-        release = masking.hold(net, masks)
-        release()
-        steps(net, OPTIMIZERS["sgd"](net.parameters()))
+        optimizer = OPTIMIZERS["sgd"](net.parameters())
+        masking.hold(net, masks)()
+        masking.hold(net, masks, optimizer)()
+        steps(net, optimizer)
         assert pruned_values(net, masks).any() and not masking.held(net, masks)
 
     def test_layers_without_a_mask_are_left_alone(self, net):
