@@ -28,5 +28,6 @@ tables: .venv/ready  ## every table and figure, and those of the README, from th
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
-bench: .venv/ready  ## how fast this machine scores and masks kernels
-	$(BIN)/python -m explib.bench
+bench: .venv/ready  ## how fast this machine scores, trains and evaluates: minutes
+	$(BIN)/python -m explib.bench.scoring
+	$(BIN)/python -m explib.bench.training

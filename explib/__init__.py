@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 # Names come on first use (PEP 562): torch takes seconds to import, and whoever only reads
 # parameters (Snakemake, at every job) does not need it.
 _MODULE_OF = {

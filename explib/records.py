@@ -6,13 +6,14 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy
 import pandas as pd
 import torch
+import torchvision
 
+import explib
 from explib.files import ROOT, resolve, write_json
 from explib.params import Params
 
@@ -27,10 +28,10 @@ def provenance(device: str = "cpu") -> dict:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "explib")),
         "versions": {
-            "explib": version("explib"),
+            "explib": explib.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": version("torchvision"),
+            "torchvision": torchvision.__version__,
             "numpy": numpy.__version__,
         },
         "hardware": {

@@ -1,4 +1,4 @@
-"""How fast this machine scores and masks: `python -m explib.bench`, ratios within one run.
+"""How fast this machine scores and masks: `python -m explib.bench.scoring`, ratios within one run.
 
 The plain loop does per kernel what the vectorised code does per layer, as the published
 implementation is written; it is timed on one layer only, since all of VGG-16 would take it minutes.

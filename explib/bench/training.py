@@ -1,0 +1,246 @@
+"""How fast this machine trains and evaluates: `python -m explib.bench.training`.
+
+Ours beside the loop that one would write first, by turns in one run: torchvision's transforms in a
+DataLoader of 8 workers, fp32, eager, SGD, weights masked anew after every step. Writes
+results/bench/training-DEVICE.json after every figure; needs CIFAR-10, about four minutes on two
+cores and under ten on a GPU. Of packages beyond PyTorch it uses those of explib only.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from explib import finetune as tuning
+from explib import masks as masking
+from explib.data import Data, Split, load_data
+from explib.files import ROOT, write_json
+from explib.models import build
+from explib.params import Params
+from explib.pruners import prune
+from explib.records import provenance
+
+NETWORKS = ("resnet_56", "vgg_16_bn")
+
+
+class Pictures(Dataset):
+    """A split as torchvision's data sets give it: one PIL image at a time, then transforms."""
+
+    def __init__(self, split: Split, transform):
+        self.images, self.labels = split.images.cpu().permute(0, 2, 3, 1).numpy(), split.labels
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+
+def plain_loaders(data: Data, batch_size: int) -> tuple[DataLoader, DataLoader]:
+    """DataLoaders over the training and the test images with the usual transforms."""
+    ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
+    mirror = [v2.RandomHorizontalFlip()] if data.flip else []
+    crop = v2.Compose([v2.RandomCrop(data.train.images.shape[-1], padding=4), *mirror, *ends])
+    options = {"batch_size": batch_size, "num_workers": 8, "persistent_workers": True}
+    pinned = {"pin_memory": torch.cuda.is_available()}
+    train, test = Pictures(data.train, crop), Pictures(data.test, v2.Compose(ends))
+    return (
+        DataLoader(train, shuffle=True, drop_last=True, **options, **pinned),
+        DataLoader(test, **options, **pinned),
+    )
+
+
+def plain_epoch(model, loader, optimizer, masks, device) -> float:
+    """One epoch of the plain training loop; returns the mean loss."""
+    model.train()
+    total, weights = 0.0, [model.get_submodule(name).weight for name in masks]
+    wide = [mask.to(device)[:, :, None, None] for mask in masks.values()]
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for weight, mask in zip(weights, wide, strict=True):
+                weight.mul_(mask)
+        total += loss.item()
+    return total / len(loader)
+
+
+@torch.no_grad()
+def plain_evaluate(model, loader, device) -> float:
+    """Top-1 in per cent by the plain loop."""
+    model.eval()
+    hits = sum(
+        (model(images.to(device)).argmax(1).cpu() == labels).sum().item()
+        for images, labels in loader
+    )
+    return 100 * hits / len(loader.dataset)
+
+
+def timed(work) -> tuple[float, object]:
+    """Seconds that a call took, the device's work included, and what it returned."""
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dict]:
+    """Training and evaluation of a half-pruned `arch`, plain loop and ours by turns.
+
+    Rows: network, device, precision, batch_size, task, loop, images_per_s (median of the rounds),
+    loss (of the last round; as many steps for both loops, from the same weights).
+    """
+    device = tuning.device_of(params)
+    torch.manual_seed(0)
+    models = {loop: build(arch, 10) for loop in ("plain", "ours")}
+    models["ours"].load_state_dict(models["plain"].state_dict())
+    masks = prune(models["plain"], 0.5, "B")
+    for model in models.values():
+        model.to(device)
+        masking.apply(model, masks)
+    train_loader, test_loader = plain_loaders(data, params.batch_size)
+    optimizer = torch.optim.SGD(
+        models["plain"].parameters(), params.lr, params.momentum, weight_decay=params.weight_decay
+    )
+    on_device = data.to(device)
+    models["ours"].to(memory_format=torch.channels_last)
+    params = params.replace(arch=arch, epochs=rounds + 1, nesterov=False, lr_schedule="step")
+    images = 10**9 if params.compile == "on" else 0
+    forward = tuning.forward_of(models["ours"], params, device, images)
+    epochs = tuning.train(models["ours"], on_device, params, masks, forward=forward)
+    seconds, losses = defaultdict(list), {}
+    for _ in range(rounds + 1):  # the first of each only warms up
+        taken, losses["plain"] = timed(
+            lambda: plain_epoch(models["plain"], train_loader, optimizer, masks, device)
+        )
+        seconds["train", "plain"].append(taken)
+        entry, _ = next(epochs)
+        seconds["train", "ours"].append(entry["seconds"])
+        losses["ours"] = entry["train_loss"]
+        taken, _ = timed(lambda: plain_evaluate(models["plain"], test_loader, device))
+        seconds["evaluate", "plain"].append(taken)
+        taken, _ = timed(
+            lambda: tuning.evaluate(models["ours"], on_device, on_device.test, forward)
+        )
+        seconds["evaluate", "ours"].append(taken)
+    epochs.close()
+    per_round = {
+        "train": len(data.train) // params.batch_size * params.batch_size,
+        "evaluate": len(data.test),
+    }
+    setting = {
+        "network": arch,
+        "device": device,
+        "precision": tuning.precision_of(params, device),
+        "compile": params.compile,
+        "batch_size": params.batch_size,
+    }
+    return [
+        {
+            **setting,
+            "task": task,
+            "loop": loop,
+            "images_per_s": per_round[task] / statistics.median(times[1:]),
+            **({"loss": losses[loop]} if task == "train" else {}),
+        }
+        for (task, loop), times in seconds.items()
+    ]
+
+
+def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
+    """Images/s of our training loop by itself, the first epoch left out; half pruned or dense."""
+    device = tuning.device_of(params)
+    torch.manual_seed(0)
+    model = build(arch, 10).to(device, memory_format=torch.channels_last)
+    masks = prune(model, 0.5, "B") if masked else {}
+    params = params.replace(arch=arch)
+    forward = tuning.forward_of(model, params, device, 10**9 if params.compile == "on" else 0)
+    entries = [e for e, _ in tuning.train(model, data.to(device), params, masks, forward=forward)]
+    return statistics.median(entry["images_per_s"] for entry in entries[1:])
+
+
+def _one_of_many(rank: int, arch: str, data: Data, params: Params, folder: str) -> None:
+    write_json(f"{folder}/{rank}.json", alone(arch, data, params))
+
+
+def together(arch: str, data: Data, params: Params, processes: int) -> float:
+    """Images/s in all of several runs that share one device, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        shared = (arch, data, params, folder)
+        torch.multiprocessing.spawn(_one_of_many, shared, nprocs=processes, join=True)
+        return sum(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
+
+
+def measure(params: Params, rounds: int = 3):
+    """Yields rows: plain loop and ours on both networks, and on a GPU what else may be faster."""
+    data, device = load_data(params), tuning.device_of(params)
+    for arch in NETWORKS:
+        yield from training(arch, data, params, rounds)
+    params = params.replace(epochs=4)
+    yield from variant("without masks", data, params, masked=False)
+    if device == "cuda":
+        for batch_size in (256, 512, 1024):
+            yield from variant(f"batch {batch_size}", data, params.replace(batch_size=batch_size))
+        for processes in (2, 4):
+            speed = together(NETWORKS[0], data, params, processes)
+            yield {
+                "network": NETWORKS[0],
+                "loop": f"{processes} runs at once",
+                "images_per_s": speed,
+            }
+        for batch_size in (128, 512):
+            compiled = params.replace(compile="on", batch_size=batch_size)
+            yield from variant(f"compiled, batch {batch_size}", data, compiled)
+
+
+def variant(name: str, data: Data, params: Params, masked: bool = True):
+    """A row for each network of our loop by itself, or of the error that it ended in."""
+    for arch in NETWORKS:
+        row = {"network": arch, "device": params.device, "task": "train", "loop": f"ours, {name}"}
+        try:
+            yield row | {"images_per_s": alone(arch, data, params, masked)}
+        except RuntimeError as error:
+            yield row | {"images_per_s": None, "error": str(error).splitlines()[0]}
+
+
+def main(params: Params, rounds: int = 3) -> Path:
+    """Measure, print and write; returns the file."""
+    device = tuning.device_of(params)
+    path, rows = ROOT / f"results/bench/training-{device}.json", []
+    for row in measure(params, rounds):
+        rows.append(row)
+        speed = row["images_per_s"]
+        name = f"{row['network']}, {row.get('task', 'train')}, {row['loop']}"
+        print(f"{name:45s}", "failed" if speed is None else f"{speed:10.0f} images/s", flush=True)
+        write_json(path, {"rows": rows, "ratios": ratios(rows), "provenance": provenance(device)})
+    for name, value in ratios(rows).items():
+        print(f"{name:45s} {value:10.2f}")
+    return path
+
+
+def ratios(rows: list[dict]) -> dict[str, float]:
+    """Ours to the plain loop for each network and task."""
+    speed = {(r["network"], r.get("task"), r["loop"]): r["images_per_s"] for r in rows}
+    return {
+        f"{arch}, {task}: ours / plain": speed[arch, task, "ours"] / value
+        for (arch, task, loop), value in speed.items()
+        if loop == "plain"
+    }
+
+
+if __name__ == "__main__":
+    few = {} if torch.cuda.is_available() else {"limit_train": 2048, "limit_test": 2048}
+    main(Params(dataset="cifar10", distill=0.0, lr=0.01, **few))
