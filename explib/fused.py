@@ -6,9 +6,9 @@ direction; the arithmetic is that of the plain network, up to rounding. Also, a 
 (maps of up to 4 x 4) becomes a matrix product.
 """
 
+import ctypes
 import functools
 import operator
-import shutil
 import warnings
 from pathlib import Path
 
@@ -16,30 +16,92 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from explib import native
+
+_INT64 = ctypes.c_int64
+
 
 @functools.cache
 def library():
-    """The compiled passes, built for this machine at first use; None, with a warning, if it fails.
-
-    Takes half a minute once; PyTorch keeps what was built in its extensions folder.
-    """
-    if shutil.which("g++") is None:
-        warnings.warn(
-            "training on the CPU without g++: about half as fast; install g++", stacklevel=2
-        )
-        return None
-    from torch.utils.cpp_extension import load
-
+    """The compiled passes; None, with a warning, where they cannot be built."""
     try:
-        return load(
-            "explib_fused",
-            [str(Path(__file__).with_name("fused.cpp"))],
-            extra_cflags=["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp"],
-        )
-    except (RuntimeError, OSError, ImportError) as error:
-        why = str(error).strip().splitlines()[-1]
-        warnings.warn(f"training on the CPU without fused passes, slower: {why}", stacklevel=2)
+        return native.load(Path(__file__).with_name("fused.cpp"))
+    except native.NoCompiler as error:
+        warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
         return None
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, bool, int]:
+    """Pixels, channels, whether bfloat16, and threads, as the C++ wants them."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not x.is_cpu:
+        raise ValueError(
+            f"x: {tuple(x.shape)}; give a channels-last (N, C, H, W) tensor on the CPU"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
+        raise ValueError(f"x: {x.numel()} values of {x.dtype}; give some in float32 or bfloat16")
+    pixels, channels = x.numel() // x.shape[1], x.shape[1]
+    return pixels, channels, x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def _like(x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor | None:
+    """`other` in the type and layout of x."""
+    if other is not None and other.shape != x.shape:
+        raise ValueError(f"a tensor {tuple(other.shape)} beside one of {tuple(x.shape)}")
+    return (
+        None if other is None else other.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _per_channel(x: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
+    if any(value.numel() != x.shape[1] for value in values):
+        raise ValueError(f"values per channel: give {x.shape[1]} of each")
+    return [value.detach().float().contiguous() for value in values]
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def batch_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel of x (N, C, H, W), channels last; float64 (C,)."""
+    pixels, channels, half, threads = _rows(x)
+    mean, var = torch.empty(2, channels, dtype=torch.float64)
+    library().fused_moments(
+        *(_pointer(x), _INT64(pixels), _INT64(channels), half, threads),
+        *map(_pointer, (mean, var)),
+    )
+    return mean, var
+
+
+def affine(x, scale, shift, add=None, relu: bool = False) -> torch.Tensor:
+    """x * scale + shift (+ add), then ReLU where it is wanted; scale and shift (C,)."""
+    pixels, channels, half, threads = _rows(x)
+    scale, shift = _per_channel(x, scale, shift)
+    add, y = _like(x, add), torch.empty_like(x)
+    library().fused_affine(
+        *map(_pointer, (x, add, y)),
+        *(_INT64(pixels), _INT64(channels), half, threads),
+        *(_pointer(scale), _pointer(shift), relu),
+    )
+    return y
+
+
+def backward(dy, x, y, weight, mean, invstd, wants_add: bool):
+    """Gradients of x, of add (None unless wanted), weight and bias, from that of the result.
+
+    y: the result where a ReLU made it, else None.
+    """
+    pixels, channels, half, threads = _rows(x)
+    dy, y = _like(x, dy), _like(x, y)
+    weight, mean, invstd = _per_channel(x, weight, mean, invstd)
+    dx, dadd = torch.empty_like(x), torch.empty_like(x) if wants_add else None
+    dweight, dbias = torch.empty(2, channels)
+    library().fused_backward(
+        *map(_pointer, (dy, x, y, dx, dadd)),
+        *(_INT64(pixels), _INT64(channels), half, threads),
+        *map(_pointer, (weight, mean, invstd, dweight, dbias)),
+    )
+    return dx, dadd, dweight, dbias
 
 
 class _NormAct(torch.autograd.Function):
@@ -47,20 +109,17 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, add, eps, relu):
-        mean, var = library().batch_moments(x)
+        mean, var = batch_moments(x)
         invstd = (var + eps).rsqrt()
-        scale = (weight * invstd).float()
-        y = library().affine(x, scale, (bias - mean * weight * invstd).float(), add, relu)
-        ctx.save_for_backward(x, y if relu else None, weight, mean.float(), invstd.float())
+        scale = weight * invstd
+        y = affine(x, scale, bias - mean * scale, add, relu)
+        ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):
-        x, y, weight, mean, invstd = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        wants_add = ctx.needs_input_grad[3]
-        dx, dadd, dweight, dbias = library().backward(dy, x, y, weight, mean, invstd, wants_add)
+        dx, dadd, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[3])
         return dx, dweight, dbias, dadd, None, None
 
 
@@ -84,8 +143,7 @@ class NormAct(nn.Module):
             y = norm(x) if add is None else norm(x) + add
             return F.relu(y) if self.relu else y
         x = x.contiguous(memory_format=torch.channels_last)
-        if add is not None:
-            add = add.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        add = _like(x, add)
         if norm.training:
             y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
             with torch.no_grad():
@@ -96,7 +154,7 @@ class NormAct(nn.Module):
                 norm.num_batches_tracked += 1
             return y
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return library().affine(x, scale, norm.bias - norm.running_mean * scale, add, self.relu)
+        return affine(x, scale, norm.bias - norm.running_mean * scale, add, self.relu)
 
 
 class SmallConv(nn.Module):
