@@ -180,7 +180,7 @@ def train(
         momentum=params.momentum,
         weight_decay=params.weight_decay,
         nesterov=params.nesterov and params.momentum > 0,
-        fused=on_gpu,
+        fused=True,
     )
     first = 0
     if resume:

@@ -1,0 +1,46 @@
+"""Figures of the benchmarks: their records in, a matplotlib Figure out."""
+
+from matplotlib.figure import Figure
+
+from explib.plots import BLUE, GREY, ORANGE, _figure, _style
+from explib.tables import NAMES
+
+
+@_style
+def training_speed(record: dict) -> Figure:
+    """Images/s of the plain loop and ours, one group a network and task; of a training record."""
+    rows = [row for row in record["rows"] if row["images_per_s"] and row.get("task")]
+    speed = {(r["network"], r["task"], r["loop"]): r["images_per_s"] for r in rows}
+    groups = list(dict.fromkeys((r["network"], r["task"]) for r in rows if r["loop"] == "plain"))
+    figure, axes = _figure(6.8, 0.9 + 0.75 * len(groups))
+    for y, group in enumerate(groups):
+        plain, ours = speed[*group, "plain"], speed[*group, "ours"]
+        axes.barh(y - 0.19, plain, height=0.36, color=GREY)
+        axes.barh(y + 0.19, ours, height=0.36, color=BLUE)
+        axes.annotate(f" plain loop {plain:,.0f}", (plain, y - 0.19), va="center", fontsize=9)
+        text = f" ours {ours:,.0f}, {ours / plain:.1f} times"
+        axes.annotate(text, (ours, y + 0.19), va="center", fontsize=9)
+    axes.set_yticks(range(len(groups)), [f"{NAMES[arch]}\n{task}" for arch, task in groups])
+    axes.invert_yaxis()
+    axes.margins(x=0.28)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="images/s")
+    axes.set_title(f"On {record['provenance']['hardware']['name']}")
+    return figure
+
+
+@_style
+def recipes(record: dict) -> Figure:
+    """Validation top-1 of every recipe after the same epochs, sorted; of the record of recipes."""
+    rows = sorted(record["rows"], key=lambda row: row["last"])
+    figure, axes = _figure(6.8, 1.0 + 0.3 * len(rows))
+    for y, row in enumerate(rows):
+        ours = row["recipe"].startswith("ours")
+        axes.plot(row["last"], y, "o", color=ORANGE if ours else BLUE)
+        axes.annotate(f"{row['last']:.2f}", (row["last"], y), xytext=(7, 0), va="center",
+                      textcoords="offset points", fontsize=8.5)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
+    axes.set(xlabel=f"top-1 on {record['pruned']['validation']:,} validation images, %")
+    axes.margins(x=0.1)
+    axes.set_title(f"{record['pruned']['epochs']} epochs under masks, by recipe")
+    return figure

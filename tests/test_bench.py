@@ -1,0 +1,103 @@
+"""The benchmarks on toy sizes: that they measure what they say; the time itself is no test."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from explib import recipes
+from explib.bench import plots, scoring, training
+from explib.data import normalize
+from explib.params import Params
+from explib.pruners import number_to_prune
+
+TINY = {"batch_size": 16, "distill": 0.0, "lr": 0.01, "device": "cpu"}
+
+
+@pytest.fixture
+def images(make_data):
+    return make_data(train=64, test=20, size=32)
+
+
+def test_the_plain_loop_of_scores_prunes_what_it_should():
+    assert scoring.plain_loop(torch.randn(12, 10, 3, 3), 0.4, 0.3) == number_to_prune(0.4, 120)
+
+
+def test_plain_loaders_give_the_images_of_the_study(images):
+    train, test = training.plain_loaders(images, 16)
+    assert len(train) == 4 and sum(len(labels) for _, labels in train) == 64
+    pictures, labels = next(iter(test))
+    torch.testing.assert_close(pictures, normalize(images.test.images[:16], images))
+    assert torch.equal(labels, images.test.labels[:16])
+
+
+def test_training_has_a_row_for_each_loop_and_task(images, resnet_8):
+    rows = training.training("resnet_56", images, Params(**TINY), rounds=1)
+    assert {(r["task"], r["loop"]) for r in rows} == {
+        (task, loop) for task in ("train", "evaluate") for loop in ("plain", "ours")
+    }
+    assert all(row["images_per_s"] > 0 for row in rows)
+    losses = [row["loss"] for row in rows if row["task"] == "train"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)  # as many steps from the same weights
+
+
+def test_runs_together_add_up(make_data):
+    params = Params(epochs=2, threads=1, **TINY)
+    assert training.together("resnet_56", make_data(train=16, test=4, size=32), params, 2) > 0
+
+
+def test_what_fails_is_a_row_that_says_why(images, resnet_8, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(training, "alone", broken)
+    rows = list(training.variant("batch 9", images, Params(**TINY)))
+    assert [row["error"] for row in rows] == ["out of memory"] * 2
+
+
+def row(task, loop, speed):
+    return {"network": "resnet_56", "task": task, "loop": loop, "images_per_s": speed}
+
+
+def test_ratios_by_hand():
+    rows = [row("train", "plain", 200.0), row("train", "ours", 500.0), row("evaluate", "plain", 9)]
+    assert training.ratios(rows) == {"resnet_56, train: ours / plain": 2.5}
+
+
+class TestFigures:
+    def test_speed_says_both_figures_and_their_ratio(self):
+        record = {
+            "rows": [row("train", "plain", 200.0), row("train", "ours", 500.0)],
+            "provenance": {"hardware": {"name": "a machine"}},
+        }
+        (axes,) = plots.training_speed(record).axes
+        texts = [text.get_text().strip() for text in axes.texts]
+        assert texts == ["plain loop 200", "ours 500, 2.5 times"]
+
+    def test_recipes_are_sorted(self):
+        rows = [{"recipe": name, "last": top1} for name, top1 in (("a", 80.0), ("ours", 85.0))]
+        record = {"rows": rows[::-1], "pruned": {"validation": 10_000, "epochs": 2}}
+        (axes,) = plots.recipes(record).axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "ours"]
+
+
+def test_recipes_are_compared_on_a_validation_split(tmp_path, monkeypatch, resnet_8):
+    common = {"dataset": "digits", "validation": 100, "limit_train": 64, "limit_test": 40}
+    common |= {"epochs": 1, "batch_size": 32, "bn_images": 32}
+    setup = {
+        "dense": {"name": "dense", **common},
+        "pruned": common,
+        "recipes": {"ours": {}, "lr": {"lr": 0.01}},
+    }
+    (tmp_path / "recipes.yaml").write_text(yaml.safe_dump(setup, sort_keys=False))
+    monkeypatch.setattr(recipes, "SOURCE", tmp_path / "recipes.yaml")
+    monkeypatch.setattr(recipes, "RESULT", tmp_path / "recipes.json")
+    monkeypatch.setattr(recipes, "RUNS", str(tmp_path / "runs"))
+    rows = recipes.compare()
+    assert [row["changes"] for row in rows] == [{}, {"lr": 0.01}]
+    written = json.loads((tmp_path / "recipes.json").read_text())
+    assert written["rows"] == rows and written["pruned"]["validation"] == 100
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/records/digits/*.json")]
+    assert {r["provenance"]["data"]["evaluated_on"] for r in records} == {"validation"}
+    assert recipes.compare() == rows  # from the records: nothing is computed again
