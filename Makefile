@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKFLOW := $(BIN)/snakemake --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
 
-.PHONY: help study test reproduce tables lab bench
+.PHONY: help study test reproduce tables verify lab bench
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -24,6 +24,9 @@ reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours wit
 tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
 	$(BIN)/python -m explib.tables
 	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
+
+verify: .venv/ready  ## the shipped networks' accuracy, measured anew: a minute
+	$(BIN)/python -m explib.verify
 
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb

@@ -21,6 +21,7 @@ _MODULE_OF = {
     "apply": "masks",
     "hold": "masks",
     "load_compact": "masks",
+    "load_network": "study",
     "save_compact": "masks",
     "sparsity": "masks",
     "macs": "flops",

@@ -85,6 +85,20 @@ def load_dense(params: Params) -> Dense:
     return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
 
 
+def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
+    """A network of a compact file, ready to evaluate: (model, its masks, what the file says of it).
+
+    ValueError, in one line, for a file that is no such network.
+    """
+    path = resolve(path)
+    state, masks, meta = masking.load_compact(path)
+    if meta.get("arch") not in models.ARCHS:
+        raise ValueError(f"{path}: is a {meta.get('arch')!r}; known: {', '.join(models.ARCHS)}")
+    model = models.build(meta["arch"], meta.get("num_classes"))
+    masking.check(model, masks, str(path))
+    return models.load_weights(model, state, str(path)).eval(), masks, meta
+
+
 def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -> Masks:
     """The masks of a configuration (or of some of its convs) from the model's present weights.
 

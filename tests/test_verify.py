@@ -1,0 +1,50 @@
+"""Shipped networks: loaded in one call, measured against what they claim."""
+
+import pytest
+import torch
+
+from explib import masks as masking
+from explib import models, study, verify
+from explib.pruners import prune
+
+
+@pytest.fixture
+def shipped(tmp_path, resnet_8):
+    """A compact file of a small network with a wrong claim about its accuracy."""
+    torch.manual_seed(0)
+    model = models.build("resnet_56", 10)
+    masks = prune(model, 0.5, "B")
+    masking.apply(model, masks)
+    meta = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
+    path = tmp_path / "net.safetensors"
+    masking.save_compact(path, model, masks, {**meta, "top1": 99.0})
+    return path, model, masks
+
+
+def test_a_network_is_loaded_in_one_call(shipped):
+    path, model, masks = shipped
+    loaded, found, meta = study.load_network(path)
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    assert masking.held(loaded, masks) and meta["top1"] == 99.0 and not loaded.training
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0.01, atol=0.01)
+
+
+def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
+    _, model, masks = shipped
+    masking.save_compact(tmp_path / "x.safetensors", model, masks, {"arch": "lenet"})
+    with pytest.raises(ValueError, match="is a 'lenet'; known: vgg_16_bn"):
+        study.load_network(tmp_path / "x.safetensors")
+
+
+def test_a_wrong_claim_is_found(shipped, capsys):
+    path, _, _ = shipped
+    assert verify.main([str(path)]) == 1
+    recorded, now = verify.verify(path)
+    assert recorded == 99.0 and 0 <= now < 60  # an untrained network
+    _, masks, meta = masking.load_compact(path)
+    model, _, _ = study.load_network(path)
+    meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
+    masking.save_compact(path, model, masks, {**meta, "top1": now})
+    assert verify.main([str(path)]) == 0
+    assert "1 networks, the worst off by 0.00" in capsys.readouterr().out
