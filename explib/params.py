@@ -20,7 +20,7 @@ CHOICES = {
     "arch": ARCHS,
     "dataset": ("digits", "cifar10"),
     "normalization": ("", "cifar10", "imagenet"),
-    "pruning_way": WAYS,
+    "pruning_way": (*WAYS, "filters"),
     "survivors": ("random", "l1"),
     "schedule": ("oneshot", "layerwise"),
     "lr_schedule": ("step", "cosine", "onecycle"),
@@ -76,7 +76,7 @@ class Params:
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
-    pruning_way: str = "B"  # A, B; for comparison random, l1, bn
+    pruning_way: str = "B"  # A, B; for comparison random, l1, bn, or filters of as many MACs
     compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
     survivors: str = "random"  # who stays in a redundant set: random (published) or l1
     groups: int = 13  # number of level groups
@@ -132,6 +132,10 @@ class Params:
         if self.normalization and self.dataset == "digits":
             raise ParamError(
                 f"normalization: {self.normalization!r} is not for dataset 'digits'; leave it empty"
+            )
+        if self.pruning_way == "filters" and self.schedule == "layerwise":
+            raise ParamError(
+                "schedule: 'layerwise' is not for filters, which span convs; 'oneshot' is"
             )
         if not self.name:
             object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")

@@ -18,7 +18,7 @@ from explib.tables import NAMES
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
 )  # fmt: skip
-WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE}
+WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK}
 WAY_NAMES = {
     ("A", "random"): "A, random survivors",
     ("A", "l1"): "A, L1 survivors",
@@ -27,6 +27,7 @@ WAY_NAMES = {
     ("random", ""): "random kernels",
     ("l1", ""): "L1 kernels",
     ("bn", ""): "kernels of lowest |γ| filters",
+    ("filters", ""): "filters, group L1",
 }
 STYLE = {
     "axes.axisbelow": True,

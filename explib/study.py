@@ -1,6 +1,7 @@
 """What a run starts from: the dense network of a configuration, its masks, and what they leave."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -115,10 +116,10 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
     floor = (
         keep_floor(list(dense.rates.values())) if params.keep_floor is None else params.keep_floor
     )
-    return pruners.prune(
+    choose = partial(
+        pruners.prune,
         dense.model,
         wanted,
-        params.pruning_way,
         seed=params.mask_seed,
         floor=floor,
         convs=dense.convs,
@@ -127,6 +128,12 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         groups=params.groups,
         strict_rate=params.strict_rate,
     )
+    if params.pruning_way != "filters":
+        return choose(params.pruning_way)
+    from explib import structured  # needs torch-pruning, which only this comparison uses
+
+    equal = flops.macs(dense.model, dense.convs, choose("random"))
+    return structured.filter_masks(dense.model, equal["left"], dense.convs)
 
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
