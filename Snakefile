@@ -20,7 +20,14 @@ RUNS = {
     for dataset, files in FILES.items()
 }
 DIGITS = [name for name in RUNS["digits"] if not name.endswith("-baseline")]
-TWELVE = [name for name in RUNS["cifar10"] if not name.endswith(("-baseline", "-l1", "-published"))]
+PRUNED = {
+    name: params
+    for name, params in RUNS["cifar10"].items()
+    if not name.endswith(("-baseline", "-published"))
+}
+TWELVE = [n for n, p in PRUNED.items() if p.pruning_way in "AB" and p.survivors == "random"]
+OURS = [n for n, p in PRUNED.items() if p.pruning_way in "AB" and p.survivors == "l1"]
+OTHERS = [n for n, p in PRUNED.items() if p.pruning_way not in "AB"]
 
 
 def execute(notebook, output, dataset, name, threads):
@@ -58,6 +65,16 @@ rule study:
 rule reproduce:
     input:
         f"{RESULTS}/notebooks/cifar10/04_tables.ipynb",
+
+
+rule ours:
+    input:
+        executed("cifar10", OURS),
+
+
+rule compare:
+    input:
+        executed("cifar10", TWELVE + OURS + OTHERS),
 
 
 rule data:
