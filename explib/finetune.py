@@ -171,7 +171,7 @@ def train(
     """
     masks = masks or {}
     fade = params.fade_epochs if masks else 0
-    on_gpu = data.train.labels.is_cuda
+    on_gpu = _on_gpu(data)
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(
         named.values(),
@@ -231,6 +231,10 @@ def train(
             buffers = {k: _momentum(optimizer, p) for k, p in named.items()}
             momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
             yield entry, {"epoch": epoch + 1, "momentum": momentum}
+
+
+def _on_gpu(data: Data) -> bool:
+    return data.train.labels.is_cuda
 
 
 def _step_of(model, data, params, optimizer, forward, teacher) -> Callable:

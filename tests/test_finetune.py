@@ -1,8 +1,10 @@
 """Training, evaluation and BatchNorm statistics, compared with the same worked out by hand."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -372,6 +374,51 @@ class TestFastPath:
         _, losses = self.trained(make_net, data, masks, compile="auto", precision="bf16")
         _, wanted = self.trained(make_net, data, masks, compile="off")
         assert losses == pytest.approx(wanted, rel=0.02)
+
+
+class TestRecordedStep:
+    """What surrounds the CUDA graph, with a stand-in for the graph that runs the step again."""
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_recording_leaves_no_trace(self, make_net, data, masks, monkeypatch, resumed):
+        params = PARAMS.replace(epochs=2)
+        plain = make_net()
+        run(plain, data, params, masks)
+        net, resume = make_net(), None
+        if resumed:
+            epochs = tuning.train(net, data, params, masks)
+            _, resume = next(epochs)
+            epochs.close()
+        calls = []
+
+        class Graph:
+            def replay(self):
+                step, plan, out = calls[-1]
+                out.copy_(step(plan))
+
+        def steps(*args):
+            step = tuning_step_of(*args)
+
+            def noting(plan):
+                calls.append((step, plan, step(plan)))
+                return calls[-1][2]
+
+            return noting
+
+        tuning_step_of = tuning._step_of
+        nothing = contextlib.nullcontext
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: nothing())
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: Mock())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(tuning, "_step_of", steps)
+        monkeypatch.setattr(tuning, "_on_gpu", lambda data: True)
+        found = run(net, data, params, masks, resume=resume)
+        assert len(calls) == 4 and len(found) == (1 if resumed else 2)  # all else is replayed
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], tensor)
+        assert masking.held(net, masks)
 
 
 @pytest.mark.gpu
