@@ -20,14 +20,10 @@ RUNS = {
     for dataset, files in FILES.items()
 }
 DIGITS = [name for name in RUNS["digits"] if not name.endswith("-baseline")]
-PRUNED = {
-    name: params
-    for name, params in RUNS["cifar10"].items()
-    if not name.endswith(("-baseline", "-published"))
-}
-TWELVE = [n for n, p in PRUNED.items() if p.pruning_way in "AB" and p.survivors == "random"]
-OURS = [n for n, p in PRUNED.items() if p.pruning_way in "AB" and p.survivors == "l1"]
-OTHERS = [n for n, p in PRUNED.items() if p.pruning_way not in "AB"]
+# By the parts of their names: network, way and cut; with `l1` our survivors, else one change more
+PARTS = {n: n.split("-")[1:] for n in RUNS["cifar10"] if not n.endswith(("-baseline", "-published"))}
+TWELVE = [n for n, parts in PARTS.items() if parts[0] in "AB" and len(parts) == 2]
+OURS = [n for n, parts in PARTS.items() if parts[-1] == "l1"]
 
 
 def execute(notebook, output, dataset, name, threads):
@@ -74,7 +70,7 @@ rule ours:
 
 rule compare:
     input:
-        executed("cifar10", TWELVE + OURS + OTHERS),
+        executed("cifar10", list(PARTS)),
 
 
 rule data:

@@ -101,7 +101,8 @@ def frame(records: list[dict]) -> pd.DataFrame:
     Columns beside the parameters: kind, status; macs_dense, macs (multiply-adds), weights_dense,
     weights (counts), published_m (millions, the published convention); dense, before, last, best
     (top-1, per cent), best_epoch; sparsity, nominal_sparsity (share of kernels), wall_s,
-    images_per_s, device, hardware, layers and history (lists).
+    images_per_s, device, hardware, layers and history (lists), trained (epochs in all, which
+    `epochs` is not for a layerwise run).
     """
     rows = [
         {
@@ -125,6 +126,7 @@ def frame(records: list[dict]) -> pd.DataFrame:
             "hardware": record["hardware"]["name"],
             "layers": record.get("layers", []),
             "history": record["history"],
+            "trained": len(record["history"]),
         }
         for record in records
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from scipy import stats
 
 from explib import flops, records
 from explib.files import ROOT, resolve, write_text
@@ -28,14 +29,15 @@ CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
     "ours": "Ways A and B with the survivors of largest L1 norm",
     "criteria": "Criteria of comparison at the same rates",
+    "sensitivity": "Other settings than the published method's",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
 _COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
-_USUAL = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0, "limit_train": 0}
-_USUAL |= {"limit_test": 0, "validation": 0}
+_SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
+_USUAL = {**_SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
 
 
 def published() -> dict[str, pd.DataFrame]:
@@ -47,9 +49,10 @@ def published() -> dict[str, pd.DataFrame]:
 def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """Runs equal but for their seeds, one row a group, the chosen one first.
 
-    Adds to the columns of `records.frame`: n (seeds), last_std (None for one seed); last, best,
-    before, dense, macs, weights, sparsity and nominal_sparsity are means. Takes finished
-    fine-tunes; with `usual` only those with the published method's settings and all the data.
+    Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
+    (None for one seed); last, best, before, dense, macs, weights, sparsity and nominal_sparsity are
+    means. Takes finished fine-tunes; with `usual` only those with the published method's settings,
+    masks that follow the seed, and all the data.
     """
     if frame.empty:
         return frame
@@ -58,6 +61,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
         for field, value in _USUAL.items():
             column = chosen[field]
             chosen = chosen[column.isna() if value is None else column == value]
+        chosen = chosen[chosen["mask_seed"] == chosen["seed"]]
     if chosen.empty:
         return chosen
     fields = list(Params.__dataclass_fields__)
@@ -70,10 +74,11 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
         one = group.iloc[0].copy()
         one[means] = group[means].astype(float).mean()
         one["n"] = len(group)
+        one["by_seed"] = dict(zip(group["seed"], group["last"], strict=True))
         one["last_std"] = group["last"].std() if len(group) > 1 else None
         rows.append(one)
     table = pd.DataFrame(rows)
-    return table.sort_values(["epochs", "n"], ascending=False, kind="stable")
+    return table.sort_values(["trained", "n"], ascending=False, kind="stable")
 
 
 def _plain(frame: pd.DataFrame) -> list[list]:
@@ -85,7 +90,9 @@ def _plain(frame: pd.DataFrame) -> list[list]:
 
 
 def _experiment(fields: dict) -> str:
-    fields |= {"name": "", "seed": 0, "mask_seed": 0, "job_dir": ""}
+    # training seeds with their masks make one group, mask seeds under one training seed another
+    apart = fields["mask_seed"] != fields["seed"]
+    fields |= {"name": "", "seed": 0, "mask_seed": int(apart), "job_dir": ""}
     return Params(**{k: v for k, v in fields.items() if v is not None}).digest
 
 
@@ -143,18 +150,23 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
     line["weights M"] = f"{run['weights'] / 1e6:.3f}"
     if row is not None:
         line["published top-1"] = f"{row['top1_pct'][line['way']]:.2f}"
-    spread = f" ± {run['last_std']:.2f}" if run["n"] > 1 else ""
     short = run["nominal_sparsity"] - run["sparsity"] > 5e-5
     return line | {
-        "last epoch": f"{run['last']:.2f}{spread} (n={run['n']})",
+        "last epoch": _spread(run),
         "best epoch": f"{run['best']:.2f}",
         "before fine-tuning": f"{run['before']:.2f}",
         "change": f"{run['last'] - run['dense']:+.2f}",
-        "epochs": str(run["epochs"]),
+        "epochs": str(run["trained"]),
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "hardware": run["hardware"],
     }
+
+
+def _spread(run: pd.Series) -> str:
+    """Mean ± standard deviation of the last epochs of a group, and its number of seeds."""
+    spread = f" ± {run['last_std']:.2f}" if run["n"] > 1 else ""
+    return f"{run['last']:.2f}{spread} (n={run['n']})"
 
 
 def _cut(left: float, dense: float) -> float:
@@ -172,11 +184,74 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "rates": run["compress_rate"],
             "criterion": run["pruning_way"],
             "survivors": run["survivors"] if run["pruning_way"] in "AB" else "",
+            "against random kernels": _against(run, runs),
             **{k: v for k, v in _line(run, None).items() if k not in ("network", "way")},
         }
         for _, run in runs.iterrows()
     ]
     return pd.DataFrame(lines).sort_values(["network", "rates", "criterion", "survivors"])
+
+
+def _against(run: pd.Series, runs: pd.DataFrame) -> str:
+    """Mean difference to random kernels over the seeds both have, with a paired t-test."""
+    same = ["arch", "compress_rate", "trained", "hardware"]
+    others = runs[(runs["pruning_way"] == "random") & (runs[same] == run[same]).all(axis=1)]
+    if others.empty or run["pruning_way"] == "random":
+        return ""
+    other = others.iloc[0]["by_seed"]
+    seeds = sorted(set(run["by_seed"]) & set(other))
+    pairs = [[by_seed[seed] for seed in seeds] for by_seed in (run["by_seed"], other)]
+    if not seeds:
+        return ""
+    mean = sum(pairs[0]) / len(seeds) - sum(pairs[1]) / len(seeds)
+    test = f"p = {stats.ttest_rel(*pairs).pvalue:.3f}, " if len(seeds) > 1 else ""
+    return f"{mean:+.2f} ({test}n={len(seeds)})"
+
+
+def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
+    """What one setting changes: runs of ways A and B with another one than the study's usual.
+
+    Each beside the usual runs that are equal otherwise, after as many epochs, where there are any.
+    """
+    runs, reference = groups(frame, usual=False), groups(frame)
+    if runs.empty:
+        return runs
+    whole = (runs[["limit_train", "limit_test", "validation"]] == 0).all(axis=1)
+    lines = []
+    for _, run in runs[whole & runs["pruning_way"].isin(["A", "B"])].iterrows():
+        if not (changed := _changes(run)):
+            continue
+        same = ["arch", "compress_rate", "pruning_way", "survivors", "trained", "hardware"]
+        equal = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
+        equal = (
+            [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
+        )
+        lines.append(
+            {
+                "network": NAMES[run["arch"]],
+                "rates": run["compress_rate"],
+                "way": f"{run['pruning_way']}, {run['survivors']}",
+                "changed": ", ".join(changed),
+                "last epoch": _spread(run),
+                "usual setting": _spread(equal[0]) if equal else "",
+                "before fine-tuning": f"{run['before']:.2f}",
+                "epochs": str(run["trained"]),
+                "hardware": run["hardware"],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _changes(run: pd.Series) -> list[str]:
+    """The settings of a run that are not the usual ones, as `name value`."""
+    changed = []
+    for field, usual in {**_SETTINGS, "schedule": "oneshot"}.items():
+        value = None if pd.isna(run[field]) else run[field]
+        if value != usual:
+            changed.append(f"{field} {value}")
+    if run["mask_seed"] != run["seed"]:
+        changed.append("mask_seed varied")
+    return changed
 
 
 def baselines(frame: pd.DataFrame) -> pd.DataFrame:
@@ -215,6 +290,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "as_published": accuracy(frame, dataset, "random", usual),
         "ours": accuracy(frame, dataset, "l1", usual),
         "criteria": criteria(frame, usual),
+        "sensitivity": sensitivity(frame),
         "baselines": baselines(frame),
         "flops": recount() if dataset == "cifar10" else pd.DataFrame(),
     }

@@ -11,7 +11,9 @@ from explib.params import Params
 RATES = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
 
 
-def record(results_dir, last=92.0, status="done", kind="finetune", sparsity=0.5, **fields):
+def record(
+    results_dir, last=92.0, status="done", kind="finetune", sparsity=0.5, trained=None, **fields
+):
     """Write a made-up record of ResNet-56's 53.5 % row; returns its path."""
     fields = {"dataset": "cifar10", "compress_rate": RATES, "name": "made-up"} | fields
     params = Params(results_dir=str(results_dir), **fields)
@@ -32,7 +34,7 @@ def record(results_dir, last=92.0, status="done", kind="finetune", sparsity=0.5,
             {"name": "conv1", "kernels": 48, "nominal": 24, "pruned": 20,
              "macs_dense": 442_368, "macs": 258_048},
         ],
-        "history": [{"epoch": 1, "stage": 0, "top1": last}],
+        "history": [{"epoch": 1, "stage": 0, "top1": last}] * (trained or params.epochs),
         "wall_s": 1.0,
         "images_per_s": 100.0,
     }  # fmt: skip
@@ -167,3 +169,54 @@ def test_the_readme_shows_the_tables_of_the_committed_records():
 
 def test_no_records_make_no_tables(tmp_path):
     assert tables.make(tmp_path, "digits") == {}
+
+
+class TestCriteria:
+    def test_differences_to_random_kernels_are_paired_by_seed(self, tmp_path):
+        for seed, (ours, other) in enumerate(((91.0, 90.0), (93.0, 91.0), (92.0, 89.0))):
+            record(tmp_path, ours, seed=seed)
+            record(tmp_path, other, seed=seed, pruning_way="random")
+        record(tmp_path, 80.0, seed=7, pruning_way="random")  # has no partner
+        record(tmp_path, 91.5, pruning_way="l1")
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641, of 2 degrees of freedom
+        assert found.loc["B", "against random kernels"] == "+2.00 (p = 0.074, n=3)"
+        assert found.loc["l1", "against random kernels"] == "+1.50 (n=1)"
+        assert found.loc["random", "against random kernels"] == ""
+
+    def test_other_epochs_are_not_compared(self, tmp_path):
+        record(tmp_path, 91.0, epochs=5)
+        record(tmp_path, 90.0, epochs=4, pruning_way="random")
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        assert found.loc["B", "against random kernels"] == ""
+
+
+class TestSensitivity:
+    def test_one_setting_beside_the_usual(self, tmp_path):
+        record(tmp_path, 91.0)
+        record(tmp_path, 90.0, groups=5)
+        record(tmp_path, 89.0, keep_floor=0.0, epochs=3)
+        (one, two) = tables.make(tmp_path, "cifar10")["sensitivity"].to_dict("records")
+        assert (one["changed"], one["last epoch"]) == ("groups 5", "90.00 (n=1)")
+        assert one["usual setting"] == "91.00 (n=1)"
+        assert (two["changed"], two["usual setting"], two["epochs"]) == ("keep_floor 0.0", "", "3")
+
+    def test_mask_seeds_under_one_training_seed_are_a_group_of_their_own(self, tmp_path):
+        for seed, last in enumerate((91.0, 91.2, 91.4)):
+            record(tmp_path, last, mask_seed=seed)
+        assert row(tmp_path)["last epoch"] == "91.00 (n=1)"
+        (line,) = tables.make(tmp_path, "cifar10")["sensitivity"].to_dict("records")
+        assert line["changed"] == "mask_seed varied"
+        assert line["last epoch"] == "91.30 ± 0.14 (n=2)"
+
+    def test_layerwise_stands_beside_as_many_epochs_in_one_go(self, tmp_path):
+        record(tmp_path, 92.0, epochs=54)
+        record(tmp_path, 91.0, epochs=1, schedule="layerwise", trained=54)
+        (line,) = tables.make(tmp_path, "cifar10")["sensitivity"].to_dict("records")
+        assert (line["changed"], line["epochs"]) == ("schedule layerwise", "54")
+        assert line["usual setting"] == "92.00 (n=1)"
+
+    def test_no_such_run_no_table(self, tmp_path):
+        record(tmp_path)
+        record(tmp_path, groups=3, validation=100)
+        assert "sensitivity" not in tables.make(tmp_path, "cifar10")
