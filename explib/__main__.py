@@ -1,0 +1,242 @@
+"""The command line: `python -m explib COMMAND --help`. Thin doors to what the notebooks call."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import types
+from typing import get_args, get_origin, get_type_hints
+
+import click
+
+from explib.params import CHOICES, ParamError, Params, from_mapping, from_yaml
+
+# Everything that needs torch is imported where it is used: --help and completion are to be quick.
+
+
+class _Group(click.Group):
+    """Errors of the study as one line and an exit status instead of a traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except click.exceptions.Exit:  # a RuntimeError, too
+            raise
+        except ParamError as error:
+            raise click.UsageError(str(error)) from None
+        except (ValueError, OSError, RuntimeError) as error:
+            raise click.ClickException(" ".join(str(error).split())) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="explib")
+def cli():
+    """EXP pruning: score, prune, fine-tune, evaluate and count convolutional networks.
+
+    Parameters have the names they have in YAML files and notebooks. Exit status: 0 done, 1 failed,
+    2 a parameter is wrong. Tab completion in bash: eval "$(_EXPLIB_COMPLETE=bash_source explib)"
+    (zsh_source, fish_source in those shells).
+    """
+
+
+def _comments() -> dict[str, str]:
+    """What Params says of each of its fields, from the comments beside them."""
+    known, found, field = {f.name for f in dataclasses.fields(Params)}, {}, None
+    for line in inspect.getsource(Params).splitlines():
+        if line.strip() == "" or line.startswith("    #"):
+            field = None
+        name = re.match(r"    (\w+): ", line)
+        field = name[1] if name and name[1] in known else field
+        if field and (comment := re.search(r"  # (.*)", line)):
+            found[field] = comment[1]
+    return found
+
+
+def _parameters(command):
+    """Options for a YAML file, for every field of Params and for JSON."""
+    comments, hints = _comments(), get_type_hints(Params)
+    for field in reversed(dataclasses.fields(Params)):
+        kind = hints[field.name]
+        kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
+        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        choices = [choice for choice in CHOICES.get(field.name, ()) if choice]
+        option = click.option(
+            *names,
+            field.name,
+            type=click.Choice(choices) if choices else kinds[0],
+            help=f"{comments.get(field.name, '')}  [default: {field.default!r}]",
+        )
+        command = option(command)
+    command = click.option("--json", "as_json", is_flag=True, help="for programs")(command)
+    return click.option("-f", "--file", type=click.Path(), help="YAML file of params/")(command)
+
+
+def _params(options: dict) -> Params:
+    """The file's parameters with the options on top."""
+    file = options.pop("file")
+    given = {name: value for name, value in options.items() if value is not None}
+    return from_yaml(file, **given) if file else from_mapping(given)
+
+
+def _run(work, as_json: bool, show) -> None:
+    """Do the work, then print it; as JSON alone on standard output where that is wanted."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = work()
+    click.echo(json.dumps(result, indent=1) if as_json else show(result))
+
+
+def _columns(rows: list[dict]) -> str:
+    """Rows as aligned text."""
+    import pandas as pd
+
+    return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}")
+
+
+@cli.command()
+@_parameters
+def score(as_json, **options):
+    """Expectation scaling factors and levels of every conv that a configuration prunes."""
+    params = _params(options)
+
+    def work():
+        from explib import expectation, pruners, study
+
+        found = study.scores(params, study.load_dense(params))
+        table = pruners.redundancy_table(found, params.groups).to_dict("records")
+        for row in table:
+            delta = found[row["layer"]]
+            levels = expectation.levels(delta, params.groups)
+            row |= {
+                "delta_e_min": float(delta.min()),
+                "delta_e_max": float(delta.max()),
+                "level_min": int(levels.min()),
+                "level_max": int(levels.max()),
+            }
+        return table
+
+    _run(work, as_json, _columns)
+
+
+@cli.command()
+@_parameters
+def prune(as_json, **options):
+    """Choose the masks of a configuration, count, and write them to job_dir."""
+    params = _params(options)
+
+    def work():
+        from explib import study
+
+        dense = study.load_dense(params)
+        masks = study.choose_masks(params, dense)
+        return {"masks": str(study.save_masks(params, masks)), **study.counts(params, dense, masks)}
+
+    _run(work, as_json, _left)
+
+
+@cli.command()
+@_parameters
+def flops(as_json, **options):
+    """Multiply-adds of a configuration: the published convention and the true count."""
+    params = _params(options)
+
+    def work():
+        from explib import study
+
+        dense = study.load_dense(params) if params.resume else study.fresh(params)
+        return study.counts(params, dense, study.choose_masks(params, dense))
+
+    _run(work, as_json, _left)
+
+
+def _left(found: dict) -> str:
+    """What pruning leaves, by layer and in all."""
+    keys = ("name", "kernels", "nominal", "pruned", "macs_dense", "macs")
+    lines = [_columns([{key: row[key] for key in keys} for row in found["layers"]])]
+    macs, weights = found["macs"], found["weights"]
+    cut = 100 * (1 - macs["left"] / macs["dense"])
+    published = 100 * (1 - macs["published_m"] / (macs["dense"] / 1e6))
+    lines += [
+        "",
+        f"kernels pruned      {100 * found['sparsity']:.2f} %"
+        f" (asked for: {100 * found['nominal_sparsity']:.2f} %)",
+        f"multiply-adds left  {macs['left'] / 1e6:.2f} of {macs['dense'] / 1e6:.2f} M",
+        f"true cut            {cut:.2f} %",
+        f"published cut       {published:.2f} % (its convention mixes units)",
+        f"weights left        {weights['left'] / 1e6:.3f} of {weights['dense'] / 1e6:.3f} M",
+    ]
+    return "\n".join([*lines, f"masks in {found['masks']}"] if "masks" in found else lines)
+
+
+def _trained(record: dict) -> str:
+    """A record in a few lines."""
+    top1 = {k: v for k, v in record["accuracy"].items() if v is not None}
+    lines = [f"{record['kind']} {record['params']['name']}: {record['status']}"]
+    lines += [f"{name:12s} {value:.2f} %" for name, value in top1.items() if name != "best_epoch"]
+    return "\n".join([*lines, f"files in {record['params']['job_dir']}"])
+
+
+@cli.command()
+@_parameters
+def baseline(as_json, **options):
+    """Train the dense network of a configuration, or with resume load and evaluate one."""
+    params = _params(options)
+
+    def work():
+        from explib import runs
+
+        return runs.baseline(params)
+
+    _run(work, as_json, _trained)
+
+
+@cli.command()
+@_parameters
+def finetune(as_json, **options):
+    """Prune and fine-tune a configuration; goes on where it was interrupted."""
+    params = _params(options)
+
+    def work():
+        from explib import runs
+
+        return runs.finetune(params)
+
+    _run(work, as_json, _trained)
+
+
+@cli.command()
+@click.argument("network", type=click.Path())
+@click.option("--data_dir", "--data-dir", "data_dir", default="", help="folder of the data")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+def evaluate(network, data_dir, as_json):
+    """Top-1 accuracy of a NETWORK of the study (a compact safetensors file) on its test images."""
+
+    def work():
+        from explib.verify import verify
+
+        recorded, now = verify(network, data_dir)
+        return {"network": network, "recorded": recorded, "top1": now}
+
+    _run(work, as_json, lambda found: f"{found['top1']:.2f} % (recorded: {found['recorded']:.2f})")
+
+
+@cli.command()
+@click.option("--results_dir", "--results-dir", "results_dir", default="results", show_default=True)
+@click.option("--dataset", type=click.Choice(CHOICES["dataset"]), default="cifar10")
+@click.option("--json", "as_json", is_flag=True, help="for programs")
+def tables(results_dir, dataset, as_json):
+    """Write every table and figure that the records allow; prints the tables' paths."""
+
+    def work():
+        from explib import plots
+        from explib import tables as making
+
+        written = making.build(results_dir, dataset) + plots.build(results_dir, dataset)
+        return [str(path) for path in written]
+
+    _run(work, as_json, "\n".join)
+
+
+if __name__ == "__main__":
+    cli(prog_name="explib")
