@@ -79,7 +79,8 @@ rule data:
     run:
         from explib import Params, load_data
 
-        load_data(Params(dataset=wildcards.dataset, data_dir=config.get("data_dir", "")))
+        places = {key: config[key] for key in ("data_dir", "data_url") if key in config}
+        load_data(Params(dataset=wildcards.dataset, **places))
 
 
 rule baseline:

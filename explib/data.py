@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
+from explib.download import fetch, unpack
 from explib.files import ROOT, resolve
 from explib.params import Params
 
@@ -84,7 +86,7 @@ def load_data(params: Params) -> Data:
     `validation` images are taken from the training set, the same ones for every seed, and stand
     in for the test set; limit_train and limit_test then cut both.
     """
-    data = _LOADERS[params.dataset](params.data_dir)
+    data = _LOADERS[params.dataset](params)
     if params.normalization:
         mean, std = MEAN_STD[params.normalization]
         data = replace(data, mean=mean, std=std)
@@ -109,7 +111,7 @@ def load_data(params: Params) -> Data:
     )
 
 
-def _digits(data_dir: str) -> Data:
+def _digits(params: Params) -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8 to 3x32x32, a fifth of each class for test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -135,9 +137,9 @@ def _digits(data_dir: str) -> Data:
     )
 
 
-def _cifar10(data_dir: str) -> Data:
+def _cifar10(params: Params) -> Data:
     """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
-    root = cifar10_dir(data_dir)
+    root = cifar10_dir(params.data_dir)
     folder = root / CIFAR10.base_folder
     wrong = [
         name
@@ -147,13 +149,18 @@ def _cifar10(data_dir: str) -> Data:
     if wrong:
         raise DataError(f"{folder / wrong[0]}: damaged (its MD5 is wrong); delete it and try again")
     try:
-        train = CIFAR10(root, train=True, download=not folder.is_dir())
-        test = CIFAR10(root, train=False)
-    except (RuntimeError, OSError) as error:
+        if not folder.is_dir():
+            archive = fetch(
+                params.data_url or CIFAR10.url, root / CIFAR10.filename, CIFAR10.tgz_md5
+            )
+            unpack(archive, CIFAR10.base_folder, root)
+        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    except (RuntimeError, OSError, tarfile.TarError) as error:
         why = " ".join(str(error).split())[:200]
         raise DataError(
             f"{root}: no complete CIFAR-10 here and it could not be downloaded ({why}); "
-            "put cifar-10-batches-py there, or set data_dir or EXPLIB_DATA to where it is"
+            "put cifar-10-batches-py there, or set data_dir or EXPLIB_DATA to where it is, or "
+            "data_url to a mirror"
         ) from None
 
     def split(part):

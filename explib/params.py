@@ -50,7 +50,7 @@ RANGES = {
     "threads": (0, 4096, True),
 }
 # What may differ between two runs that compute the same
-PLACES = ("data_dir", "job_dir", "results_dir", "threads")
+PLACES = ("data_dir", "data_url", "job_dir", "results_dir", "threads")
 
 
 class ParamError(ValueError):
@@ -69,6 +69,7 @@ class Params:
     arch: str = "resnet_56"
     dataset: str = "digits"  # digits (embedded) or cifar10
     data_dir: str = ""  # folder of the data; empty: $EXPLIB_DATA, else data/
+    data_url: str = ""  # mirror of cifar-10-python.tar.gz; empty: the original server
     normalization: str = ""  # mean and std of the inputs; empty: the data set's own
     resume: str = ""  # checkpoint of the dense network; empty: the one 00_baseline made
     resume_mask: str = ""  # file of masks to use instead of computing them
@@ -125,6 +126,10 @@ class Params:
                 raise ParamError(f"{field}: has a NUL byte; give a path")
         if not re.fullmatch(r"[A-Za-z0-9._+-]*", self.name) or set(self.name) == {"."}:
             raise ParamError(f"name: {self.name!r}; give letters, digits and . _ + - only")
+        if not re.fullmatch(r"(https?://\S+)?", self.data_url):
+            raise ParamError(
+                f"data_url: {self.data_url!r}; give an address that begins with https://"
+            )
         parse_rates(self.compress_rate)
         parse_steps(self.lr_decay_step)
         if self.normalization == "" and self.dataset == "cifar10":

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-import urllib.error
+import tarfile
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from explib import data as sets
 from explib.data import DataError, load_data
+from explib.download import DownloadError
 from explib.params import Params
 
 
@@ -212,12 +213,28 @@ class TestCifar10:
 
     def test_missing_data_without_a_network_is_one_line(self, tmp_path, monkeypatch):
         def offline(*args, **kwargs):
-            raise urllib.error.URLError("Name or service not known")
+            raise DownloadError("https://somewhere: Name or service not known")
 
-        monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+        monkeypatch.setattr(sets, "fetch", offline)
         with pytest.raises(DataError, match=r"could not be downloaded .*EXPLIB_DATA") as caught:
             load_data(self.params(tmp_path / "none"))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+    def test_a_mirror_is_used_and_unpacked_once(self, cifar10_root, tmp_path, monkeypatch):
+        asked = []
+
+        def mirrored(url, path, md5):
+            asked.append((url, md5))
+            path.parent.mkdir(parents=True)
+            with tarfile.open(path, "w") as tar:
+                tar.add(cifar10_root / "cifar-10-batches-py", "cifar-10-batches-py")
+            return path
+
+        monkeypatch.setattr(sets, "fetch", mirrored)
+        for _ in range(2):
+            data = load_data(self.params(tmp_path / "new", data_url="https://mirror.example/x.tar"))
+            assert len(data.train) == 50_000
+        assert asked == [("https://mirror.example/x.tar", "c58f30108f718f92721af3b95e74349a")]
 
     def test_the_folder_is_data_dir_else_the_variable_else_data(self, tmp_path, monkeypatch):
         monkeypatch.setenv("EXPLIB_DATA", str(tmp_path))

@@ -248,7 +248,7 @@ class TestJobDir:
 
 @pytest.mark.parametrize("field", PLACES)
 def test_places_do_not_change_the_digest(field):
-    value = 3 if field == "threads" else "elsewhere"
+    value = {"threads": 3, "data_url": "https://elsewhere"}.get(field, "elsewhere")
     assert Params(**{field: value}).digest == Params().digest
 
 
