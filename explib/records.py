@@ -1,5 +1,6 @@
 """A run's record, one JSON file that explains itself, and all records as one DataFrame."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -104,8 +105,10 @@ def frame(records: list[dict]) -> pd.DataFrame:
     images_per_s, device, hardware, layers and history (lists), trained (epochs in all, which
     `epochs` is not for a layerwise run).
     """
+    defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
         {
+            **defaults,  # of parameters that are younger than the record
             **record["params"],
             "kind": record["kind"],
             "status": record.get("status", "done"),

@@ -5,7 +5,6 @@ epochs, then the one with most seeds. Runs that diverged, or that used only a pa
 no results.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from scipy import stats
 from explib import flops, records
 from explib.files import ROOT, resolve, write_text
 from explib.params import Params, parse_rates
+from explib.render import NOT_MEASURED, fill, to_html, to_markdown
 
-NOT_MEASURED = "not measured yet"
 NAMES = {
     "vgg_16_bn": "VGG-16",
     "resnet_56": "ResNet-56",
@@ -297,60 +296,6 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, numbers to the right."""
-    rule = ["---:" if _is_number(table[column]) else "---" for column in table.columns]
-    lines = [list(table.columns), rule, *table.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _is_number(column: pd.Series) -> bool:
-    cells = [cell for cell in column if cell and cell != NOT_MEASURED]
-    return bool(cells) and all(re.match(r"[+-]?[0-9.]+( |$)", str(cell)) for cell in cells)
-
-
-_CSS = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-figure { margin: 0; overflow-x: auto; }
-figcaption { font-weight: 600; margin-bottom: .6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; }
-th { text-align: left; border-bottom-width: 2px; }
-td.number, th.number { text-align: right; }
-td.open { opacity: .55; font-style: italic; }
-@media print { body { margin: 0; max-width: none; font-size: 9pt; } }
-"""
-
-
-def to_html(table: pd.DataFrame, caption: str) -> str:
-    """A page of its own with one table: readable on a phone, in the dark, on paper."""
-    numbers = {column: _is_number(table[column]) for column in table.columns}
-    classes = pd.DataFrame(
-        {
-            c: ["open" if v == NOT_MEASURED else "number" if numbers[c] else "" for v in table[c]]
-            for c in table.columns
-        },
-        index=table.index,
-    )
-    body = (
-        table.style.hide(axis="index")
-        .set_td_classes(classes)
-        .to_html(exclude_styles=True, table_attributes="")
-    )
-    for column, number in numbers.items():
-        if number:
-            body = re.sub(
-                rf"<th[^>]*>({re.escape(column)})</th>", r'<th class="number">\1</th>', body
-            )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{caption}</title><style>{_CSS}</style></head>\n"
-        f"<body><figure><figcaption>{caption}</figcaption>\n{body}</figure></body></html>\n"
-    )
-
-
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths."""
     folder = resolve(results_dir) / "tables" / dataset
@@ -362,15 +307,6 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
             write_text(folder / f"{name}.html", to_html(table, CAPTIONS[name])),
         ]
     return written
-
-
-def fill(text: str, tables: dict[str, pd.DataFrame]) -> str:
-    """`text` with each table put between <!-- table:NAME --> and <!-- /table:NAME -->."""
-    for name, table in tables.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)"
-        body = to_markdown(table).replace("\\", "\\\\")
-        text = re.sub(pattern, rf"\g<1>{body}\g<2>", text, flags=re.S)
-    return text
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_bars_show_what_was_achieved_and_marks_what_was_asked():
 
 
 def test_curves_begin_before_fine_tuning_and_end_at_the_result(tmp_path):
-    record(tmp_path, 92.0)
+    record(tmp_path, 92.0, epochs=1)
     figure = plots.curves(records.frame(records.read_all(tmp_path)))
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [0, 1] and line.get_ydata().tolist() == [40, 92]

@@ -106,3 +106,12 @@ def test_the_committed_records_are_sound(dataset):
         assert found["macs"]["left"] == sum(row["macs"] for row in layers) + linear
         if found["history"]:
             assert found["accuracy"]["last"] == found["history"][-1]["top1"]
+
+
+def test_a_record_older_than_a_parameter_has_its_default(tmp_path):
+    path = records.write(record(), tmp_path)
+    content = json.loads(path.read_text())
+    del content["params"]["data_url"], content["params"]["groups"]
+    path.write_text(json.dumps(content))
+    (row,) = records.frame(records.read_all(tmp_path, "digits")).to_dict("records")
+    assert row["data_url"] == "" and row["groups"] == 13

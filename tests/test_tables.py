@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from explib import records, tables
+from explib import records, render, tables
 from explib.files import ROOT
 from explib.params import Params
 
@@ -58,8 +58,8 @@ def test_one_record_fills_its_row_and_no_other(tmp_path):
     assert (got["change"], got["epochs"], got["weights M"]) == ("-1.00", "10", "0.400")
     assert (got["kernels pruned %"], got["hardware"]) == ("50.00", "abacus")
     made = tables.make(tmp_path, "cifar10")
-    assert (made["as_published"]["last epoch"] == tables.NOT_MEASURED).sum() == 11
-    assert (made["ours"]["last epoch"] == tables.NOT_MEASURED).all()
+    assert (made["as_published"]["last epoch"] == render.NOT_MEASURED).sum() == 11
+    assert (made["ours"]["last epoch"] == render.NOT_MEASURED).all()
 
 
 def test_seeds_are_averaged_with_their_spread(tmp_path):
@@ -96,7 +96,7 @@ def test_most_epochs_win_then_most_seeds(tmp_path):
 )
 def test_what_is_no_result_of_the_row_never_shows_as_one(tmp_path, fields):
     record(tmp_path, **fields)
-    assert row(tmp_path)["last epoch"] == tables.NOT_MEASURED
+    assert row(tmp_path)["last epoch"] == render.NOT_MEASURED
 
 
 def test_falling_short_of_the_rate_shows(tmp_path):
@@ -111,7 +111,7 @@ def test_deleting_a_record_removes_its_row_and_nothing_else(tmp_path):
     before = tables.make(tmp_path, "cifar10")
     path.unlink()
     after = tables.make(tmp_path, "cifar10")
-    assert row(tmp_path, "A")["last epoch"] == tables.NOT_MEASURED
+    assert row(tmp_path, "A")["last epoch"] == render.NOT_MEASURED
     assert row(tmp_path)["last epoch"] == "91.50 (n=1)"
     assert after["ours"].equals(before["ours"]) and after["flops"].equals(before["flops"])
 
@@ -157,14 +157,14 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     record(tmp_path)
     made = tables.make(tmp_path, "cifar10")
     text = "a\n<!-- table:ours -->\nold\n<!-- /table:ours -->\nb\n"
-    filled = tables.fill(text, made)
+    filled = render.fill(text, made)
     assert filled.startswith("a\n<!-- table:ours -->\n| network |") and "old" not in filled
-    assert filled.endswith("|\n<!-- /table:ours -->\nb\n") and tables.fill(filled, made) == filled
+    assert filled.endswith("|\n<!-- /table:ours -->\nb\n") and render.fill(filled, made) == filled
 
 
 def test_the_readme_shows_the_tables_of_the_committed_records():
     readme = (ROOT / "README.md").read_text()
-    assert tables.fill(readme, tables.make()) == readme, "run `make tables`"
+    assert render.fill(readme, tables.make()) == readme, "run `make tables`"
 
 
 def test_no_records_make_no_tables(tmp_path):
