@@ -25,7 +25,7 @@ _INT64 = ctypes.c_int64
 def library():
     """The compiled passes; None, with a warning, where they cannot be built."""
     try:
-        return native.load(Path(__file__).with_name("fused.cpp"))
+        return native.load(Path(__file__).with_name("fused.cpp"), "-fopenmp")
     except native.NoCompiler as error:
         warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
         return None

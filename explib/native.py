@@ -3,54 +3,55 @@
 import ctypes
 import hashlib
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
+TARGETS = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 
 
 class NoCompiler(RuntimeError):
     """The C++ could not be compiled: the message says what is missing."""
 
 
-def load(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+def load(source: Path, *more: str) -> ctypes.CDLL:
     """The functions that a C++ file declares `extern "C"`; compiled the first time.
 
-    Kept in ~/.cache/explib (or $XDG_CACHE_HOME) under a name that says what it was made from, and
-    put there whole: any number of processes may build it at once, and be killed while they do.
-    Raises NoCompiler.
+    more: further flags. $CXX names the compiler, `c++` by default; $EXPLIB_CXXFLAGS, where set,
+    stands for `-march=native`. What is built is kept in ~/.cache/explib (or $XDG_CACHE_HOME) under
+    a name that says what it was made from, and put there whole: any number of processes may build
+    it at once, and be killed while they do. Raises NoCompiler.
     """
-    compiler = os.environ.get("CXX", "c++")
-    made_from = [source.read_text(), compiler, *flags, platform.machine(), _cpu()]
-    digest = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise NoCompiler(f"there is no C++ compiler {compiler[0]!r}; install g++ or set CXX")
+    target = os.environ.get("EXPLIB_CXXFLAGS")
+    # a processor is known by the macros that its flags define: one home may serve several machines
+    for chosen in TARGETS if target is None else [target]:
+        command = [*compiler, *FLAGS, *shlex.split(chosen), *more]
+        macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+        if macros.returncode == 0:
+            break
+    made_from = "\n".join([*command, macros.stdout, source.read_text()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
-    kept = cache / f"{source.stem}-{digest}.so"
+    kept = cache / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
-        if kept.is_file():
-            return ctypes.CDLL(str(kept))
-        if shutil.which(compiler) is None:
-            raise NoCompiler(f"there is no C++ compiler {compiler!r}; install g++")
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / kept.name
-            command = [compiler, *flags, "-fPIC", "-shared", str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                errors = [line for line in done.stderr.splitlines() if "error" in line]
-                raise NoCompiler(f"{source.name} does not compile: {(errors or ['?'])[0]}")
-            os.replace(made, kept)
+        if not kept.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder) / kept.name
+                done = _run([*command, str(source), "-o", str(made)])
+                if done.returncode:
+                    errors = [line for line in done.stderr.splitlines() if "error" in line]
+                    raise NoCompiler(f"{source.name} does not compile: {(errors or ['?'])[0]}")
+                os.replace(made, kept)
         return ctypes.CDLL(str(kept))
     except OSError as error:
         raise NoCompiler(f"{source.name} cannot be built in {cache}: {error}") from error
 
 
-def _cpu() -> str:
-    """What -march=native depends on: a folder of home may be shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True)

@@ -25,7 +25,7 @@ def source(tmp_path, monkeypatch):
 def test_builds_once_and_again_when_the_source_changes(source, tmp_path, monkeypatch):
     assert native.load(source).answer() == 42
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("built twice"))
+        patch.setattr(os, "replace", lambda *_: pytest.fail("built twice"))
         assert native.load(source).answer() == 42
     source.write_text(SOURCE.replace("42", "43"))
     assert native.load(source).answer() == 43
@@ -48,6 +48,14 @@ def test_says_what_does_not_compile_and_leaves_nothing(source, tmp_path):
     with pytest.raises(native.NoCompiler, match=r"small.cpp does not compile: .*nothing here"):
         native.load(source)
     assert os.listdir(tmp_path / "cache/explib") == []
+
+
+def test_other_flags_are_another_library(source, tmp_path, monkeypatch):
+    source.write_text('extern "C" int answer() { return ANSWER; }')
+    assert native.load(source, "-DANSWER=1").answer() == 1
+    monkeypatch.setenv("EXPLIB_CXXFLAGS", "-DANSWER=2")
+    assert native.load(source).answer() == 2
+    assert len(os.listdir(tmp_path / "cache/explib")) == 2
 
 
 def test_no_compiler_is_one_line(source, monkeypatch):
