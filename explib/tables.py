@@ -13,6 +13,7 @@ import yaml
 from scipy import stats
 
 from explib import flops, records
+from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
 from explib.params import Params, parse_rates
 from explib.render import NOT_MEASURED, fill, to_html, to_markdown
@@ -31,6 +32,8 @@ CAPTIONS = {
     "sensitivity": "Other settings than the published method's",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
+    "controls": "Every criterion before fine-tuning",
+    "training": "Training and evaluation, the plain loop and ours",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
@@ -291,7 +294,9 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "criteria": criteria(frame, usual),
         "sensitivity": sensitivity(frame),
         "baselines": baselines(frame),
-        "flops": recount() if dataset == "cifar10" else pd.DataFrame(),
+        "flops": recount() if usual else pd.DataFrame(),
+        "controls": bench.controls(results_dir) if usual else pd.DataFrame(),
+        "training": bench.training(results_dir) if usual else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from explib import recipes
-from explib.bench import plots, scoring, training
+from explib.bench import plots, scoring, tables, training
 from explib.data import normalize
 from explib.params import Params
 from explib.pruners import number_to_prune
@@ -63,6 +63,30 @@ def row(task, loop, speed):
 def test_ratios_by_hand():
     rows = [row("train", "plain", 200.0), row("train", "ours", 500.0), row("evaluate", "plain", 9)]
     assert training.ratios(rows) == {"resnet_56, train: ours / plain": 2.5}
+
+
+def test_the_table_has_a_line_for_each_pair(tmp_path):
+    rows = [row("train", "plain", 200.0), row("train", "ours", 500.0), row("train", "other", 1.0)]
+    rows = [{**r, "precision": "bf16", "batch_size": 128} for r in rows]
+    record = {"rows": rows, "provenance": {"hardware": {"name": "abacus"}}}
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/training-cpu.json").write_text(json.dumps(record))
+    (line,) = tables.training(tmp_path).to_dict("records")
+    assert (line["network"], line["ratio"], line["hardware"]) == ("ResNet-56", "2.50", "abacus")
+    assert tables.training(tmp_path / "none").empty
+
+
+def test_controls_have_a_column_for_each_cut(tmp_path):
+    rows = [
+        {"cut_pct": 53.5, "pruning_way": "B", "survivors": "l1", "top1": [80.0, 82.0, 84.0]},
+        {"cut_pct": 71.9, "pruning_way": "B", "survivors": "l1", "top1": [50.0, 50.0, 50.0]},
+        {"cut_pct": 53.5, "pruning_way": "random", "survivors": "", "top1": [20.0]},
+    ]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/controls.json").write_text(json.dumps({"rows": rows}))
+    chance, ours = tables.controls(tmp_path).fillna("").to_dict("records")
+    assert (chance["criterion"], chance["cut 53.5 %"]) == ("random kernels", "20.00")
+    assert (ours["cut 53.5 %"], ours["cut 71.9 %"]) == ("82.00 ± 2.00", "50.00 ± 0.00")
 
 
 class TestFigures:

@@ -1,0 +1,63 @@
+"""Tables of what is measured apart from whole runs: records of results_dir/bench in."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pandas as pd
+
+from explib.files import resolve
+
+NETWORKS = {"resnet_56": "ResNet-56", "vgg_16_bn": "VGG-16"}
+
+
+def training(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Images/s of the plain loop and ours on every machine measured, and their ratio."""
+    lines = []
+    for path in sorted((resolve(results_dir) / "bench").glob("training-*.json")):
+        record = json.loads(path.read_text())
+        hardware = record["provenance"]["hardware"]["name"]
+        speed = {(r["network"], r.get("task"), r["loop"]): r for r in record["rows"]}
+        for (network, task, loop), plain in speed.items():
+            ours = speed.get((network, task, "ours"))
+            if loop == "plain" and ours:
+                lines.append(
+                    {
+                        "network": NETWORKS[network],
+                        "task": task,
+                        "plain loop, images/s": f"{plain['images_per_s']:.0f}",
+                        "ours, images/s": f"{ours['images_per_s']:.0f}",
+                        "ratio": f"{ours['images_per_s'] / plain['images_per_s']:.2f}",
+                        "precision": ours["precision"],
+                        "batch": str(ours["batch_size"]),
+                        "hardware": hardware,
+                    }
+                )
+    return pd.DataFrame(lines)
+
+
+CRITERIA = {
+    ("random", ""): "random kernels",
+    ("bn", ""): "kernels of the filters of lowest |γ|",
+    ("A", "random"): "A, random survivors",
+    ("B", "random"): "B, random survivors",
+    ("A", "l1"): "A, L1 survivors",
+    ("B", "l1"): "B, L1 survivors",
+    ("l1", ""): "L1 kernels",
+    ("filters", ""): "whole filters, group L1, as many MACs",
+}
+
+
+def controls(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Top-1 in per cent of every criterion before fine-tuning, a column for each published cut."""
+    path = resolve(results_dir) / "bench/controls.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    lines = {}
+    for row in rows:
+        name = CRITERIA[row["pruning_way"], row["survivors"]]
+        values = row["top1"]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        column = f"cut {row['cut_pct']:.1f} %"
+        line = lines.setdefault(name, {"criterion": name, "seeds": str(len(values))})
+        line[column] = f"{statistics.mean(values):.2f}{spread}"
+    return pd.DataFrame([lines[name] for name in CRITERIA.values() if name in lines])
