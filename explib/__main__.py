@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+import time
 import types
 from typing import get_args, get_origin, get_type_hints
 
@@ -203,6 +204,51 @@ def finetune(as_json, **options):
         return runs.finetune(params)
 
     _run(work, as_json, _trained)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path())
+@click.option("--seeds", default=1, show_default=True, help="so many of each, from 0")
+@click.option("--seconds", default=0.0, help="begin no run that may end later than this; 0: no end")
+@click.option("--results_dir", "--results-dir", "results_dir", default="results", show_default=True)
+def batch(files, seeds, seconds, results_dir):
+    """Run the configurations of several YAML FILES one after another, in one process.
+
+    Baselines (NAME-baseline.yaml) come first, with their own seed only: all runs of a network start
+    from the same one. What is done is not done again, what was interrupted
+    goes on; a run that fails is reported, and the others go on.
+    """
+    dense = [file for file in files if file.endswith("-baseline.yaml")]
+    pruned = [file for file in files if file not in dense]
+    chosen = [(file, from_yaml(file, results_dir=results_dir)) for file in dense] + [
+        (file, from_yaml(file, seed=seed, results_dir=results_dir))
+        for seed in range(seeds)
+        for file in pruned
+    ]
+    from explib import runs
+
+    started, longest, failed = time.monotonic(), 0.0, 0
+    for file, params in chosen:
+        began = time.monotonic()
+        if seconds and began - started + longest > seconds:
+            click.echo(f"{params.name}, seed {params.seed}: not begun, the time is over")
+            continue
+        run = runs.baseline if file in dense else runs.finetune
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                record = run(params)
+        except (ValueError, OSError, RuntimeError) as error:
+            failed += 1
+            click.echo(f"{params.name}, seed {params.seed}: {' '.join(str(error).split())}")
+            continue
+        took = time.monotonic() - began
+        longest = max(longest, took)
+        top1, speed = record["accuracy"], record["images_per_s"] or 0
+        click.echo(
+            f"{params.name:28s} seed {params.seed}  last {top1['last']:.2f}  best "
+            f"{top1['best']:.2f}  {speed:8,.0f} images/s  {took:6.0f} s"
+        )
+    sys.exit(1 if failed else 0)
 
 
 @cli.command()

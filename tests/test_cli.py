@@ -74,6 +74,31 @@ def test_the_whole_way(folder):
     assert any(path.endswith(".csv") for path in written)
 
 
+def test_a_batch_begins_with_baselines_and_survives_a_failure(tmp_path, resnet_8):
+    common = (
+        "epochs: 1\nbatch_size: 32\nlimit_train: 64\nlimit_test: 40\nbn_images: 32\nthreads: 1\n"
+    )
+    files = {
+        "net-A.yaml": f"{common}name: net-A\npruning_way: A\n",
+        "net-baseline.yaml": f"{common}name: net-baseline\n",
+        "net-lost.yaml": f"{common}name: net-lost\nresume: not-there.th\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    paths = [tmp_path / name for name in files]
+    words = ["batch", *paths, "--seeds", 2, "--results_dir", tmp_path / "results"]
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == 1, done.output
+    lines = done.stdout.splitlines()
+    names = [line.split()[0].rstrip(",") for line in lines]
+    assert names == ["net-baseline", "net-A", "net-lost", "net-A", "net-lost"]
+    assert all("last" in line for line in lines if "net-lost" not in line)
+    assert "not-there.th is not there" in lines[2]
+    assert len(list((tmp_path / "results/records/digits").glob("*.json"))) == 3
+    over = call(*words[:-4], "--results_dir", tmp_path / "none", "--seconds", 1e-9)
+    assert over.count("not begun") >= 2
+
+
 def test_options_stand_above_the_file(tmp_path):
     (tmp_path / "x.yaml").write_text("compress_rate: '[0.25]'\nfilters: 3\n")
     message = call("flops", "-f", tmp_path / "x.yaml", status=2)
