@@ -35,7 +35,8 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
         macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
         if macros.returncode == 0:
             break
-    made_from = "\n".join([*command, macros.stdout, source.read_text()])
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    made_from = "\n".join([*command, macros.stdout, *(path.read_text() for path in sources)])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
     kept = cache / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
