@@ -163,8 +163,9 @@ def _op(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
             return replace(made, kind="subsample", stride=step)
     if getattr(what, "__name__", "") == "pad" and len(sources[0]) == 3:
         sides = node.args[1] if len(node.args) > 1 else ()
-        plain = list(node.args[2:]) in ([], ["constant"], ["constant", None], ["constant", 0])
-        if plain and not node.kwargs and len(sides) == 6 and not any(sides[:4]) and min(sides) >= 0:
+        how = [*node.args[2:], *node.kwargs.values()]
+        plain = how in ([], ["constant"], ["constant", None], ["constant", 0])
+        if plain and len(sides) == 6 and not any(sides[:4]) and min(sides) >= 0:
             return replace(made, kind="subsample", before=sides[4])
     return torch_op(f"{label}: no kernel for it")
 
@@ -222,21 +223,21 @@ def fuse(made: list[Op], kept: set[str]) -> list[Op]:
     the last value it makes.
     """
     uses = Counter(name for op in made for name in op.inputs)
-    fused: list[Op] = []
-    place: dict[str, int] = {}
+    fused: dict[str, Op] = {}
     for op in made:
-        # of two addends the later one takes the other in, which is there by then
-        name = max(op.inputs, key=lambda name: place.get(name, -1))
-        host = fused[place[name]] if name in place else None
-        if host is None or name in kept or uses[name] > 1 or not _takes(host, op):
-            place[op.name] = len(fused)
-            fused.append(op)
+        names = [n for n in op.inputs if n in fused and n not in kept and uses[n] == 1]
+        host = next((n for n in names if _takes(fused[n], op)), None)
+        if host is None:
+            fused[op.name] = op
             continue
-        other = tuple(n for n in op.inputs if n != name)
-        whole = replace(host, name=op.name, inputs=host.inputs + other, relu=op.relu)
-        fused[place[name]] = replace(whole, before=op.before) if op.kind == "subsample" else whole
-        place[op.name] = place[name]
-    return fused
+        # the host moves here, where its other input is there too; nothing between used it
+        before = fused.pop(host)
+        other = tuple(n for n in op.inputs if n != host)
+        fused[op.name] = replace(
+            before, name=op.name, inputs=before.inputs + other, shape=op.shape, relu=op.relu,
+            before=op.before if op.kind == "subsample" else before.before,
+        )  # fmt: skip
+    return list(fused.values())
 
 
 def _takes(host: Op, op: Op) -> bool:

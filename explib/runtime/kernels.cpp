@@ -47,7 +47,7 @@ constexpr int TILE_H = 4, TILE_W = 4, PAIR = 2;
 #else
 constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
 #endif
-constexpr int MAX_TAPS = 49;
+constexpr int MAX_TAPS = 49, CACHE_SKEW = 6;
 
 enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, SUBSAMPLE, ADD, RELU, COPY, FLATTEN };
 
@@ -124,6 +124,11 @@ FORCED inline V larger(V a, V b) {
     return a < b ? b : a;
 }
 
+// Planes of a multiple of 4 KiB would all fall on the same few lines of the first cache
+int64_t block_plane(int height, int width) {
+    const int64_t pixels = int64_t(height) * width;
+    return pixels % 64 ? pixels : pixels + CACHE_SKEW;
+}
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 int64_t split(int64_t n, int part, int parts) { return n * part / parts; }
 
@@ -144,7 +149,7 @@ template <class T, int TH, int TW>
 FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
                           typename Types<T>::V (&acc)[TH][TW]) {
     USE_TYPES;
-    const int64_t first = ((int64_t(f) * a.out_height + y) * a.out_width + x) * LANES;
+    const int64_t first = (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
     const V bias = splat<T>(T(a.bias[f]));
     repeat<TH>([&](auto r) FORCED {
         repeat<TW>([&](auto c) FORCED {
@@ -166,7 +171,7 @@ void conv_tile(const ConvBlock<T>& a, int y, int x) {
     const int top = y * S - P, left = x * S - P;
     const bool first_row = top >= 0, last_row = top + IH <= a.height;
     const bool first_col = left >= 0, last_col = left + IW <= a.width;
-    const int64_t plane = int64_t(a.height) * a.width;
+    const int64_t plane = block_plane(a.height, a.width);
     const int64_t origin = int64_t(top) * a.width + left;
     for (int f = 0; f < a.filters; ++f) {
         V acc[SETS][TH][TW] = {};
@@ -212,7 +217,7 @@ void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
     for (int f = 0; f < a.filters; ++f) {
         V acc[TH][TW] = {};
         for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
-            const T* in = a.in + int64_t(a.index[k]) * a.height * a.width * LANES;
+            const T* in = a.in + a.index[k] * block_plane(a.height, a.width) * LANES;
             for (int tap = 0; tap < K * K; ++tap) {
                 const V w = broadcast<T>(a.weight + int64_t(k) * K * K + tap);
                 const int top = y * a.stride - a.pad + tap / K, left = x * a.stride - a.pad + tap % K;
@@ -400,7 +405,7 @@ class Planned : public Network {
 
     T* block_data(T* memory, int t) const {
         const Tensor& a = tensors[t];
-        return memory + block_at[a.slot] + int64_t(a.first) * a.height * a.width * LANES;
+        return memory + block_at[a.slot] + a.first * block_plane(a.height, a.width) * LANES;
     }
     T* image_data(T* memory, int t) const {
         const Tensor& a = tensors[t];
@@ -416,7 +421,7 @@ class Planned : public Network {
         for (const Slot& s : slots) {
             block_at.push_back(block_size);
             image_at.push_back(image_size);
-            block_size += int64_t(s.channels) * s.height * s.width * LANES;
+            block_size += s.channels * block_plane(s.height, s.width) * LANES;
             // two margins more: before the first plane, and for loads that begin near the end
             image_size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
         }
@@ -478,63 +483,63 @@ class Planned : public Network {
                   int live) {
         const Tensor& a = tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = tensors[op.out >= 0 ? op.out : op.in];
-        const int64_t size = int64_t(a.channels) * a.height * a.width;
-        const int64_t pixels = int64_t(o.channels) * o.height * o.width;
         const T* in = op.in >= 0 ? block_data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? block_data(memory, op.out) : nullptr;
-        const V* x = (const V*)in;
-        V* y = (V*)out;
-        switch (op.kind) {
-        case LOAD:
-            for (int64_t from = 0; from < pixels; from += 64)
-                for (int lane = 0; lane < LANES; ++lane) {
-                    const int64_t to = std::min(pixels, from + 64);
-                    const float* source = ins[op.other] + (first + lane) * pixels;
-                    for (int64_t i = from; i < to; ++i)
-                        out[i * LANES + lane] = lane < live ? T(source[i]) : T(0);
+        if (op.kind == CONV)
+            return conv_block<T>({in, op.other >= 0 ? block_data(memory, op.other) : nullptr, out,
+                                  o.channels, a.height, a.width, o.height, o.width, op.kernel, op.stride,
+                                  op.pad, op.relu, (const int32_t*)op.weight, op.bias, op.start,
+                                  op.index});
+        if (op.kind == LINEAR) return linear_block<T>(in, out, op, a.channels, o.channels);
+        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
+        const int pixels = a.height * a.width;
+        const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
+        for (int c = 0; c < channels; ++c) {
+            const V* x = (const V*)in + c * from;
+            V* y = (V*)out + c * to;
+            switch (op.kind) {
+            case LOAD:
+                for (int start = 0; start < pixels; start += 64)
+                    for (int lane = 0; lane < LANES; ++lane) {
+                        const float* image = ins[op.other] + ((first + lane) * channels + c) * pixels;
+                        for (int i = start; i < std::min(pixels, start + 64); ++i)
+                            ((T*)(y + i))[lane] = lane < live ? T(image[i]) : T(0);
+                    }
+                break;
+            case STORE:
+                for (int lane = 0; lane < live; ++lane) {
+                    float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
+                    for (int i = 0; i < pixels; ++i) image[i] = float(((const T*)(x + i))[lane]);
                 }
-            break;
-        case STORE:
-            for (int lane = 0; lane < live; ++lane)
-                for (int64_t i = 0; i < size; ++i)
-                    outs[op.other][(first + lane) * size + i] = float(in[i * LANES + lane]);
-            break;
-        case CONV:
-            conv_block<T>({in, op.other >= 0 ? block_data(memory, op.other) : nullptr, out, o.channels,
-                           a.height, a.width, o.height, o.width, op.kernel, op.stride, op.pad, op.relu,
-                           (const int32_t*)op.weight, op.bias, op.start, op.index});
-            break;
-        case LINEAR: linear_block<T>(in, out, op, a.channels, o.channels); break;
-        case MAXPOOL:
-        case AVGPOOL:
-            for (int c = 0; c < o.channels; ++c)
+                break;
+            case MAXPOOL:
+            case AVGPOOL:
                 for (int r = 0; r < o.height; ++r)
                     for (int q = 0; q < o.width; ++q)
-                        *y++ = pooled<V>(op, a, r, q, [&](int i, int j) FORCED {
-                            return x[(int64_t(c) * a.height + i) * a.width + j];
-                        });
-            break;
-        case SUBSAMPLE:
-            for (int c = 0; c < o.channels; ++c)
+                        *y++ = pooled<V>(op, a, r, q,
+                                         [&](int i, int j) FORCED { return x[i * a.width + j]; });
+                break;
+            case SUBSAMPLE: {
+                const int source = c - op.before;
+                const bool padded = source < 0 || source >= a.channels;
+                x = (const V*)in + source * from;
                 for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q) {
-                        const int from = c - op.before;
-                        const bool padded = from < 0 || from >= a.channels;
-                        *y++ = padded ? V{}
-                                      : x[(int64_t(from) * a.height + r * op.stride) * a.width
-                                          + q * op.stride];
-                    }
-            break;
-        case ADD: {
-            const V* z = (const V*)block_data(memory, op.other);
-            for (int64_t i = 0; i < size; ++i) y[i] = op.relu ? rectified(x[i] + z[i]) : x[i] + z[i];
-            break;
-        }
-        case RELU:
-            for (int64_t i = 0; i < size; ++i) y[i] = rectified(x[i]);
-            break;
-        case COPY:
-        case FLATTEN: std::memcpy(out, in, size * sizeof(V)); break;
+                    for (int q = 0; q < o.width; ++q)
+                        *y++ = padded ? V{} : x[r * op.stride * a.width + q * op.stride];
+                break;
+            }
+            case ADD:
+            case RELU: {
+                const V* z = op.kind == ADD ? (const V*)block_data(memory, op.other) + c * from : nullptr;
+                for (int i = 0; i < pixels; ++i) {
+                    const V value = z ? x[i] + z[i] : x[i];
+                    y[i] = op.relu ? rectified(value) : value;
+                }
+                break;
+            }
+            case COPY: std::memcpy(y, x, pixels * sizeof(V)); break;
+            case FLATTEN: std::memcpy((V*)out + int64_t(c) * pixels, x, pixels * sizeof(V)); break;
+            }
         }
     }
 
@@ -612,7 +617,7 @@ class Planned : public Network {
                 for (int i = 0; i < body(a.height, a.width); i += LANES) {
                     V value = *(const V*)(x + i);
                     if (z) value += *(const V*)(z + i);
-                    *(V*)(y + i) = op.kind == RELU || op.relu ? rectified(value) : value;
+                    *(V*)(y + i) = op.relu ? rectified(value) : value;
                 }
                 break;
             }
