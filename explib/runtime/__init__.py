@@ -4,6 +4,7 @@
     scores = fast(images)
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from itertools import groupby
@@ -68,21 +69,22 @@ def compile(
         raise ValueError(f"dtype: {dtype}; give torch.float32 or torch.float16")
     if not isinstance(example_input, torch.Tensor) or example_input.dtype != torch.float32:
         raise TypeError("example_input: give a torch.float32 tensor (N, C, H, W)")
-    traced = graph.trace(model, example_input.cpu())
-    ops, alias = graph.ops(traced)
-    lacking = [op.why for op in ops if op.kind == "torch"]
-    if lacking and not fallback:
-        raise NotImplementedError(f"{lacking[0]}; compile with fallback=True to run it in torch")
     threads = threads or torch.get_num_threads()
     report = {"engine": "native", "dtype": str(dtype).removeprefix("torch."), "threads": threads}
     try:
+        traced = graph.trace(model, example_input)
         library = build.library()
-    except NoCompiler as error:
+    except (NoCompiler, NotImplementedError) as error:
         if not fallback:
             raise
         warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=2)
         report |= {"engine": "torch", "dtype": "float32", "fallbacks": [str(error)]}
-        return Compiled(traced, example_input.shape[1:], report)
+        dense = copy.deepcopy(model).cpu().float().eval()
+        return Compiled(dense, example_input.shape[1:], report)
+    ops, alias = graph.ops(traced)
+    lacking = [op.why for op in ops if op.kind == "torch"]
+    if lacking and not fallback:
+        raise NotImplementedError(f"{lacking[0]}; compile with fallback=True to run it in torch")
     half = dtype == torch.float16
     if half and not build.has_half(library):
         warnings.warn("this processor does not compute in float16; using float32", stacklevel=2)

@@ -3,70 +3,69 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
 
 import ninja
-import torch
 from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread")
-_P = ctypes.c_void_p
-_I = ctypes.c_int
+FLAGS = ("-std=c++20", "-O3", "-pthread")
+TARGETS = ("-march=native", "-mcpu=native")  # the first that the compiler takes
+_P, _I = ctypes.c_void_p, ctypes.c_int
 
 
 class NoCompiler(RuntimeError):
     """There is no C++ compiler here, or it refused the kernels."""
 
 
-def flags() -> tuple[str, ...]:
-    """The compiler's flags; $EXPLIB_CXXFLAGS, where set, replaces `-march=native`."""
-    chosen = os.environ.get("EXPLIB_CXXFLAGS")
-    return FLAGS if chosen is None else (*(f for f in FLAGS if "march" not in f), *chosen.split())
-
-
 def library() -> ctypes.CDLL:
-    """The kernels as a C library, compiled first where that is not done (about 20 s).
+    """The kernels as a C library, compiled first where that is not done (some 10 s).
 
-    Raises NoCompiler, in one line, where that cannot be.
+    $CXX names the compiler; $EXPLIB_CXXFLAGS, where set, stands for `-march=native`. Raises
+    NoCompiler, in one line, where it cannot be built.
     """
-    return _library(flags())
+    return _library(cpp_extension.get_cxx_compiler(), os.environ.get("EXPLIB_CXXFLAGS"))
 
 
 @cache
-def _library(chosen: tuple[str, ...]) -> ctypes.CDLL:
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise NoCompiler(f"no C++ compiler {compiler!r} found; install g++ or set CXX")
-    # Another source, compiler or processor is another build: a home may serve several machines
-    what = subprocess.run(
-        [compiler, *chosen, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True
-    ).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(chosen).encode() + what).hexdigest()
+def _library(compiler: str, target: str | None) -> ctypes.CDLL:
+    command = shlex.split(compiler)
+    if shutil.which(command[0]) is None:
+        raise NoCompiler(f"no C++ compiler {command[0]!r} here; install g++ or set CXX")
+    # a processor is known by the macros its flags define: one home may serve several machines
+    for chosen in [target] if target is not None else TARGETS:
+        flags = [*FLAGS, *shlex.split(chosen)]
+        macros = subprocess.run(
+            [*command, *flags, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True
+        )
+        if macros.returncode == 0:
+            break
+    what = SOURCE.read_bytes() + " ".join([compiler, *flags]).encode() + macros.stdout
     path = os.environ["PATH"]
-    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"  # a virtual environment not activated
+    # ninja lies beside Python, which may not be on the path
+    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"
     try:
         built = cpp_extension.load(
-            f"explib_{digest[:12]}",
+            f"explib_{hashlib.sha256(what).hexdigest()[:12]}",
             [str(SOURCE)],
-            extra_cflags=list(chosen),
-            extra_ldflags=["-pthread"],
+            extra_cflags=flags,
+            extra_ldflags=[flag for flag in flags if flag.startswith(("-pthread", "-fsanitize"))],
             is_python_module=False,
         )
+        return _declared(ctypes.CDLL(built))
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         why = (lines or [str(error)])[-1].strip()[:200]
         raise NoCompiler(f"{compiler} could not build {SOURCE.name}: {why}") from None
     finally:
         os.environ["PATH"] = path
-    return declare(ctypes.CDLL(built))
 
 
-def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with its functions' types."""
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.explib_new.restype = _P
     lib.explib_new.argtypes = [_P, _I, _P, _I, _P, _I, _I, _I, _I]
     lib.explib_run.argtypes = [_P, ctypes.POINTER(_P), ctypes.POINTER(_P), ctypes.c_int64]
@@ -75,16 +74,12 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-def instructions(lib: ctypes.CDLL) -> str:
-    """The width of the library's vectors, for reports."""
-    half = ", native fp16" if lib.explib_half() else ""
-    return f"{8 * lib.explib_vector_bytes()}-bit vectors{half}"
-
-
 def has_half(lib: ctypes.CDLL) -> bool:
     """Whether the library computes in fp16."""
     return bool(lib.explib_half())
 
 
-__all__ = ["NoCompiler", "declare", "flags", "has_half", "instructions", "library"]
-assert torch.__version__  # the library is linked with torch's
+def instructions(lib: ctypes.CDLL) -> str:
+    """The library's vectors, for reports."""
+    half = " with fp16" if has_half(lib) else ""
+    return f"{8 * lib.explib_vector_bytes()}-bit vectors{half}"

@@ -39,14 +39,14 @@ class Op:
 def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     """The network in evaluation mode as a graph with shapes, BatchNorm folded where it can be.
 
-    The model is not changed. Raises ValueError, in one line, for a network that torch.fx cannot
-    trace or that does not take the example.
+    The model is not changed. Raises NotImplementedError for a network that torch.fx cannot trace,
+    ValueError for one that does not take the example.
     """
     model = copy.deepcopy(model).cpu().float().eval()
     try:
         traced = fx.symbolic_trace(model)
     except Exception as error:
-        raise ValueError(f"torch.fx cannot trace this network ({_line(error)})") from None
+        raise NotImplementedError(f"torch.fx cannot trace it ({_line(error)})") from None
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not node.all_input_nodes:
@@ -152,11 +152,11 @@ def _op(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
     if what in (nn.MaxPool2d, nn.AvgPool2d):
         return _pool(made, module, label)
     if what in (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d) and size[1:] == (1, 1):
-        return _mean(made, sources[0]) or torch_op(f"{label}: only of square planes")
+        return _mean(made, sources[0])
     if what in (torch.mean, "mean") and len(sources[0]) == 3:
         axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if isinstance(axes, (list, tuple)) and {a % 4 for a in axes} == {2, 3}:
-            return _mean(made, sources[0]) or torch_op(f"{label}: only of square planes")
+            return _mean(made, sources[0])
     if what is operator.getitem and len(sources[0]) == 3:
         step = _subsampling(node.args[1])
         if step:
@@ -198,11 +198,10 @@ def _pool(made: Op, pool: nn.Module, label: str) -> Op:
     return replace(made, kind=kind, kernel=kernel, stride=stride, pad=pad, before=counts)
 
 
-def _mean(made: Op, source: tuple[int, ...]) -> Op | None:
-    """The mean over a plane, as a pool of its size."""
-    if source[1] != source[2]:
-        return None
-    return replace(made, kind="avgpool", kernel=source[1], stride=source[1])
+def _mean(made: Op, source: tuple[int, ...]) -> Op:
+    """The mean over a plane, as a pool that covers it."""
+    side = max(source[1:])
+    return replace(made, kind="avgpool", kernel=side, stride=side)
 
 
 def _subsampling(index) -> int | None:
