@@ -68,10 +68,11 @@ struct Op {
     const void* weight;     // kernels by filter, each K * K words; LINEAR: scalars (F, C)
     const int32_t* start;   // (F + 1,) where a filter's kernels start
     const int32_t* index;   // the channel of each kernel
-    const void* weight_by_channel;  // the same kernels by channel, and in it by filter
-    const int32_t* start_by_channel;  // (C, threads + 1): where each thread's share starts
+    // the same kernels by thread, whose filters are `share`, and in that by channel
+    const void* weight_by_channel;
+    const int32_t* start_by_channel;  // (threads * C + 1,)
     const int32_t* index_by_channel;  // the filter of each kernel
-    const int32_t* share;             // (threads + 1,): the filters of each thread
+    const int32_t* share;             // (threads + 1,)
 };
 }
 
@@ -288,25 +289,23 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features)
 // Kernels of NT taps by channel: the shifted planes stay in registers while all filters that use
 // this channel take them; the sums of N vectors of every filter lie in `sums`.
 template <class T, int NT, int N>
-void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const int* shift, int part,
-                  int parts, int threads, int first, int last, T* sums) {
+void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const int* shift,
+                  int first_list, int last_list, int first, int last, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
     const int32_t* words = (const int32_t*)op.weight_by_channel;
     for (int f = first; f < last; ++f)
         repeat<N>([&](auto n) FORCED { ((V*)sums)[f * N + n] = splat<T>(T(op.bias[f])); });
     for (int c = 0; c < channels; ++c) {
-        const int32_t* start = op.start_by_channel + int64_t(c) * (threads + 1);
-        int k = start[parts == 1 ? 0 : part];
-        const int end = start[parts == 1 ? threads : part + 1];
-        if (k == end) continue;
         V pixels[NT][N];
         repeat<NT>([&](auto t) FORCED {
             repeat<N>([&](auto n) FORCED {
                 pixels[t][n] = *(const Loose*)(in + c * plane + shift[t] + n * LANES);
             });
         });
-        for (; k < end; ++k) {
+        for (int list = first_list; list < last_list; ++list) {
+            const int32_t* start = op.start_by_channel + int64_t(list) * channels + c;
+            for (int k = start[0]; k < start[1]; ++k) {
             V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
             const int32_t* w = words + int64_t(k) * NT;
             V acc[N];
@@ -316,6 +315,7 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
                 repeat<N>([&](auto n) FORCED { acc[n] += pixels[t][n] * weight; });
             });
             repeat<N>([&](auto n) FORCED { sum[n] = acc[n]; });
+            }
         }
     }
 }
@@ -426,11 +426,13 @@ class Planned : public Network {
             image_size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
         }
         for (const Op& o : ops) {
-            if (o.kind != CONV && o.kind != LINEAR) continue;
+            if (o.in < 0 || o.out < 0) continue;
             const Tensor &in = tensors[o.in], &out = tensors[o.out];
-            int64_t need = o.kind == LINEAR ? int64_t(round_up(in.channels, LANES)) * threads
-                                            : int64_t(out.channels) * PAIR * LANES * threads;
-            if (o.stride > 1)
+            const int each = o.kind == CONV     ? out.channels * PAIR * LANES
+                             : o.kind == LINEAR ? round_up(in.channels, LANES)
+                                                : round_up(pitch(in.width), LANES);
+            int64_t need = int64_t(each) * threads;
+            if (o.kind == CONV && o.stride > 1)
                 need += int64_t(o.stride) * o.stride * in.channels * plane(out.height, out.width)
                         + 2 * margin(out.width) + 2 * PAIR * LANES;
             scratch_size = std::max(scratch_size, need);
@@ -515,9 +517,17 @@ class Planned : public Network {
             case MAXPOOL:
             case AVGPOOL:
                 for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q)
-                        *y++ = pooled<V>(op, a, r, q,
-                                         [&](int i, int j) FORCED { return x[i * a.width + j]; });
+                    for (int q = 0; q < o.width; ++q) {
+                        const auto [r0, r1] = window(op, r, a.height);
+                        const auto [c0, c1] = window(op, q, a.width);
+                        V value = op.kind == MAXPOOL ? x[r0 * a.width + c0] : V{};
+                        for (int i = r0; i < r1; ++i)
+                            for (int j = c0; j < c1; ++j) {
+                                const V pixel = x[i * a.width + j];
+                                value = op.kind == MAXPOOL ? larger(value, pixel) : value + pixel;
+                            }
+                        *y++ = op.kind == MAXPOOL ? value : value * scale(op, r1 - r0, c1 - c0);
+                    }
                 break;
             case SUBSAMPLE: {
                 const int source = c - op.before;
@@ -543,23 +553,35 @@ class Planned : public Network {
         }
     }
 
-    // One output of a pooling op: `at(row, column)` reads the input, padding apart
-    template <class Value, class At>
-    FORCED inline Value pooled(const Op& op, const Tensor& a, int row, int col, At&& at) const {
-        const int top = row * op.stride - op.pad, left = col * op.stride - op.pad;
-        const int r0 = std::max(top, 0), r1 = std::min(top + op.kernel, a.height);
-        const int c0 = std::max(left, 0), c1 = std::min(left + op.kernel, a.width);
-        Value value = op.kind == MAXPOOL ? at(r0, c0) : Value{};
-        for (int r = r0; r < r1; ++r)
-            for (int c = c0; c < c1; ++c) {
-                if (op.kind == MAXPOOL)
-                    value = larger(value, at(r, c));
-                else
-                    value += at(r, c);
+    // The rows or columns of a pooling window, without those outside
+    static std::pair<int, int> window(const Op& op, int at, int size) {
+        const int start = at * op.stride - op.pad;
+        return {std::max(start, 0), std::min(start + op.kernel, size)};
+    }
+
+    static T scale(const Op& op, int rows, int columns) {
+        return T(1.0f / (op.before ? op.kernel * op.kernel : rows * columns));
+    }
+
+    // First over rows, whole vectors at a time, then over columns
+    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out, T* row) const {
+        const int wide = pitch(a.width), wide_out = pitch(o.width);
+        const bool most = op.kind == MAXPOOL;
+        for (int r = 0; r < o.height; ++r) {
+            const auto [r0, r1] = window(op, r, a.height);
+            std::copy_n(in + r0 * wide, a.width, row);
+            for (int i = r0 + 1; i < r1; ++i)
+                for (int q = 0; q < a.width; ++q) {
+                    const T x = in[i * wide + q];
+                    row[q] = most ? larger(row[q], x) : row[q] + x;
+                }
+            for (int q = 0; q < o.width; ++q) {
+                const auto [c0, c1] = window(op, q, a.width);
+                T value = row[c0];
+                for (int c = c0 + 1; c < c1; ++c) value = most ? larger(value, row[c]) : value + row[c];
+                out[r * wide_out + q] = most ? value : value * scale(op, r1 - r0, c1 - c0);
             }
-        if (op.kind == MAXPOOL) return value;
-        const int count = op.before ? op.kernel * op.kernel : (r1 - r0) * (c1 - c0);
-        return value * T(1.0f / count);
+        }
     }
 
     void image_op(const Op& op, T* memory, T* extra, const float* const* ins, float* const* outs,
@@ -590,12 +612,7 @@ class Planned : public Network {
                     }
                 break;
             case MAXPOOL:
-            case AVGPOOL:
-                for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q)
-                        y[r * wide_out + q] = pooled<T>(
-                            op, a, r, q, [&](int i, int j) FORCED { return x[i * wide + j]; });
-                break;
+            case AVGPOOL: pool_plane(op, a, o, x, y, extra + int64_t(part) * round_up(wide, LANES)); break;
             case SUBSAMPLE: {
                 const int source = c - op.before;
                 const bool padded = source < 0 || source >= a.channels;
@@ -682,17 +699,18 @@ class Planned : public Network {
         const int v1 = by_plane ? (int)split(vectors, part + 1, parts) : vectors;
         const int f0 = by_plane || parts == 1 ? 0 : share[part];
         const int f1 = by_plane || parts == 1 ? o.channels : share[part + 1];
-        const int list = by_plane ? 0 : part, lists = by_plane ? 1 : parts;
+        const int first = by_plane || parts == 1 ? 0 : part;
+        const int last = by_plane || parts == 1 ? threads : part + 1;
         if (K == 3) {
             int v = v0;
             for (; v + PAIR <= v1; v += PAIR) {
-                conv_vectors<T, 9, PAIR>(op, in + v * LANES, from, a.channels, shift, list, lists,
-                                         threads, f0, f1, sums);
+                conv_vectors<T, 9, PAIR>(op, in + v * LANES, from, a.channels, shift, first, last,
+                                         f0, f1, sums);
                 image_finish<PAIR>(op, o, memory, sums + int64_t(f0) * PAIR * LANES, f0, f1, v);
             }
             if (PAIR > 1 && v < v1) {
-                conv_vectors<T, 9, 1>(op, in + v * LANES, from, a.channels, shift, list, lists, threads,
-                                      f0, f1, sums);
+                conv_vectors<T, 9, 1>(op, in + v * LANES, from, a.channels, shift, first, last, f0,
+                                      f1, sums);
                 image_finish<1>(op, o, memory, sums + int64_t(f0) * LANES, f0, f1, v);
             }
             return;

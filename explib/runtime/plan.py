@@ -207,11 +207,10 @@ class Network:
         wanted = total[-1] * np.arange(self.threads + 1) / self.threads
         share = np.searchsorted(total, wanted)
         share[0], share[-1] = 0, filters
-        order = np.lexsort((f, c))
-        cell = c * self.threads + np.searchsorted(share, f, side="right") - 1
-        counts = np.bincount(cell, minlength=channels * self.threads)
-        before = np.concatenate([[0], counts.cumsum()])
-        starts = before[np.arange(channels)[:, None] * self.threads + np.arange(self.threads + 1)]
+        thread = np.searchsorted(share, f, side="right") - 1
+        order = np.lexsort((f, c, thread))
+        counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
+        starts = np.concatenate([[0], counts.cumsum()])
         flat = weight.reshape(filters, channels, -1)
         return {
             "weight": self._words(flat[f, c]),
