@@ -1,7 +1,7 @@
 """Inference with the surviving kernels only: what masks cut on paper, cut in seconds.
 
-    fast = runtime.compile(model, torch.zeros(1, 3, 32, 32))
-    scores = fast(images)
+fast = runtime.compile(model, torch.zeros(1, 3, 32, 32))
+scores = fast(images)
 """
 
 import copy

@@ -10,6 +10,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch_pruning
@@ -193,7 +194,7 @@ def crossover(rows: list[dict], engine: str, dense: float) -> float | None:
     rows: of `by_density`; interpolated in seconds per image, which are about linear in density.
     """
     points = [(row["density"], 1 / row["images_per_s"][engine]) for row in rows]
-    for (d0, t0), (d1, t1) in zip(points, points[1:], strict=False):
+    for (d0, t0), (d1, t1) in pairwise(points):
         if t0 <= 1 / dense <= t1:
             return d0 + (d1 - d0) * (1 / dense - t0) / (t1 - t0)
     return None

@@ -179,11 +179,20 @@ def _square(value) -> int | None:
 
 def _conv(made: Op, conv: nn.Conv2d, label: str) -> Op:
     kernel, stride = _square(conv.kernel_size), _square(conv.stride)
-    pad = kernel // 2 if conv.padding == "same" and kernel and stride == 1 else _square(conv.padding)
+    pad = (
+        kernel // 2 if conv.padding == "same" and kernel and stride == 1 else _square(conv.padding)
+    )
     if conv.groups != 1 or _square(conv.dilation) != 1 or conv.padding_mode != "zeros":
         return replace(made, why=f"{label}: grouped, dilated or not padded with zeros")
-    if None in (kernel, stride, pad) or kernel % 2 == 0 or kernel > MAX_KERNEL or pad != kernel // 2:
-        return replace(made, why=f"{label}: not a square kernel of 1 to 7 with half of it as padding")
+    if (
+        None in (kernel, stride, pad)
+        or kernel % 2 == 0
+        or kernel > MAX_KERNEL
+        or pad != kernel // 2
+    ):
+        return replace(
+            made, why=f"{label}: not a square kernel of 1 to 7 with half of it as padding"
+        )
     return replace(made, kind="conv", module=conv, kernel=kernel, stride=stride, pad=pad)
 
 

@@ -47,7 +47,9 @@ constexpr int TILE_H = 4, TILE_W = 4, PAIR = 2;
 #else
 constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
 #endif
-constexpr int MAX_TAPS = 49, CACHE_SKEW = 6;
+constexpr int MAX_TAPS = 49;
+constexpr int CACHE_SKEW = 6;    // lines
+constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
 
 enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, SUBSAMPLE, ADD, RELU, COPY, FLATTEN };
 
@@ -308,6 +310,7 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
             for (int k = start[0]; k < start[1]; ++k) {
             V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
             const int32_t* w = words + int64_t(k) * NT;
+                __builtin_prefetch((const char*)w + PREFETCH);
             V acc[N];
             repeat<N>([&](auto n) FORCED { acc[n] = sum[n]; });
             repeat<NT>([&](auto t) FORCED {

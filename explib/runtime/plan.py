@@ -20,9 +20,7 @@ class _Slot(ctypes.Structure):
 
 
 class _Tensor(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("slot", "first", "channels", "height", "width")
-    ]
+    _fields_ = [(name, ctypes.c_int32) for name in ("slot", "first", "channels", "height", "width")]
 
 
 class _Op(ctypes.Structure):
@@ -108,9 +106,7 @@ def places(
         for name in done:
             free.setdefault(shapes[name], []).append(slot[name])
     found = {name: whole(name) for name in shapes}
-    placed = {
-        name: Place(slot[root], first, shapes[name]) for name, (root, first) in found.items()
-    }
+    placed = {name: Place(slot[root], first, shapes[name]) for name, (root, first) in found.items()}
     return placed, slots, listed
 
 
@@ -185,7 +181,9 @@ class Network:
             bias = torch.zeros(features) if layer.bias is None else layer.bias.detach().float()
             more["bias"] = self._held(bias.numpy())
             weight = layer.weight.detach().float().numpy()
-            arrays = self._kernels(weight) if op.kind == "conv" else {"weight": self._scalars(weight)}
+            arrays = (
+                self._kernels(weight) if op.kind == "conv" else {"weight": self._scalars(weight)}
+            )
             more |= {name: self._held(array) for name, array in arrays.items()}
         return self._op(op.kind, source, other, index[op.name], **more)
 
