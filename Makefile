@@ -28,5 +28,6 @@ tables: .venv/ready  ## every table and figure, and those of the README, from th
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
-bench: .venv/ready  ## how fast this machine scores and masks kernels
+bench: .venv/ready  ## how fast this machine scores and masks kernels, and runs what is left
 	$(BIN)/python -m explib.bench
+	$(BIN)/python -m explib.runtime.bench

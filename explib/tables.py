@@ -5,6 +5,7 @@ epochs, then the one with most seeds. Runs that diverged, or that used only a pa
 no results.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ CAPTIONS = {
     "criteria": "Criteria of comparison at the same rates",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
+    "speed": "Images per second, dense in torch and in the engine",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
@@ -207,6 +209,32 @@ def recount() -> pd.DataFrame:
     return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
 
 
+def speed(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Images per second of the record that explib.runtime.bench writes, and the speed-ups.
+
+    The engine in fp32 against torch in fp32, in fp16 against torch in bf16.
+    """
+    path = resolve(results_dir) / "bench/runtime.json"
+    lines = []
+    for row in json.loads(path.read_text())["networks"] if path.is_file() else []:
+        found = row["images_per_s"]
+        line = {
+            "network": NAMES[row["arch"]],
+            "MACs cut %": f"{row['cut_pct']:.1f}",
+            "batch": str(row["batch"]),
+            **{name: f"{value:.0f}" for name, value in found.items()},
+        }
+        for dense, engine in (
+            ("eager fp32", "engine fp32"),
+            ("compiled fp32", "engine fp32"),
+            ("compiled bf16", "engine fp16"),
+        ):
+            if dense in found and engine in found:
+                line[f"{engine} / {dense}"] = f"{found[engine] / found[dense]:.1f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
     """Every table of a data set by name, the empty ones left out; all cells are text."""
     frame = records.frame(records.read_all(results_dir, dataset))
@@ -217,6 +245,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "criteria": criteria(frame, usual),
         "baselines": baselines(frame),
         "flops": recount() if dataset == "cifar10" else pd.DataFrame(),
+        "speed": speed(results_dir) if dataset == "cifar10" else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 

@@ -9,11 +9,10 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch_pruning
 from torch import nn
 from torch._inductor import config as inductor
 
@@ -35,19 +34,19 @@ BATCHES = (128, 1)
 
 
 def images_per_s(forward: Callable, images: torch.Tensor, seconds: float = 1.0) -> float:
-    """Images per second: the median of at least seven calls, after two to warm up."""
+    """Images per second: the median of at least five calls, after two to warm up."""
     times: list[float] = []
     with torch.no_grad():
         forward(images), forward(images)
         until = time.perf_counter() + seconds
-        while len(times) < 7 or time.perf_counter() < until:
+        while len(times) < 5 or time.perf_counter() < until:
             started = time.perf_counter()
             forward(images)
             times.append(time.perf_counter() - started)
     return len(images) / statistics.median(times)
 
 
-def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> float:
+def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, seconds: float) -> float:
     """Images per second of a dense network as fast as torch makes it.
 
     BatchNorm folded, weights frozen, in both memory formats, of which the faster one counts.
@@ -60,31 +59,35 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> floa
             fast = torch.compile(folded)
             fast(images.to(dtype=dtype, memory_format=layout))  # compiled here, under the setting
 
-        def forward(x, fast=fast, layout=layout):
+        def forward(x, fast=fast, layout=layout, dtype=dtype):
             return fast(x.to(dtype=dtype, memory_format=layout))
 
-        speeds.append(images_per_s(forward, images))
+        speeds.append(images_per_s(forward, images, seconds))
     return max(speeds)
 
 
-def dense_speeds(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """Images per second of a network in torch, by the names in DENSE."""
-    return {
-        "eager fp32": images_per_s(model, images),
-        "compiled fp32": compiled(model, images, torch.float32),
-        "compiled bf16": compiled(model, images, torch.bfloat16),
+def dense_speeds(
+    model: nn.Module, images: torch.Tensor, seconds: float = 1.0, names: Sequence[str] = DENSE
+) -> dict[str, float]:
+    """Images per second of a network in torch; names: of DENSE. Compiling needs a C++ compiler."""
+    ways = {
+        "eager fp32": lambda: images_per_s(model, images, seconds),
+        "compiled fp32": lambda: compiled(model, images, torch.float32, seconds),
+        "compiled bf16": lambda: compiled(model, images, torch.bfloat16, seconds),
     }
+    return {name: ways[name]() for name in names}
 
 
-def engine_speeds(model: nn.Module, images: torch.Tensor) -> dict[str, float]:
-    """Images per second of a masked network in the engine; fp16 only where the processor has it."""
+def engine_speeds(model: nn.Module, images: torch.Tensor, seconds: float = 1.0) -> dict[str, float]:
+    """Images per second of a masked network in the engine, in the types this machine has."""
     speeds = {}
     for name, dtype in zip(ENGINE, (torch.float32, torch.float16), strict=True):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # the report says it too
             fast = runtime.compile(model, images[:1], dtype=dtype)
-        if fast.report["dtype"] == str(dtype).removeprefix("torch."):
-            speeds[name] = images_per_s(fast, images)
+        wanted = str(dtype).removeprefix("torch.")
+        if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted):
+            speeds[name] = images_per_s(fast, images, seconds)
     return speeds
 
 
@@ -105,35 +108,43 @@ def published(arch: str) -> tuple[nn.Module, Masks]:
     return model, masks
 
 
-def by_network(arch: str) -> list[dict]:
+def by_network(
+    arch: str,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 1.0,
+    dense: Sequence[str] = DENSE,
+) -> list[dict]:
     """One row per batch size: a network at its published rates, dense and in the engine."""
     model, masks = published(arch)
     left = flops.macs(model, find_convs(model), masks)
-    return [
-        {
-            "arch": arch,
-            "cut_pct": 100 * (1 - left["left"] / left["dense"]),
-            "batch": batch,
-            "images_per_s": dense_speeds(model, images := torch.randn(batch, 3, 32, 32))
-            | engine_speeds(model, images),
-        }
-        for batch in BATCHES
-    ]
+    rows = []
+    for batch in batches:
+        images = torch.randn(batch, 3, 32, 32)
+        speeds = dense_speeds(model, images, seconds, dense)
+        speeds |= engine_speeds(model, images, seconds)
+        cut = 100 * (1 - left["left"] / left["dense"])
+        rows.append({"arch": arch, "cut_pct": cut, "batch": batch, "images_per_s": speeds})
+    return rows
 
 
-def by_density(arch: str = "resnet_56", batch: int = 128) -> list[dict]:
+def by_density(
+    arch: str = "resnet_56",
+    batch: int = 128,
+    seconds: float = 1.0,
+    densities: Sequence[float] = DENSITIES,
+) -> list[dict]:
     """One row per density: the engine with that share of every conv's kernels but the first's."""
     rows = []
-    for density in DENSITIES:
+    for density in densities:
         model = fresh(arch)
         rates = {conv.name: 1 - density for conv in find_convs(model)[1:]}
         masking.apply(model, pruners.prune(model, rates, "random"))
         images = torch.randn(batch, 3, 32, 32)
-        rows.append({"density": density, "images_per_s": engine_speeds(model, images)})
+        rows.append({"density": density, "images_per_s": engine_speeds(model, images, seconds)})
     return rows
 
 
-def shipped(batch: int = 128) -> list[dict]:
+def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE) -> list[dict]:
     """One row per network of this project's checkpoints: its top-1 in per cent, and its speed."""
     rows = []
     for path in sorted((ROOT / "results/checkpoints/cifar10").glob("*.safetensors")):
@@ -143,9 +154,9 @@ def shipped(batch: int = 128) -> list[dict]:
         counts = flops.macs(model, find_convs(model), masks)
         row = {"name": meta["name"], "arch": meta["arch"], "top1": meta["top1"]}
         row["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
-        speeds = engine_speeds(model, images)
+        speeds = engine_speeds(model, images, seconds)
         if not masks:
-            speeds |= dense_speeds(model, images)
+            speeds |= dense_speeds(model, images, seconds, dense)
         rows.append(row | {"images_per_s": speeds})
     return rows
 
@@ -177,6 +188,8 @@ def structured(arch: str = "resnet_56", batch: int = 128) -> dict:
 def _narrowed(model: nn.Module, ratio: float) -> nn.Module:
     """A ResNet without `ratio` of the filters inside each block."""
     outer = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "conv1" not in n]
+    import torch_pruning  # of the extra `test`; nothing else needs it
+
     pruner = torch_pruning.pruner.BasePruner(
         model,
         torch.zeros(1, 3, 32, 32),
