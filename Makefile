@@ -31,3 +31,4 @@ lab: .venv/ready  ## JupyterLab on the first notebook
 bench: .venv/ready  ## how fast this machine scores and masks kernels, and runs what is left
 	$(BIN)/python -m explib.bench
 	$(BIN)/python -m explib.runtime.bench
+	$(BIN)/python -m explib.runtime.plots

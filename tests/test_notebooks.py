@@ -12,7 +12,7 @@ from explib.files import ROOT
 from explib.params import Params
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STEPS = [path for path in NOTEBOOKS if path.stem != "04_tables"]
+STEPS = [path for path in NOTEBOOKS if path.stem not in ("04_tables", "05_speed")]
 TINY = {
     "epochs": 1,
     "batch_size": 32,
@@ -119,6 +119,16 @@ def test_finetune_then_tables(study):
     assert images_in(executed) >= 1
     assert list((study / "results/tables/digits").glob("*.csv"))
     assert list((study / "results/figures/digits").glob("*.svg"))
+
+
+def test_speed_is_measured_here(tmp_path):
+    few = {"batches": [8, 1], "densities": [0.5, 1.0], "dense": ["eager fp32"], "seconds": 0.05}
+    executed = papermill.execute_notebook(
+        str(ROOT / "notebooks/05_speed.ipynb"), str(tmp_path / "05_speed.ipynb"),
+        few | {"threads": 1}, cwd=str(tmp_path), progress_bar=False,
+    )  # fmt: skip
+    shown = nbformat.writes(executed)
+    assert images_in(shown) == 3 and "engine fp32" in shown
 
 
 def test_a_parameter_that_does_not_exist_is_an_error(study):

@@ -161,10 +161,15 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
     return rows
 
 
-def structured(arch: str = "resnet_56", batch: int = 128) -> dict:
+def structured(
+    arch: str = "resnet_56",
+    batch: int = 128,
+    seconds: float = 1.0,
+    dense: Sequence[str] = DENSE,
+) -> dict:
     """The alternative: whole filters removed by torch-pruning until the MACs are as few.
 
-    Only the convs inside the blocks are narrowed: the shortcuts of ResNet-56 fix the others. The
+    Only the convs inside the blocks of a ResNet are narrowed: its shortcuts fix the others. The
     network is not trained, so that it has a speed and no accuracy.
     """
     masked, masks = published(arch)
@@ -181,7 +186,7 @@ def structured(arch: str = "resnet_56", batch: int = 128) -> dict:
         "macs": flops.macs(model, find_convs(model))["left"],
         "macs_of_kernels": wanted,
         "batch": batch,
-        "images_per_s": dense_speeds(model, torch.randn(batch, 3, 32, 32)),
+        "images_per_s": dense_speeds(model, torch.randn(batch, 3, 32, 32), seconds, dense),
     }
 
 
