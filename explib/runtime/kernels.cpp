@@ -6,8 +6,8 @@
 //   spatial      one image, [C][rows of W + halo]: a vector holds neighbouring pixels. Planes have
 //                zeros around them, so that a shifted plane is a shifted load; the threads share
 //                every op.
-// Vectors are the compiler's own (GCC, Clang): their width follows the target. Scalars are float or,
-// where the processor multiplies it, _Float16.
+// Vectors are the compiler's own (GCC, Clang): their width follows the target. Scalars are float
+// or, where the processor multiplies it, _Float16.
 #include <unistd.h>
 
 #include <algorithm>
@@ -32,7 +32,9 @@
 #else
 #define VECTOR_BYTES 16
 #endif
-#if defined(__AVX512FP16__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+// GCC has _Float16 for ARM in C++ from 13 on
+#if defined(__AVX512FP16__) || \
+    (defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC) && (defined(__clang__) || __GNUC__ >= 13))
 #define HALF 1
 #else
 #define HALF 0
@@ -48,7 +50,7 @@ constexpr int TILE_H = 4, TILE_W = 4, PAIR = 2;
 constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
 #endif
 constexpr int MAX_TAPS = 49;
-constexpr int CACHE_SKEW = 6;    // lines
+constexpr int CACHE_SKEW = 6;   // lines
 constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
 
 enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, SUBSAMPLE, ADD, RELU, COPY, FLATTEN };
@@ -65,11 +67,11 @@ struct Tensor {  // `channels` of a slot from `first` on
 struct Op {
     int32_t kind, in, other, out;  // tensors; -1: none. LOAD and STORE: `other` is the argument
     int32_t kernel, stride, pad, relu;
-    int32_t before;         // SUBSAMPLE: zero channels in front. AVGPOOL: whether padding counts
-    const float* bias;      // (F,)
-    const void* weight;     // kernels by filter, each K * K words; LINEAR: scalars (F, C)
-    const int32_t* start;   // (F + 1,) where a filter's kernels start
-    const int32_t* index;   // the channel of each kernel
+    int32_t before;        // SUBSAMPLE: zero channels in front. AVGPOOL: whether padding counts
+    const float* bias;     // (F,)
+    const void* weight;    // kernels by filter, each K * K words; LINEAR: scalars (F, C)
+    const int32_t* start;  // (F + 1,) where a filter's kernels start
+    const int32_t* index;  // the channel of each kernel
     // the same kernels by thread, whose filters are `share`, and in that by channel
     const void* weight_by_channel;
     const int32_t* start_by_channel;  // (threads * C + 1,)
@@ -87,7 +89,7 @@ struct Types {
     typedef T Loose __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(sizeof(T))));
     typedef int32_t Words __attribute__((vector_size(VECTOR_BYTES), may_alias));
 };
-#define USE_TYPES                                  \
+#define USE_TYPES                                    \
     using V [[maybe_unused]] = typename Types<T>::V; \
     constexpr int LANES [[maybe_unused]] = Types<T>::lanes
 
@@ -135,7 +137,8 @@ int64_t block_plane(int height, int width) {
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 int64_t split(int64_t n, int part, int parts) { return n * part / parts; }
 
-// ---- interleaved: one vector is one pixel of LANES images ----------------------------------------
+// ---- interleaved: one vector is one pixel of LANES images
+// ----------------------------------------
 
 template <class T>
 struct ConvBlock {
@@ -152,7 +155,8 @@ template <class T, int TH, int TW>
 FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
                           typename Types<T>::V (&acc)[TH][TW]) {
     USE_TYPES;
-    const int64_t first = (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
+    const int64_t first =
+        (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
     const V bias = splat<T>(T(a.bias[f]));
     repeat<TH>([&](auto r) FORCED {
         repeat<TW>([&](auto c) FORCED {
@@ -164,8 +168,9 @@ FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
     });
 }
 
-// One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are loaded
-// once per kernel and go to all outputs they belong to; those outside the image are left out.
+// One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are
+// loaded once per kernel and go to all outputs they belong to; those outside the image are left
+// out.
 template <class T, int K, int S, int TH, int TW>
 void conv_tile(const ConvBlock<T>& a, int y, int x) {
     USE_TYPES;
@@ -178,7 +183,7 @@ void conv_tile(const ConvBlock<T>& a, int y, int x) {
     const int64_t origin = int64_t(top) * a.width + left;
     for (int f = 0; f < a.filters; ++f) {
         V acc[SETS][TH][TW] = {};
-        const auto add = [&](V (&sum)[TH][TW], int k) FORCED {
+        const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
             const int64_t base = a.index[k] * plane + origin;
             repeat<IH>([&](auto i) FORCED {
@@ -201,7 +206,8 @@ void conv_tile(const ConvBlock<T>& a, int y, int x) {
         int k = a.start[f];
         const int end = a.start[f + 1];
         if constexpr (SETS > 1)
-            for (; k + SETS <= end; k += SETS) repeat<SETS>([&](auto s) FORCED { add(acc[s], k + s); });
+            for (; k + SETS <= end; k += SETS)
+                repeat<SETS>([&](auto s) FORCED { add(acc[s], k + s); });
         for (; k < end; ++k) add(acc[0], k);
         repeat<SETS - 1>([&](auto s) FORCED {
             repeat<TH>([&](auto r) FORCED {
@@ -223,14 +229,16 @@ void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
             const T* in = a.in + a.index[k] * block_plane(a.height, a.width) * LANES;
             for (int tap = 0; tap < K * K; ++tap) {
                 const V w = broadcast<T>(a.weight + int64_t(k) * K * K + tap);
-                const int top = y * a.stride - a.pad + tap / K, left = x * a.stride - a.pad + tap % K;
+                const int top = y * a.stride - a.pad + tap / K,
+                          left = x * a.stride - a.pad + tap % K;
                 repeat<TH>([&](auto r) FORCED {
                     const int row = top + r * a.stride;
                     if (row < 0 || row >= a.height) return;
                     repeat<TW>([&](auto c) FORCED {
                         const int col = left + c * a.stride;
                         if (col >= 0 && col < a.width)
-                            acc[r][c] += *(const V*)(in + (int64_t(row) * a.width + col) * LANES) * w;
+                            acc[r][c] +=
+                                *(const V*)(in + (int64_t(row) * a.width + col) * LANES) * w;
                     });
                 });
             }
@@ -250,9 +258,12 @@ void tiles(const ConvBlock<T>& a) {
 template <class T, int TH, int TW>
 void conv_sized(const ConvBlock<T>& a) {
     const bool same = a.pad == a.kernel / 2;
-    if (same && a.kernel == 3 && a.stride == 1) return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a);
-    if (same && a.kernel == 3 && a.stride == 2) return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a);
-    if (same && a.kernel == 1 && a.stride == 1) return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a);
+    if (same && a.kernel == 3 && a.stride == 1)
+        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a);
+    if (same && a.kernel == 3 && a.stride == 2)
+        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a);
+    if (same && a.kernel == 1 && a.stride == 1)
+        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a);
     tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a);
 }
 
@@ -286,7 +297,8 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features)
     }
 }
 
-// ---- spatial: one vector is LANES neighbouring pixels of one image -------------------------------
+// ---- spatial: one vector is LANES neighbouring pixels of one image
+// -------------------------------
 
 // Kernels of NT taps by channel: the shifted planes stay in registers while all filters that use
 // this channel take them; the sums of N vectors of every filter lie in `sums`.
@@ -308,16 +320,16 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
         for (int list = first_list; list < last_list; ++list) {
             const int32_t* start = op.start_by_channel + int64_t(list) * channels + c;
             for (int k = start[0]; k < start[1]; ++k) {
-            V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
-            const int32_t* w = words + int64_t(k) * NT;
+                V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
+                const int32_t* w = words + int64_t(k) * NT;
                 __builtin_prefetch((const char*)w + PREFETCH);
-            V acc[N];
-            repeat<N>([&](auto n) FORCED { acc[n] = sum[n]; });
-            repeat<NT>([&](auto t) FORCED {
-                const V weight = broadcast<T>(w + t);
-                repeat<N>([&](auto n) FORCED { acc[n] += pixels[t][n] * weight; });
-            });
-            repeat<N>([&](auto n) FORCED { sum[n] = acc[n]; });
+                V acc[N];
+                repeat<N>([&](auto n) FORCED { acc[n] = sum[n]; });
+                repeat<NT>([&](auto t) FORCED {
+                    const V weight = broadcast<T>(w + t);
+                    repeat<N>([&](auto n) FORCED { acc[n] += pixels[t][n] * weight; });
+                });
+                repeat<N>([&](auto n) FORCED { sum[n] = acc[n]; });
             }
         }
     }
@@ -336,15 +348,15 @@ void conv_filter(const Op& op, const T* in, int64_t plane, const int* shift, int
         const int32_t* w = (const int32_t*)op.weight + int64_t(k) * taps;
         for (int t = 0; t < taps; ++t) {
             const V weight = broadcast<T>(w + t);
-            repeat<N>([&](auto n) FORCED {
-                acc[n] += *(const Loose*)(x + shift[t] + n * LANES) * weight;
-            });
+            repeat<N>([&](auto n)
+                          FORCED { acc[n] += *(const Loose*)(x + shift[t] + n * LANES) * weight; });
         }
     }
     repeat<N>([&](auto n) FORCED { ((V*)sums)[n] = acc[n]; });
 }
 
-// ---- a planned network ---------------------------------------------------------------------------
+// ---- a planned network
+// ---------------------------------------------------------------------------
 
 struct Memory {
     void* data = nullptr;
@@ -398,7 +410,8 @@ class Planned : public Network {
     int64_t block_size = 0, image_size = 0, scratch_size = 0;
     int halo;
     std::vector<std::unique_ptr<Memory>> block_memory, image_memory, scratch;
-    std::map<std::pair<int, int>, std::unique_ptr<Memory>> inside;  // of a plane: 1, between rows: 0
+    std::map<std::pair<int, int>, std::unique_ptr<Memory>>
+        inside;  // of a plane: 1, between rows: 0
 
     // spatial geometry
     int pitch(int width) const { return width + halo; }
@@ -416,9 +429,11 @@ class Planned : public Network {
     }
 
   public:
-    Planned(const Op* op, int n_ops, const Tensor* tensor, int n_tensors, const Slot* slot, int n_slots,
-            int halo, int threads)
-        : ops(op, op + n_ops), tensors(tensor, tensor + n_tensors), slots(slot, slot + n_slots),
+    Planned(const Op* op, int n_ops, const Tensor* tensor, int n_tensors, const Slot* slot,
+            int n_slots, int halo, int threads)
+        : ops(op, op + n_ops),
+          tensors(tensor, tensor + n_tensors),
+          slots(slot, slot + n_slots),
           halo(halo) {
         this->threads = threads;
         for (const Slot& s : slots) {
@@ -426,7 +441,8 @@ class Planned : public Network {
             image_at.push_back(image_size);
             block_size += s.channels * block_plane(s.height, s.width) * LANES;
             // two margins more: before the first plane, and for loads that begin near the end
-            image_size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
+            image_size +=
+                s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
         }
         for (const Op& o : ops) {
             if (o.in < 0 || o.out < 0) continue;
@@ -436,8 +452,8 @@ class Planned : public Network {
                                                 : round_up(pitch(in.width), LANES);
             int64_t need = int64_t(each) * threads;
             if (o.kind == CONV && o.stride > 1)
-                need += int64_t(o.stride) * o.stride * in.channels * plane(out.height, out.width)
-                        + 2 * margin(out.width) + 2 * PAIR * LANES;
+                need += int64_t(o.stride) * o.stride * in.channels * plane(out.height, out.width) +
+                        2 * margin(out.width) + 2 * PAIR * LANES;
             scratch_size = std::max(scratch_size, need);
             auto& mask = inside[{out.height, out.width}];
             if (mask) continue;
@@ -460,8 +476,11 @@ class Planned : public Network {
     void prepare(bool interleaved) override {
         for (int i = 0; i < threads; ++i) {
             auto& memory = interleaved ? block_memory[i] : image_memory[i];
-            if (!memory) memory = std::make_unique<Memory>((interleaved ? block_size : image_size) * sizeof(T));
-            if (!interleaved && !scratch[i]) scratch[i] = std::make_unique<Memory>(scratch_size * sizeof(T));
+            if (!memory)
+                memory =
+                    std::make_unique<Memory>((interleaved ? block_size : image_size) * sizeof(T));
+            if (!interleaved && !scratch[i])
+                scratch[i] = std::make_unique<Memory>(scratch_size * sizeof(T));
         }
     }
 
@@ -484,17 +503,17 @@ class Planned : public Network {
     }
 
   private:
-    void block_op(const Op& op, T* memory, const float* const* ins, float* const* outs, int64_t first,
-                  int live) {
+    void block_op(const Op& op, T* memory, const float* const* ins, float* const* outs,
+                  int64_t first, int live) {
         const Tensor& a = tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? block_data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? block_data(memory, op.out) : nullptr;
         if (op.kind == CONV)
             return conv_block<T>({in, op.other >= 0 ? block_data(memory, op.other) : nullptr, out,
-                                  o.channels, a.height, a.width, o.height, o.width, op.kernel, op.stride,
-                                  op.pad, op.relu, (const int32_t*)op.weight, op.bias, op.start,
-                                  op.index});
+                                  o.channels, a.height, a.width, o.height, o.width, op.kernel,
+                                  op.stride, op.pad, op.relu, (const int32_t*)op.weight, op.bias,
+                                  op.start, op.index});
         if (op.kind == LINEAR) return linear_block<T>(in, out, op, a.channels, o.channels);
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
@@ -503,55 +522,63 @@ class Planned : public Network {
             const V* x = (const V*)in + c * from;
             V* y = (V*)out + c * to;
             switch (op.kind) {
-            case LOAD:
-                for (int start = 0; start < pixels; start += 64)
-                    for (int lane = 0; lane < LANES; ++lane) {
-                        const float* image = ins[op.other] + ((first + lane) * channels + c) * pixels;
-                        for (int i = start; i < std::min(pixels, start + 64); ++i)
-                            ((T*)(y + i))[lane] = lane < live ? T(image[i]) : T(0);
+                case LOAD:
+                    for (int start = 0; start < pixels; start += 64)
+                        for (int lane = 0; lane < LANES; ++lane) {
+                            const float* image =
+                                ins[op.other] + ((first + lane) * channels + c) * pixels;
+                            for (int i = start; i < std::min(pixels, start + 64); ++i)
+                                ((T*)(y + i))[lane] = lane < live ? T(image[i]) : T(0);
+                        }
+                    break;
+                case STORE:
+                    for (int lane = 0; lane < live; ++lane) {
+                        float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
+                        for (int i = 0; i < pixels; ++i)
+                            image[i] = float(((const T*)(x + i))[lane]);
                     }
-                break;
-            case STORE:
-                for (int lane = 0; lane < live; ++lane) {
-                    float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
-                    for (int i = 0; i < pixels; ++i) image[i] = float(((const T*)(x + i))[lane]);
+                    break;
+                case MAXPOOL:
+                case AVGPOOL:
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q) {
+                            const auto [r0, r1] = window(op, r, a.height);
+                            const auto [c0, c1] = window(op, q, a.width);
+                            V value = op.kind == MAXPOOL ? x[r0 * a.width + c0] : V{};
+                            for (int i = r0; i < r1; ++i)
+                                for (int j = c0; j < c1; ++j) {
+                                    const V pixel = x[i * a.width + j];
+                                    value =
+                                        op.kind == MAXPOOL ? larger(value, pixel) : value + pixel;
+                                }
+                            *y++ = op.kind == MAXPOOL ? value : value * scale(op, r1 - r0, c1 - c0);
+                        }
+                    break;
+                case SUBSAMPLE: {
+                    const int source = c - op.before;
+                    const bool padded = source < 0 || source >= a.channels;
+                    x = (const V*)in + source * from;
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q)
+                            *y++ = padded ? V{} : x[r * op.stride * a.width + q * op.stride];
+                    break;
                 }
-                break;
-            case MAXPOOL:
-            case AVGPOOL:
-                for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q) {
-                        const auto [r0, r1] = window(op, r, a.height);
-                        const auto [c0, c1] = window(op, q, a.width);
-                        V value = op.kind == MAXPOOL ? x[r0 * a.width + c0] : V{};
-                        for (int i = r0; i < r1; ++i)
-                            for (int j = c0; j < c1; ++j) {
-                                const V pixel = x[i * a.width + j];
-                                value = op.kind == MAXPOOL ? larger(value, pixel) : value + pixel;
-                            }
-                        *y++ = op.kind == MAXPOOL ? value : value * scale(op, r1 - r0, c1 - c0);
+                case ADD:
+                case RELU: {
+                    const V* z = op.kind == ADD ? (const V*)block_data(memory, op.other) + c * from
+                                                : nullptr;
+                    for (int i = 0; i < pixels; ++i) {
+                        const V value = z ? x[i] + z[i] : x[i];
+                        y[i] = op.relu ? rectified(value) : value;
                     }
-                break;
-            case SUBSAMPLE: {
-                const int source = c - op.before;
-                const bool padded = source < 0 || source >= a.channels;
-                x = (const V*)in + source * from;
-                for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q)
-                        *y++ = padded ? V{} : x[r * op.stride * a.width + q * op.stride];
-                break;
-            }
-            case ADD:
-            case RELU: {
-                const V* z = op.kind == ADD ? (const V*)block_data(memory, op.other) + c * from : nullptr;
-                for (int i = 0; i < pixels; ++i) {
-                    const V value = z ? x[i] + z[i] : x[i];
-                    y[i] = op.relu ? rectified(value) : value;
+                    break;
                 }
-                break;
-            }
-            case COPY: std::memcpy(y, x, pixels * sizeof(V)); break;
-            case FLATTEN: std::memcpy((V*)out + int64_t(c) * pixels, x, pixels * sizeof(V)); break;
+                case COPY:
+                    std::memcpy(y, x, pixels * sizeof(V));
+                    break;
+                case FLATTEN:
+                    std::memcpy((V*)out + int64_t(c) * pixels, x, pixels * sizeof(V));
+                    break;
             }
         }
     }
@@ -567,7 +594,8 @@ class Planned : public Network {
     }
 
     // First over rows, whole vectors at a time, then over columns
-    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out, T* row) const {
+    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out,
+                    T* row) const {
         const int wide = pitch(a.width), wide_out = pitch(o.width);
         const bool most = op.kind == MAXPOOL;
         for (int r = 0; r < o.height; ++r) {
@@ -581,7 +609,8 @@ class Planned : public Network {
             for (int q = 0; q < o.width; ++q) {
                 const auto [c0, c1] = window(op, q, a.width);
                 T value = row[c0];
-                for (int c = c0 + 1; c < c1; ++c) value = most ? larger(value, row[c]) : value + row[c];
+                for (int c = c0 + 1; c < c1; ++c)
+                    value = most ? larger(value, row[c]) : value + row[c];
                 out[r * wide_out + q] = most ? value : value * scale(op, r1 - r0, c1 - c0);
             }
         }
@@ -603,44 +632,48 @@ class Planned : public Network {
             const T* x = in + c * from;
             T* y = op.kind == FLATTEN ? out + int64_t(c) * a.height * a.width * to : out + c * to;
             switch (op.kind) {
-            case LOAD:
-            case STORE:
-                for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q) {
-                        const int64_t at = ((image * o.channels + c) * o.height + r) * o.width + q;
-                        if (op.kind == LOAD)
-                            y[r * wide_out + q] = T(ins[op.other][at]);
-                        else
-                            outs[op.other][at] = float(x[r * wide + q]);
-                    }
-                break;
-            case MAXPOOL:
-            case AVGPOOL: pool_plane(op, a, o, x, y, extra + int64_t(part) * round_up(wide, LANES)); break;
-            case SUBSAMPLE: {
-                const int source = c - op.before;
-                const bool padded = source < 0 || source >= a.channels;
-                for (int r = 0; r < o.height; ++r)
-                    for (int q = 0; q < o.width; ++q)
-                        y[r * wide_out + q] =
-                            padded ? T(0)
-                                   : in[source * from + (r * op.stride) * wide + q * op.stride];
-                break;
-            }
-            case FLATTEN:
-                for (int r = 0; r < a.height; ++r)
-                    for (int q = 0; q < a.width; ++q) y[(r * a.width + q) * to] = x[r * wide + q];
-                break;
-            case ADD:
-            case RELU:
-            case COPY: {
-                const T* z = op.kind == ADD ? image_data(memory, op.other) + c * from : nullptr;
-                for (int i = 0; i < body(a.height, a.width); i += LANES) {
-                    V value = *(const V*)(x + i);
-                    if (z) value += *(const V*)(z + i);
-                    *(V*)(y + i) = op.relu ? rectified(value) : value;
+                case LOAD:
+                case STORE:
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q) {
+                            const int64_t at =
+                                ((image * o.channels + c) * o.height + r) * o.width + q;
+                            if (op.kind == LOAD)
+                                y[r * wide_out + q] = T(ins[op.other][at]);
+                            else
+                                outs[op.other][at] = float(x[r * wide + q]);
+                        }
+                    break;
+                case MAXPOOL:
+                case AVGPOOL:
+                    pool_plane(op, a, o, x, y, extra + int64_t(part) * round_up(wide, LANES));
+                    break;
+                case SUBSAMPLE: {
+                    const int source = c - op.before;
+                    const bool padded = source < 0 || source >= a.channels;
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q)
+                            y[r * wide_out + q] =
+                                padded ? T(0)
+                                       : in[source * from + (r * op.stride) * wide + q * op.stride];
+                    break;
                 }
-                break;
-            }
+                case FLATTEN:
+                    for (int r = 0; r < a.height; ++r)
+                        for (int q = 0; q < a.width; ++q)
+                            y[(r * a.width + q) * to] = x[r * wide + q];
+                    break;
+                case ADD:
+                case RELU:
+                case COPY: {
+                    const T* z = op.kind == ADD ? image_data(memory, op.other) + c * from : nullptr;
+                    for (int i = 0; i < body(a.height, a.width); i += LANES) {
+                        V value = *(const V*)(x + i);
+                        if (z) value += *(const V*)(z + i);
+                        *(V*)(y + i) = op.relu ? rectified(value) : value;
+                    }
+                    break;
+                }
             }
         }
     }
@@ -656,7 +689,8 @@ class Planned : public Network {
             const T* row = (const T*)op.weight + int64_t(f) * a.channels;
             V sums = {};
             int c = 0;
-            for (; c + LANES <= a.channels; c += LANES) sums += *(const Loose*)(row + c) * *(const V*)(x + c);
+            for (; c + LANES <= a.channels; c += LANES)
+                sums += *(const Loose*)(row + c) * *(const V*)(x + c);
             float sum = op.bias[f];
             for (; c < a.channels; ++c) sum += float(row[c]) * float(x[c]);
             for (int i = 0; i < LANES; ++i) sum += float(sums[i]);
@@ -690,7 +724,8 @@ class Planned : public Network {
         int shift[MAX_TAPS];
         for (int t = 0; t < K * K; ++t) {
             const int dy = t / K - op.pad, dx = t % K - op.pad;
-            const int ky = dy >= 0 ? dy / S : -((S - 1 - dy) / S), kx = dx >= 0 ? dx / S : -((S - 1 - dx) / S);
+            const int ky = dy >= 0 ? dy / S : -((S - 1 - dy) / S),
+                      kx = dx >= 0 ? dx / S : -((S - 1 - dx) / S);
             const int64_t phase = (dy - ky * S) * S + dx - kx * S;
             shift[t] = int(phase * to) + ky * wide + kx;
         }
@@ -732,7 +767,8 @@ class Planned : public Network {
         }
     }
 
-    void split_phase(const T* in, T* out, const Tensor& a, const Tensor& o, int S, int row, int col) {
+    void split_phase(const T* in, T* out, const Tensor& a, const Tensor& o, int S, int row,
+                     int col) {
         const int wide = pitch(a.width), wide_out = pitch(o.width);
         std::fill(out - margin(o.width), out + body(o.height, o.width), T(0));
         for (int r = 0; r < o.height && r * S + row < a.height; ++r)
@@ -742,7 +778,8 @@ class Planned : public Network {
 
     // Sums of N vectors of filters f0 to f1 to their planes, from vector v on; zeros between rows
     template <int N>
-    void image_finish(const Op& op, const Tensor& o, T* memory, const T* sums, int f0, int f1, int v) {
+    void image_finish(const Op& op, const Tensor& o, T* memory, const T* sums, int f0, int f1,
+                      int v) {
         const V* mask = (const V*)inside.at({o.height, o.width})->data + v;
         const int64_t to = plane(o.height, o.width);
         T* out = image_data(memory, op.out) + v * LANES;
@@ -757,7 +794,8 @@ class Planned : public Network {
     }
 };
 
-// ---- threads -------------------------------------------------------------------------------------
+// ---- threads
+// -------------------------------------------------------------------------------------
 
 // Workers that wait awake for a moment, then asleep. One pool a process: a fork makes its own.
 class Pool {
@@ -772,7 +810,8 @@ class Pool {
 
     void work(int id, uint64_t seen) {
         for (;;) {
-            for (int spins = 0; spins < 20000 && round.load(std::memory_order_acquire) == seen; ++spins) {
+            for (int spins = 0; spins < 20000 && round.load(std::memory_order_acquire) == seen;
+                 ++spins) {
 #if defined(__x86_64__)
                 __builtin_ia32_pause();
 #endif
@@ -814,7 +853,8 @@ class Pool {
         static Pool* pool = nullptr;
         static pid_t owner = 0;
         std::lock_guard<std::mutex> lock(guard);
-        if (!pool || owner != getpid()) pool = new Pool, owner = getpid();  // never ends: nor do they
+        if (!pool || owner != getpid())
+            pool = new Pool, owner = getpid();  // never ends: nor do they
         return *pool;
     }
 };
