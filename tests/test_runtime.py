@@ -198,7 +198,7 @@ def test_a_network_that_cannot_be_traced_runs_in_torch():
 def test_without_a_compiler_the_network_runs_dense(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     model, images = masked("resnet_56"), torch.randn(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler 'no-such-compiler' here; install g"):
+    with pytest.warns(UserWarning, match=r"no C\+\\+ compiler 'no-such-compiler' here; install g"):
         fast = runtime.compile(model, images)
     assert fast.report["engine"] == "torch" and error(model, fast, images) == 0
     with pytest.raises(runtime.NoCompiler):
@@ -267,7 +267,7 @@ def test_inputs_of_any_strides_and_no_images_at_all(small):
 def test_a_truncated_or_foreign_file_is_a_clear_error(tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(SHIPPED.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cut.safetensors: not a readable safetensors file"):
+    with pytest.raises(ValueError, match=r"cut.safetensors: not a readable safetensors file"):
         runtime.load(cut)
     masks.save_compact(tmp_path / "own.safetensors", nn.Conv2d(3, 3, 3), {}, {"arch": "own"})
     with pytest.raises(ValueError, match="arch 'own' is unknown; known: vgg_16_bn"):

@@ -44,7 +44,12 @@ def _library(compiler: str, target: str | None) -> ctypes.CDLL:
         )
         if macros.returncode == 0:
             break
-    what = SOURCE.read_bytes() + " ".join([compiler, *flags]).encode() + macros.stdout
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    what = (
+        b"".join(path.read_bytes() for path in sources)
+        + " ".join([compiler, *flags]).encode()
+        + macros.stdout
+    )
     path = os.environ["PATH"]
     # ninja lies beside Python, which may not be on the path
     os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"

@@ -162,7 +162,7 @@ class Network:
             count,
         )
         if status:
-            raise MemoryError(f"no memory for a batch of {count}")
+            raise MemoryError(f"no memory or no threads for a batch of {count}")
         return results
 
     def _held(self, array: np.ndarray) -> int:
