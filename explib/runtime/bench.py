@@ -97,12 +97,12 @@ def fresh(arch: str) -> nn.Module:
     return models.build(arch).eval()
 
 
-def published(arch: str) -> tuple[nn.Module, Masks]:
-    """A fresh network masked by way B at its published rates."""
+def published(arch: str, label: str = "") -> tuple[nn.Module, Masks]:
+    """A fresh network masked by way B at published rates, those of NETWORKS by default."""
     rows = tables.published()["rows"].set_index("label")
     model = fresh(arch)
     convs = find_convs(model)
-    rates = parse_rates(rows.loc[NETWORKS[arch], "compress_rate"])
+    rates = parse_rates(rows.loc[label or NETWORKS[arch], "compress_rate"])
     masks = pruners.prune(model, models.rates_by_name(arch, convs, rates), "B", convs=convs)
     masking.apply(model, masks)
     return model, masks
@@ -162,6 +162,7 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
 
 
 def structured(
+    label: str,
     arch: str = "resnet_56",
     batch: int = 128,
     seconds: float = 1.0,
@@ -169,11 +170,13 @@ def structured(
 ) -> dict:
     """The alternative: whole filters removed by torch-pruning until the MACs are as few.
 
-    Only the convs inside the blocks of a ResNet are narrowed: its shortcuts fix the others. The
-    network is not trained, so that it has a speed and no accuracy.
+    As few as way B leaves at the published rates of this label. Only the convs inside the blocks
+    of a ResNet are narrowed: its shortcuts fix the others. The network is not trained, so that it
+    has a speed and no accuracy.
     """
-    masked, masks = published(arch)
-    wanted = flops.macs(masked, find_convs(masked), masks)["left"]
+    masked, masks = published(arch, label)
+    counts = flops.macs(masked, find_convs(masked), masks)
+    wanted = counts["left"]
     low, high = 0.0, 0.95
     for _ in range(12):  # the narrowest cut that meets the MACs, by halving
         ratio = (low + high) / 2
@@ -181,12 +184,15 @@ def structured(
         found = flops.macs(model, find_convs(model))["left"]
         low, high = (ratio, high) if found > wanted else (low, ratio)
     model = _narrowed(fresh(arch), high)
+    found = flops.macs(model, find_convs(model))["left"]
+    images = torch.randn(batch, 3, 32, 32)
     return {
         "arch": arch,
-        "macs": flops.macs(model, find_convs(model))["left"],
-        "macs_of_kernels": wanted,
+        "label": label,
+        "cut_pct": 100 * (1 - found / counts["dense"]),
+        "cut_pct_of_kernels": 100 * (1 - wanted / counts["dense"]),
         "batch": batch,
-        "images_per_s": dense_speeds(model, torch.randn(batch, 3, 32, 32), seconds, dense),
+        "images_per_s": dense_speeds(model, images, seconds, dense),
     }
 
 
@@ -226,7 +232,7 @@ def measure(archs: list[str]) -> dict:
         "networks": networks,
         "density": by_density(),
         "shipped": shipped(),
-        "structured": structured(),
+        "structured": [structured(label) for label in ("resnet_56-53", "resnet_56-71")],
         "engine": runtime.compile(fresh("resnet_56"), torch.zeros(1, 3, 32, 32)).report,
         "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
         "provenance": provenance(),
