@@ -105,9 +105,8 @@ def accuracy_vs_speed(rows: list[dict], narrow: dict | None = None) -> Figure:
         if kind == "kernels" and row["images_per_s"]:
             title = row["name"].removeprefix(f"{row['arch']}-")
             middle = np.exp(np.mean(np.log(list(row["images_per_s"].values()))))
-            axes.annotate(f"{title}, −{row['cut_pct']:.0f} %", (middle, row["top1"]),
-                          va="center", textcoords="offset points", ha="center", fontsize=8,
-                          color="#555555")  # fmt: skip
+            axes.text(middle, row["top1"], f"{title}, −{row['cut_pct']:.0f} %", ha="center",
+                      va="center", fontsize=8, color="#555555")  # fmt: skip
     if narrow:
         for name in ("compiled fp32", "compiled bf16"):
             if name in narrow["images_per_s"]:
