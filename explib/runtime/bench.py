@@ -23,7 +23,7 @@ from explib.masks import Masks
 from explib.models import find_convs
 from explib.params import parse_rates
 from explib.records import provenance
-from explib.runtime import graph
+from explib.runtime import build, graph
 
 RECORD = ROOT / "results/bench/runtime.json"
 NETWORKS = {"resnet_56": "resnet_56-71", "vgg_16_bn": "vgg_16_bn-70"}  # labels of published rates
@@ -69,12 +69,19 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, seconds
 def dense_speeds(
     model: nn.Module, images: torch.Tensor, seconds: float = 1.0, names: Sequence[str] = DENSE
 ) -> dict[str, float]:
-    """Images per second of a network in torch; names: of DENSE. Compiling needs a C++ compiler."""
+    """Images per second of a network in torch; names: of DENSE.
+
+    Without a C++ compiler those that torch would compile are left out.
+    """
     ways = {
         "eager fp32": lambda: images_per_s(model, images, seconds),
         "compiled fp32": lambda: compiled(model, images, torch.float32, seconds),
         "compiled bf16": lambda: compiled(model, images, torch.bfloat16, seconds),
     }
+    try:
+        build.library()
+    except runtime.NoCompiler:
+        names = [name for name in names if "compiled" not in name]
     return {name: ways[name]() for name in names}
 
 
