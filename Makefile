@@ -31,6 +31,8 @@ verify: .venv/ready  ## the shipped networks' accuracy, measured anew: a minute
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
-bench: .venv/ready  ## how fast this machine scores, trains and evaluates: minutes
+bench: .venv/ready  ## how fast this machine scores, trains, evaluates and runs what is left: minutes
 	$(BIN)/python -m explib.bench.scoring
 	$(BIN)/python -m explib.bench.training
+	$(BIN)/python -m explib.runtime.bench
+	$(BIN)/python -m explib.runtime.plots

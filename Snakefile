@@ -56,6 +56,7 @@ def executed(dataset, names):
 rule study:
     input:
         f"{RESULTS}/notebooks/digits/04_tables.ipynb",
+        f"{RESULTS}/notebooks/digits/05_speed.ipynb",
 
 
 rule reproduce:
@@ -127,3 +128,14 @@ rule tables:
             {"results_dir": str(RESULTS), "dataset": wildcards.dataset},
             progress_bar=False,
         )
+
+
+rule speed:  # alone on the machine, and without the minutes that torch takes to compile
+    input:
+        "notebooks/05_speed.ipynb",
+    output:
+        f"{RESULTS}/notebooks/{{dataset}}/05_speed.ipynb",
+    threads: workflow.cores
+    run:
+        quick = {"dense": ["eager fp32"], "densities": [0.1, 0.3, 1.0], "seconds": 0.3}
+        papermill.execute_notebook(input[0], output[0], quick, progress_bar=False)

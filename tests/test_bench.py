@@ -123,5 +123,7 @@ def test_recipes_are_compared_on_a_validation_split(tmp_path, monkeypatch, resne
     written = json.loads((tmp_path / "recipes.json").read_text())
     assert written["rows"] == rows and written["pruned"]["validation"] == 100
     records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/records/digits/*.json")]
-    assert {r["provenance"]["data"]["evaluated_on"] for r in records} == {"validation"}
+    assert {r["provenance"]["data"]["evaluated_on"] for r in records} == {
+        "validation (100 training images)"
+    }
     assert recipes.compare() == rows  # from the records: nothing is computed again

@@ -125,6 +125,16 @@ def test_training_shows_the_committed_measurements(study):
     assert images_in(run("06_training", study, results_dir=str(ROOT / "results"))) >= 2
 
 
+def test_speed_is_measured_here(tmp_path):
+    few = {"batches": [8, 1], "densities": [0.5, 1.0], "dense": ["eager fp32"], "seconds": 0.05}
+    executed = papermill.execute_notebook(
+        str(ROOT / "notebooks/05_speed.ipynb"), str(tmp_path / "05_speed.ipynb"),
+        few | {"threads": 1}, cwd=str(tmp_path), progress_bar=False,
+    )  # fmt: skip
+    shown = nbformat.writes(executed)
+    assert images_in(shown) == 3 and "engine fp32" in shown
+
+
 def test_a_parameter_that_does_not_exist_is_an_error(study):
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean 'epochs'"):
         run("03_finetune", study, epoch=1)

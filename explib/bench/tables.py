@@ -36,6 +36,32 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def speed(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Images per second of the record that explib.runtime.bench writes, and the speed-ups.
+
+    The engine in fp32 against torch in fp32, in fp16 against torch in bf16.
+    """
+    path = resolve(results_dir) / "bench/runtime.json"
+    lines = []
+    for row in json.loads(path.read_text())["networks"] if path.is_file() else []:
+        found = row["images_per_s"]
+        line = {
+            "network": NETWORKS[row["arch"]],
+            "MACs cut %": f"{row['cut_pct']:.1f}",
+            "batch": str(row["batch"]),
+            **{name: f"{value:.0f}" for name, value in found.items()},
+        }
+        for dense, engine in (
+            ("eager fp32", "engine fp32"),
+            ("compiled fp32", "engine fp32"),
+            ("compiled bf16", "engine fp16"),
+        ):
+            if dense in found and engine in found:
+                line[f"{engine} / {dense}"] = f"{found[engine] / found[dense]:.1f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 CRITERIA = {
     ("random", ""): "random kernels",
     ("bn", ""): "kernels of the filters of lowest |γ|",

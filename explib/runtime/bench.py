@@ -1,0 +1,258 @@
+"""How fast networks run: dense torch, the engine, and a physically smaller network.
+
+`python -m explib.runtime.bench` writes results/bench/runtime.json: images per second, each the
+median of repeated calls, all of them in one process on the same threads. Networks pruned at the
+published rates have random weights: speed depends on which kernels survive, not on their values.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch._inductor import config as inductor
+
+from explib import flops, models, pruners, runtime, tables
+from explib import masks as masking
+from explib.files import ROOT, write_json
+from explib.masks import Masks
+from explib.models import find_convs
+from explib.params import parse_rates
+from explib.records import provenance
+from explib.runtime import build, graph
+
+RECORD = ROOT / "results/bench/runtime.json"
+NETWORKS = {"resnet_56": "resnet_56-71", "vgg_16_bn": "vgg_16_bn-70"}  # labels of published rates
+DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+DENSE = ("eager fp32", "compiled fp32", "compiled bf16")
+ENGINE = ("engine fp32", "engine fp16")
+BATCHES = (128, 1)
+
+
+def images_per_s(forward: Callable, images: torch.Tensor, seconds: float = 1.0) -> float:
+    """Images per second: the median of at least five calls, after two to warm up."""
+    times: list[float] = []
+    with torch.no_grad():
+        forward(images), forward(images)
+        until = time.perf_counter() + seconds
+        while len(times) < 5 or time.perf_counter() < until:
+            started = time.perf_counter()
+            forward(images)
+            times.append(time.perf_counter() - started)
+    return len(images) / statistics.median(times)
+
+
+def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, seconds: float) -> float:
+    """Images per second of a dense network as fast as torch makes it.
+
+    BatchNorm folded, weights frozen, in both memory formats, of which the faster one counts.
+    """
+    speeds = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        folded = graph.trace(model, images).to(dtype=dtype, memory_format=layout)
+        torch._dynamo.reset()
+        with inductor.patch(freezing=True), torch.no_grad():
+            fast = torch.compile(folded)
+            fast(images.to(dtype=dtype, memory_format=layout))  # compiled here, under the setting
+
+        def forward(x, fast=fast, layout=layout, dtype=dtype):
+            return fast(x.to(dtype=dtype, memory_format=layout))
+
+        speeds.append(images_per_s(forward, images, seconds))
+    return max(speeds)
+
+
+def dense_speeds(
+    model: nn.Module, images: torch.Tensor, seconds: float = 1.0, names: Sequence[str] = DENSE
+) -> dict[str, float]:
+    """Images per second of a network in torch; names: of DENSE.
+
+    Without a C++ compiler those that torch would compile are left out.
+    """
+    ways = {
+        "eager fp32": lambda: images_per_s(model, images, seconds),
+        "compiled fp32": lambda: compiled(model, images, torch.float32, seconds),
+        "compiled bf16": lambda: compiled(model, images, torch.bfloat16, seconds),
+    }
+    try:
+        build.library()
+    except runtime.NoCompiler:
+        names = [name for name in names if "compiled" not in name]
+    return {name: ways[name]() for name in names}
+
+
+def engine_speeds(model: nn.Module, images: torch.Tensor, seconds: float = 1.0) -> dict[str, float]:
+    """Images per second of a masked network in the engine, in the types this machine has."""
+    speeds = {}
+    for name, dtype in zip(ENGINE, (torch.float32, torch.float16), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the report says it too
+            fast = runtime.compile(model, images[:1], dtype=dtype)
+        wanted = str(dtype).removeprefix("torch.")
+        if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted):
+            speeds[name] = images_per_s(fast, images, seconds)
+    return speeds
+
+
+def fresh(arch: str) -> nn.Module:
+    """The network with fresh weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return models.build(arch).eval()
+
+
+def published(arch: str, label: str = "") -> tuple[nn.Module, Masks]:
+    """A fresh network masked by way B at published rates, those of NETWORKS by default."""
+    rows = tables.published()["rows"].set_index("label")
+    model = fresh(arch)
+    convs = find_convs(model)
+    rates = parse_rates(rows.loc[label or NETWORKS[arch], "compress_rate"])
+    masks = pruners.prune(model, models.rates_by_name(arch, convs, rates), "B", convs=convs)
+    masking.apply(model, masks)
+    return model, masks
+
+
+def by_network(
+    arch: str,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 1.0,
+    dense: Sequence[str] = DENSE,
+) -> list[dict]:
+    """One row per batch size: a network at its published rates, dense and in the engine."""
+    model, masks = published(arch)
+    left = flops.macs(model, find_convs(model), masks)
+    rows = []
+    for batch in batches:
+        images = torch.randn(batch, 3, 32, 32)
+        speeds = dense_speeds(model, images, seconds, dense)
+        speeds |= engine_speeds(model, images, seconds)
+        cut = 100 * (1 - left["left"] / left["dense"])
+        rows.append({"arch": arch, "cut_pct": cut, "batch": batch, "images_per_s": speeds})
+    return rows
+
+
+def by_density(
+    arch: str = "resnet_56",
+    batch: int = 128,
+    seconds: float = 1.0,
+    densities: Sequence[float] = DENSITIES,
+) -> list[dict]:
+    """One row per density: the engine with that share of every conv's kernels but the first's."""
+    rows = []
+    for density in densities:
+        model = fresh(arch)
+        rates = {conv.name: 1 - density for conv in find_convs(model)[1:]}
+        masking.apply(model, pruners.prune(model, rates, "random"))
+        images = torch.randn(batch, 3, 32, 32)
+        rows.append({"density": density, "images_per_s": engine_speeds(model, images, seconds)})
+    return rows
+
+
+def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE) -> list[dict]:
+    """One row per network of this project's checkpoints: its top-1 in per cent, and its speed."""
+    rows = []
+    for path in sorted((ROOT / "results/checkpoints/cifar10").glob("*.safetensors")):
+        state, masks, meta = masking.load_compact(path)
+        model = models.load_weights(models.build(meta["arch"]), state, path.name).eval()
+        images = torch.randn(batch, 3, 32, 32)
+        counts = flops.macs(model, find_convs(model), masks)
+        row = {"name": meta["name"], "arch": meta["arch"], "top1": meta["top1"]}
+        row["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
+        speeds = engine_speeds(model, images, seconds)
+        if not masks:
+            speeds |= dense_speeds(model, images, seconds, dense)
+        rows.append(row | {"images_per_s": speeds})
+    return rows
+
+
+def structured(
+    label: str,
+    arch: str = "resnet_56",
+    batch: int = 128,
+    seconds: float = 1.0,
+    dense: Sequence[str] = DENSE,
+) -> dict:
+    """The alternative: whole filters removed by torch-pruning until the MACs are as few.
+
+    As few as way B leaves at the published rates of this label. Only the convs inside the blocks
+    of a ResNet are narrowed: its shortcuts fix the others. The network is not trained, so that it
+    has a speed and no accuracy.
+    """
+    masked, masks = published(arch, label)
+    counts = flops.macs(masked, find_convs(masked), masks)
+    wanted = counts["left"]
+    low, high = 0.0, 0.95
+    for _ in range(12):  # the narrowest cut that meets the MACs, by halving
+        ratio = (low + high) / 2
+        model = _narrowed(fresh(arch), ratio)
+        found = flops.macs(model, find_convs(model))["left"]
+        low, high = (ratio, high) if found > wanted else (low, ratio)
+    model = _narrowed(fresh(arch), high)
+    found = flops.macs(model, find_convs(model))["left"]
+    images = torch.randn(batch, 3, 32, 32)
+    return {
+        "arch": arch,
+        "label": label,
+        "cut_pct": 100 * (1 - found / counts["dense"]),
+        "cut_pct_of_kernels": 100 * (1 - wanted / counts["dense"]),
+        "batch": batch,
+        "images_per_s": dense_speeds(model, images, seconds, dense),
+    }
+
+
+def _narrowed(model: nn.Module, ratio: float) -> nn.Module:
+    """A ResNet without `ratio` of the filters inside each block."""
+    outer = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "conv1" not in n]
+    import torch_pruning  # of the extra `test`; nothing else needs it
+
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        torch.zeros(1, 3, 32, 32),
+        importance=torch_pruning.importance.MagnitudeImportance(p=1),
+        pruning_ratio=ratio,
+        ignored_layers=[model.conv1, model.linear, *outer],
+    )
+    pruner.step()
+    return model
+
+
+def crossover(rows: list[dict], engine: str, dense: float) -> float | None:
+    """The density at which the engine is as fast as `dense` images per second, or None.
+
+    rows: of `by_density`; interpolated in seconds per image, which are about linear in density.
+    """
+    points = [(row["density"], 1 / row["images_per_s"][engine]) for row in rows]
+    for (d0, t0), (d1, t1) in pairwise(points):
+        if t0 <= 1 / dense <= t1:
+            return d0 + (d1 - d0) * (1 / dense - t0) / (t1 - t0)
+    return None
+
+
+def measure(archs: list[str]) -> dict:
+    """The whole record."""
+    networks = [row for arch in archs for row in by_network(arch)]
+    amx = torch.cpu._is_amx_tile_supported()
+    return {
+        "networks": networks,
+        "density": by_density(),
+        "shipped": shipped(),
+        "structured": [structured(label) for label in ("resnet_56-53", "resnet_56-71")],
+        "engine": runtime.compile(fresh("resnet_56"), torch.zeros(1, 3, 32, 32)).report,
+        "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
+        "provenance": provenance(),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    record = measure(list(NETWORKS))
+    for row in record["networks"]:
+        print(row["arch"], "batch", row["batch"])
+        for name, speed in row["images_per_s"].items():
+            print(f"  {name:16s} {speed:10.1f} images/s")
+    print(write_json(RECORD, record))

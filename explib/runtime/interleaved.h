@@ -1,0 +1,295 @@
+// Blocks of images, [C][H][W][lanes]: a vector holds one pixel of as many images as it has lanes.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "plan.h"
+#include "threads.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int CACHE_SKEW = 6;  // lines
+
+// Planes of a multiple of 4 KiB would all fall on the same few lines of the first cache
+inline int64_t block_plane(int height, int width) {
+    const int64_t pixels = int64_t(height) * width;
+    return pixels % 64 ? pixels : pixels + CACHE_SKEW;
+}
+template <class T>
+struct ConvBlock {
+    const T* in;
+    const T* other;  // added to the outputs, or null
+    T* out;
+    int filters, height, width, out_height, out_width, kernel, stride, pad, relu;
+    const int32_t* weight;
+    const float* bias;
+    const int32_t *start, *index;
+};
+
+template <class T, int TH, int TW>
+FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
+                          typename Types<T>::V (&acc)[TH][TW]) {
+    USE_TYPES;
+    const int64_t first =
+        (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
+    const V bias = splat<T>(T(a.bias[f]));
+    repeat<TH>([&](auto r) FORCED {
+        repeat<TW>([&](auto c) FORCED {
+            const int64_t at = first + (int64_t(r) * a.out_width + c) * LANES;
+            V value = acc[r][c] + bias;
+            if (a.other) value += *(const V*)(a.other + at);
+            *(V*)(a.out + at) = a.relu ? rectified(value) : value;
+        });
+    });
+}
+
+// One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are
+// loaded once per kernel and go to all outputs they belong to; those outside the image are left
+// out.
+template <class T, int K, int S, int TH, int TW>
+void conv_tile(const ConvBlock<T>& a, int y, int x) {
+    USE_TYPES;
+    constexpr int P = K / 2, IH = (TH - 1) * S + K, IW = (TW - 1) * S + K;
+    constexpr int SETS = TH * TW >= 8 ? 1 : 8 / (TH * TW);  // enough sums to hide their latency
+    const int top = y * S - P, left = x * S - P;
+    const bool first_row = top >= 0, last_row = top + IH <= a.height;
+    const bool first_col = left >= 0, last_col = left + IW <= a.width;
+    const int64_t plane = block_plane(a.height, a.width);
+    const int64_t origin = int64_t(top) * a.width + left;
+    for (int f = 0; f < a.filters; ++f) {
+        V acc[SETS][TH][TW] = {};
+        const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
+            const int32_t* w = a.weight + int64_t(k) * K * K;
+            const int64_t base = a.index[k] * plane + origin;
+            repeat<IH>([&](auto i) FORCED {
+                if ((i < P && !first_row) || (i >= IH - P && !last_row)) return;
+                repeat<IW>([&](auto j) FORCED {
+                    if ((j < P && !first_col) || (j >= IW - P && !last_col)) return;
+                    const V pixel = *(const V*)(a.in + (base + int64_t(i) * a.width + j) * LANES);
+                    repeat<K>([&](auto ky) FORCED {
+                        constexpr int dy = i - ky;
+                        if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
+                            repeat<K>([&](auto kx) FORCED {
+                                constexpr int dx = j - kx;
+                                if constexpr (dx >= 0 && dx % S == 0 && dx / S < TW)
+                                    sum[dy / S][dx / S] += pixel * broadcast<T>(w + ky * K + kx);
+                            });
+                    });
+                });
+            });
+        };
+        int k = a.start[f];
+        const int end = a.start[f + 1];
+        if constexpr (SETS > 1)
+            for (; k + SETS <= end; k += SETS)
+                repeat<SETS>([&](auto s) FORCED { add(acc[s], k + s); });
+        for (; k < end; ++k) add(acc[0], k);
+        repeat<SETS - 1>([&](auto s) FORCED {
+            repeat<TH>([&](auto r) FORCED {
+                repeat<TW>([&](auto c) FORCED { acc[0][r][c] += acc[s + 1][r][c]; });
+            });
+        });
+        finish<T, TH, TW>(a, f, y, x, acc[0]);
+    }
+}
+
+// Any kernel, stride and padding: the same tile with its borders tested pixel by pixel
+template <class T, int TH, int TW>
+void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
+    USE_TYPES;
+    const int K = a.kernel;
+    for (int f = 0; f < a.filters; ++f) {
+        V acc[TH][TW] = {};
+        for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
+            const T* in = a.in + a.index[k] * block_plane(a.height, a.width) * LANES;
+            for (int tap = 0; tap < K * K; ++tap) {
+                const V w = broadcast<T>(a.weight + int64_t(k) * K * K + tap);
+                const int top = y * a.stride - a.pad + tap / K,
+                          left = x * a.stride - a.pad + tap % K;
+                repeat<TH>([&](auto r) FORCED {
+                    const int row = top + r * a.stride;
+                    if (row < 0 || row >= a.height) return;
+                    repeat<TW>([&](auto c) FORCED {
+                        const int col = left + c * a.stride;
+                        if (col >= 0 && col < a.width)
+                            acc[r][c] +=
+                                *(const V*)(in + (int64_t(row) * a.width + col) * LANES) * w;
+                    });
+                });
+            }
+        }
+        finish<T, TH, TW>(a, f, y, x, acc);
+    }
+}
+
+// The last tile of a row or column ends with it and may overlap the one before
+template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>&, int, int)>
+void tiles(const ConvBlock<T>& a) {
+    for (int y = 0; y < a.out_height; y += TH)
+        for (int x = 0; x < a.out_width; x += TW)
+            TILE(a, std::min(y, a.out_height - TH), std::min(x, a.out_width - TW));
+}
+
+template <class T, int TH, int TW>
+void conv_sized(const ConvBlock<T>& a) {
+    const bool same = a.pad == a.kernel / 2;
+    if (same && a.kernel == 3 && a.stride == 1)
+        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a);
+    if (same && a.kernel == 3 && a.stride == 2)
+        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a);
+    if (same && a.kernel == 1 && a.stride == 1)
+        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a);
+    tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a);
+}
+
+template <class T>
+void conv_block(const ConvBlock<T>& a) {
+    const int side = std::min(a.out_height, a.out_width);
+    if (side >= 4) return conv_sized<T, TILE_H, TILE_W>(a);
+    if (side >= 2) return conv_sized<T, 2, 2>(a);
+    conv_sized<T, 1, 1>(a);
+}
+
+template <class T>
+void linear_block(const T* in, T* out, const Op& op, int channels, int features) {
+    USE_TYPES;
+    constexpr int GROUP = 8;
+    const T* weight = (const T*)op.weight;
+    for (int f = 0; f < features; f += GROUP) {
+        V acc[GROUP];
+        const T* rows[GROUP];
+        for (int g = 0; g < GROUP; ++g) {
+            const int feature = std::min(f + g, features - 1);
+            acc[g] = splat<T>(T(op.bias[feature]));
+            rows[g] = weight + int64_t(feature) * channels;
+        }
+        for (int c = 0; c < channels; ++c) {
+            const V x = *(const V*)(in + int64_t(c) * LANES);
+            repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
+        }
+        for (int g = 0; g < GROUP && f + g < features; ++g)
+            *(V*)(out + int64_t(f + g) * LANES) = op.relu ? rectified(acc[g]) : acc[g];
+    }
+}
+
+// The whole network on one block at a time; each worker has memory of its own
+template <class T>
+class Blocks {
+    using V = typename Types<T>::V;
+    static constexpr int LANES = Types<T>::lanes;
+    const Plan& plan;
+    std::vector<int64_t> starts;  // of the slots, in scalars
+    int64_t size = 0;
+    std::vector<std::unique_ptr<Memory>> memories;
+
+    T* data(T* memory, int t) const {
+        const Tensor& a = plan.tensors[t];
+        return memory + starts[a.slot] + a.first * block_plane(a.height, a.width) * LANES;
+    }
+
+  public:
+    explicit Blocks(const Plan& plan) : plan(plan), memories(plan.threads) {
+        for (const Slot& s : plan.slots) {
+            starts.push_back(size);
+            size += s.channels * block_plane(s.height, s.width) * LANES;
+        }
+    }
+
+    void prepare() {
+        for (auto& memory : memories)
+            if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
+    }
+
+    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block) {
+        T* memory = (T*)memories[worker]->data;
+        const int64_t first = block * LANES;
+        const int live = (int)std::min<int64_t>(LANES, images - first);
+        for (const Op& op : plan.ops) run_op(op, memory, in, out, first, live);
+    }
+
+  private:
+    void run_op(const Op& op, T* memory, const float* const* ins, float* const* outs, int64_t first,
+                int live) {
+        const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
+        const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
+        const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
+        T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
+        if (op.kind == CONV)
+            return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out,
+                                  o.channels, a.height, a.width, o.height, o.width, op.kernel,
+                                  op.stride, op.pad, op.relu, (const int32_t*)op.weight, op.bias,
+                                  op.start, op.index});
+        if (op.kind == LINEAR) return linear_block<T>(in, out, op, a.channels, o.channels);
+        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
+        const int pixels = a.height * a.width;
+        const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
+        for (int c = 0; c < channels; ++c) {
+            const V* x = (const V*)in + c * from;
+            V* y = (V*)out + c * to;
+            switch (op.kind) {
+                case LOAD:
+                    for (int start = 0; start < pixels; start += 64)
+                        for (int lane = 0; lane < LANES; ++lane) {
+                            const float* image =
+                                ins[op.other] + ((first + lane) * channels + c) * pixels;
+                            for (int i = start; i < std::min(pixels, start + 64); ++i)
+                                ((T*)(y + i))[lane] = lane < live ? T(image[i]) : T(0);
+                        }
+                    break;
+                case STORE:
+                    for (int lane = 0; lane < live; ++lane) {
+                        float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
+                        for (int i = 0; i < pixels; ++i)
+                            image[i] = float(((const T*)(x + i))[lane]);
+                    }
+                    break;
+                case MAXPOOL:
+                case AVGPOOL:
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q) {
+                            const auto [r0, r1] = window(op, r, a.height);
+                            const auto [c0, c1] = window(op, q, a.width);
+                            V value = op.kind == MAXPOOL ? x[r0 * a.width + c0] : V{};
+                            for (int i = r0; i < r1; ++i)
+                                for (int j = c0; j < c1; ++j) {
+                                    const V pixel = x[i * a.width + j];
+                                    value =
+                                        op.kind == MAXPOOL ? larger(value, pixel) : value + pixel;
+                                }
+                            *y++ = op.kind == MAXPOOL ? value
+                                                      : value * T(pool_scale(op, r1 - r0, c1 - c0));
+                        }
+                    break;
+                case SUBSAMPLE: {
+                    const int source = c - op.before;
+                    const bool padded = source < 0 || source >= a.channels;
+                    x = (const V*)in + source * from;
+                    for (int r = 0; r < o.height; ++r)
+                        for (int q = 0; q < o.width; ++q)
+                            *y++ = padded ? V{} : x[r * op.stride * a.width + q * op.stride];
+                    break;
+                }
+                case ADD:
+                case RELU: {
+                    const V* z =
+                        op.kind == ADD ? (const V*)data(memory, op.other) + c * from : nullptr;
+                    for (int i = 0; i < pixels; ++i) {
+                        const V value = z ? x[i] + z[i] : x[i];
+                        y[i] = op.relu ? rectified(value) : value;
+                    }
+                    break;
+                }
+                case COPY:
+                    std::memcpy(y, x, pixels * sizeof(V));
+                    break;
+                case FLATTEN:
+                    std::memcpy((V*)out + int64_t(c) * pixels, x, pixels * sizeof(V));
+                    break;
+            }
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,123 @@
+// Runs a planned network with its surviving kernels only: one call, no allocation between ops.
+//
+// Many images go in blocks (interleaved.h): each thread takes a block through the whole network, so
+// that it stays in its cache. Few go one by one (spatial.h). Scalars are float or, where the
+// processor multiplies it, _Float16.
+#include <exception>
+
+#include "interleaved.h"
+#include "spatial.h"
+
+namespace {
+
+struct Network {
+    virtual ~Network() = default;
+    virtual bool interleave(int64_t images) const = 0;
+    virtual void prepare(bool interleaved) = 0;
+    virtual int64_t blocks(int64_t images) const = 0;
+    virtual void run_block(int worker, const float* const* in, float* const* out, int64_t images,
+                           int64_t block) = 0;
+    virtual void run_image(int worker, const float* const* in, float* const* out, int64_t image,
+                           int part, int parts, Barrier& barrier) = 0;
+    int threads = 1;
+};
+
+template <class T>
+class Planned : public Network {
+    const Plan plan;
+    Blocks<T> by_block;
+    Images<T> by_image;
+
+  public:
+    explicit Planned(Plan given) : plan(std::move(given)), by_block(plan), by_image(plan) {
+        threads = plan.threads;
+    }
+
+    // Blocks fill their lanes from so many images on; below it, images go one by one
+    bool interleave(int64_t images) const override {
+        const int64_t rounds = (blocks(images) + threads - 1) / threads;
+        return images >= Types<T>::lanes / 2 &&
+               rounds * Types<T>::lanes <= 2 * ((images + threads - 1) / threads);
+    }
+    int64_t blocks(int64_t images) const override {
+        return (images + Types<T>::lanes - 1) / Types<T>::lanes;
+    }
+
+    void prepare(bool interleaved) override {
+        interleaved ? by_block.prepare() : by_image.prepare();
+    }
+
+    void run_block(int worker, const float* const* in, float* const* out, int64_t images,
+                   int64_t block) override {
+        by_block.run(worker, in, out, images, block);
+    }
+
+    void run_image(int worker, const float* const* in, float* const* out, int64_t image, int part,
+                   int parts, Barrier& barrier) override {
+        by_image.run(worker, in, out, image, part, parts, barrier);
+    }
+};
+
+struct Call {
+    Network* network;
+    const float* const* in;
+    float* const* out;
+    int64_t images;
+    bool interleaved;
+    std::atomic<int64_t> next{0};
+    Barrier barrier{};
+};
+
+void run_part(void* argument, int worker) {
+    Call& call = *(Call*)argument;
+    Network& network = *call.network;
+    if (call.interleaved) {
+        const int64_t blocks = network.blocks(call.images);
+        for (int64_t b; (b = call.next.fetch_add(1)) < blocks;)
+            network.run_block(worker, call.in, call.out, call.images, b);
+    } else if (call.images == 1) {
+        network.run_image(0, call.in, call.out, 0, worker, network.threads, call.barrier);
+    } else {
+        for (int64_t i; (i = call.next.fetch_add(1)) < call.images;)
+            network.run_image(worker, call.in, call.out, i, 0, 1, call.barrier);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int explib_vector_bytes() { return VECTOR_BYTES; }
+int explib_half() { return HALF; }
+
+void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
+                 int n_slots, int halo, int threads, int half) try {
+    Plan plan{{ops, ops + n_ops},
+              {tensors, tensors + n_tensors},
+              {slots, slots + n_slots},
+              halo,
+              threads};
+#if HALF
+    if (half) return static_cast<Network*>(new Planned<_Float16>(std::move(plan)));
+#endif
+    return half ? nullptr : static_cast<Network*>(new Planned<float>(std::move(plan)));
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+// 0, or 1 where memory or threads are short. in: one NCHW float array per LOAD argument; out: per
+// STORE.
+int explib_run(void* handle, const float* const* in, float* const* out, int64_t images) try {
+    Network* network = (Network*)handle;
+    Pool& pool = Pool::get();
+    std::lock_guard<std::mutex> lock(pool.callers);
+    Call call{network, in, out, images, network->interleave(images)};
+    network->prepare(call.interleaved);
+    pool.run(network->threads, run_part, &call);
+    return 0;
+} catch (const std::exception&) {
+    return 1;
+}
+
+void explib_free(void* handle) { delete (Network*)handle; }
+}

@@ -1,0 +1,137 @@
+"""Figures of speed, in the study's style: measured rows in, a matplotlib Figure out."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from explib.files import ROOT
+from explib.plots import BLUE, GREY, ORANGE, RED, SKY, _figure, _style, save
+from explib.runtime.bench import DENSE, ENGINE, RECORD, crossover
+from explib.tables import NAMES
+
+COLOURS = {
+    "eager fp32": GREY,
+    "compiled fp32": SKY,
+    "compiled bf16": BLUE,
+    "engine fp32": ORANGE,
+    "engine fp16": RED,
+}
+AGAINST = {"engine fp32": "compiled fp32", "engine fp16": "compiled bf16"}
+
+
+@_style
+def speeds(rows: list[dict]) -> Figure:
+    """Images per second of whole networks, dense and in the engine; rows of bench.by_network."""
+    figure, grid = plt.subplots(
+        1, len(rows), figsize=(max(4.2, 2.9 * len(rows)), 3.4), squeeze=False, sharey=True
+    )
+    plt.close(figure)
+    names = [n for n in (*DENSE, *ENGINE) if any(n in row["images_per_s"] for row in rows)]
+    for axes, row in zip(grid[0], rows, strict=True):
+        values = [row["images_per_s"].get(name, 0) for name in names]
+        axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.7)
+        for y, value in enumerate(values):
+            axes.annotate(f"{value:,.0f}", (value, y), xytext=(3, 0), va="center", fontsize=8.5,
+                          textcoords="offset points")  # fmt: skip
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="images per second", xlim=(0, 1.28 * max(values)))
+        axes.set_title(f"{NAMES[row['arch']]}, −{row['cut_pct']:.0f} %, batch {row['batch']}",
+                       fontsize=9.5)  # fmt: skip
+        axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=4)
+    grid[0][0].invert_yaxis()
+    return figure
+
+
+@_style
+def by_density(rows: list[dict], dense: dict[str, float]) -> Figure:
+    """Speed-up over dense torch against the density of kernels; rows of bench.by_density.
+
+    dense: images per second by the names of bench.DENSE; of those, the compiled network of the
+    same width of numbers is the one to beat, or the eager one where no other was measured.
+    """
+    figure, axes = _figure(6.5, 4.2)
+    density = np.array([row["density"] for row in rows])
+    axes.plot(density, 1 / density, color=GREY, linestyle="--", linewidth=1.2, label="1 / density")
+    axes.axhline(1, color="#444444", linewidth=0.8)
+    for engine in ENGINE:
+        against = AGAINST[engine] if AGAINST[engine] in dense else "eager fp32"
+        if against not in dense or engine not in rows[0]["images_per_s"]:
+            continue
+        speed = np.array([row["images_per_s"][engine] for row in rows])
+        where = crossover(rows, engine, dense[against])
+        least = (speed / dense[against]).min()
+        label = f"{engine} over {against}: " + (
+            f"even at {where:.2f}" if where else f"at least {least:.1f}"
+        )
+        axes.plot(density, speed / dense[against], "-o", color=COLOURS[engine], markersize=4,
+                  label=label)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="share of kernels that survive",
+             ylabel="speed-up over dense torch")  # fmt: skip
+    for axis, ticks in (
+        (axes.xaxis, [0.1, 0.2, 0.3, 0.5, 0.7, 1]),
+        (axes.yaxis, [0.5, 1, 2, 4, 8, 16]),
+    ):
+        axis.set_ticks(ticks)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_title("What a lower density buys")
+    axes.legend(fontsize=8.5)
+    return figure
+
+
+@_style
+def accuracy_vs_speed(rows: list[dict], narrow: dict | None = None) -> Figure:
+    """Top-1 against images per second of the project's networks; rows of bench.shipped.
+
+    narrow: bench.structured, whose network has a speed and, not being trained, no accuracy.
+    """
+    figure, axes = _figure(7, 4.4)
+    markers = {"dense": "s", "kernels": "o"}
+    shown = set()
+    for row in rows:
+        kind = "kernels" if row["cut_pct"] > 0 else "dense"
+        for name, speed in row["images_per_s"].items():
+            if kind == "kernels" and name not in ENGINE:
+                continue
+            label = f"{'pruned' if kind == 'kernels' else 'dense'}, {name}"
+            axes.plot(speed, row["top1"], markers[kind], color=COLOURS[name], markersize=7,
+                      markerfacecolor=COLOURS[name] if kind == "kernels" else "white",
+                      label=None if label in shown else label)  # fmt: skip
+            shown.add(label)
+        if kind == "kernels" and row["images_per_s"]:
+            title = row["name"].removeprefix(f"{row['arch']}-")
+            middle = np.exp(np.mean(np.log(list(row["images_per_s"].values()))))
+            axes.text(middle, row["top1"], f"{title}, −{row['cut_pct']:.0f} %", ha="center",
+                      va="center", fontsize=8, color="#555555")  # fmt: skip
+    if narrow:
+        for name in ("compiled fp32", "compiled bf16"):
+            if name in narrow["images_per_s"]:
+                axes.axvline(narrow["images_per_s"][name], color=COLOURS[name], linestyle=":",
+                             label=f"narrow, −{narrow['cut_pct']:.0f} %, {name}")  # fmt: skip
+    axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("Accuracy against measured speed")
+    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.16))
+    axes.margins(x=0.16, y=0.12)
+    return figure
+
+
+def build(record: dict) -> None:
+    """Draw the figures of a record of explib.runtime.bench into results/figures/cifar10."""
+    dense = record["networks"][0]["images_per_s"]
+    folder = ROOT / "results/figures/cifar10"
+    save(speeds(record["networks"]), folder / "speed")
+    save(by_density(record["density"], dense), folder / "speed_vs_density")
+    save(
+        accuracy_vs_speed(record["shipped"], record["structured"][0]), folder / "accuracy_vs_speed"
+    )
+
+
+if __name__ == "__main__":
+    build(json.loads(RECORD.read_text()))

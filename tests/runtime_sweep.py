@@ -1,0 +1,62 @@
+"""Odd sizes through the engine, run as a program: under a sanitizer or for another processor."""
+
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from explib import runtime
+
+SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
+BATCHES = (1, 2, 7, 8, 15, 17, 33)
+
+
+class Odd(nn.Module):
+    """Every op of the engine, on planes that fit no tile."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.down = nn.Conv2d(5, 7, 3, stride=2, padding=1)
+        self.wide = nn.Conv2d(7, 7, 5, padding=2)
+        self.one = nn.Conv2d(7, 4, 1)
+        self.seven = nn.Conv2d(7, 3, 7, padding=3, bias=False)
+        self.mean = nn.AvgPool2d(3, stride=1, padding=1)
+        self.skip = nn.Conv2d(7, 9, 1, stride=2)
+        self.linear = nn.Linear(18, 3)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.first(x)))
+        y = torch.relu(self.down(x))
+        y = torch.relu(self.wide(y) + y)
+        y = self.mean(torch.cat([self.one(y), self.seven(y)], 1))
+        short = nn.functional.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2))
+        z = torch.cat([short, torch.relu(short + self.skip(y))], 1)
+        return self.linear(z.mean((2, 3)))
+
+
+@torch.no_grad()
+def sweep(batches=BATCHES) -> int:
+    """Compare with torch at every size; returns the number of comparisons, all within bounds."""
+    compared = 0
+    for height, width in SIZES:
+        torch.manual_seed(height)
+        model, example = Odd().eval(), torch.zeros(1, 3, height, width)
+        for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 0.03)):
+            for threads in (1, 3):
+                fast = runtime.compile(model, example, dtype=dtype, threads=threads)
+                assert fast.report["fallbacks"] == [], fast.report
+                for count in batches:
+                    images = torch.randn(count, 3, height, width)
+                    wanted = model(images)
+                    error = float((fast(images) - wanted).abs().max() / wanted.abs().max())
+                    assert error < bound, (height, width, dtype, threads, count, error)
+                    compared += 1
+    return compared
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(sweep(tuple(map(int, sys.argv[1:])) or BATCHES), "compared")

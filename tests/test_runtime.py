@@ -1,0 +1,306 @@
+"""The engine against torch: every network, odd sizes, what it refuses and leaves to torch."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from explib import masks, models, pruners, runtime
+from explib.data import eval_batches, load_data
+from explib.files import ROOT
+from explib.params import Params
+from explib.runtime import build, graph, plan
+from explib.study import load_network
+from tests.runtime_sweep import BATCHES, SIZES, sweep
+
+SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
+SIDES = dict.fromkeys(models.ARCHS, 32) | {"resnet_50": 64}
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
+half = pytest.mark.skipif(
+    not (shutil.which("c++") and build.has_half(build.library())), reason="no fp16 here"
+)
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, its BatchNorms no identities."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.uniform_(module.weight, 0.5, 1.2)
+            nn.init.normal_(module.bias, std=0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def masked(arch: str, rate: float = 0.6) -> nn.Module:
+    torch.manual_seed(0)
+    model = lively(models.build(arch, 10))
+    masks.apply(model, pruners.prune(model, rate, "B", image_size=SIDES[arch]))
+    return model
+
+
+@torch.no_grad()
+def error(model: nn.Module, fast: nn.Module, images: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    wanted = model(images)
+    return float((fast(images) - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("arch", models.ARCHS)
+def test_every_network_of_the_study_gives_torch_its_results(arch):
+    model, side = masked(arch), SIDES[arch]
+    fast = runtime.compile(model, torch.zeros(1, 3, side, side), fallback=False)
+    assert fast.report["fallbacks"] == []
+    for count in (
+        (1, 2, 17) if side == 32 else (1, 2)
+    ):  # one image over the lanes, one block and more
+        assert error(model, fast, torch.randn(count, 3, side, side)) < 1e-4
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        fast.report["kernels"] -= int(conv.weight.any(-1).any(-1).sum())
+    assert fast.report["kernels"] == 0
+
+
+def test_the_shipped_network_has_the_same_top1_on_every_test_image(cifar10_root):
+    data = load_data(
+        Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
+    )
+    model, _, meta = load_network(SHIPPED)
+    fast = runtime.load(SHIPPED, threads=2)
+    correct, seen = 0, 0
+    with torch.no_grad():
+        for images, labels in eval_batches(data.test, data):
+            wanted, found = model(images), fast(images)
+            assert torch.equal(found.argmax(1), wanted.argmax(1))
+            assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+            correct, seen = correct + int((found.argmax(1) == labels).sum()), seen + len(labels)
+    assert seen == 10_000 and abs(100 * correct / seen - meta["top1"]) <= 0.05
+
+
+@half
+def test_fp16_keeps_the_accuracy_of_the_shipped_network(cifar10_root):
+    data = load_data(
+        Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
+    )
+    correct = {}
+    for dtype in (torch.float32, torch.float16):
+        fast = runtime.load(SHIPPED, dtype=dtype)
+        assert fast.report["dtype"] == str(dtype).removeprefix("torch.")
+        found = [(fast(x).argmax(1) == y).sum() for x, y in eval_batches(data.test, data)]
+        correct[dtype] = int(sum(found))
+    assert abs(correct[torch.float16] - correct[torch.float32]) <= 5  # of 10,000
+
+
+def test_sizes_that_fit_no_tile_at_any_batch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where there is no fp16
+        assert sweep() == len(SIZES) * 2 * 2 * len(BATCHES)
+
+
+def run_sweep(flags: str, *batches: int, **variables: str) -> subprocess.CompletedProcess:
+    """The sweep in a process of its own, with the kernels built by these flags."""
+    command = [sys.executable, "-m", "tests.runtime_sweep", *map(str, batches)]
+    environment = os.environ | {"EXPLIB_CXXFLAGS": flags, "PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86")
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-msse4.2"])
+def test_the_same_source_serves_narrower_vectors(flags):
+    done = run_sweep(flags, 1, 5, 33)
+    assert done.returncode == 0 and "compared" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's sanitizer")
+def test_nothing_is_read_or_written_out_of_bounds():
+    target = "-mavx2 -mfma" if platform.machine() == "x86_64" else "-march=native"
+    found = [
+        subprocess.run(
+            ["c++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(os.path.isabs(path) for path in found):
+        pytest.skip("the compiler has no sanitizers")
+    done = run_sweep(
+        f"{target} -O1 -fsanitize=address,undefined -fno-sanitize-recover=all",
+        *range(1, 34, 4), 2, 8, 16, 32,
+        LD_PRELOAD=":".join(found), ASAN_OPTIONS="detect_leaks=0",
+    )  # fmt: skip
+    assert done.returncode == 0 and "compared" in done.stdout, done.stderr[-2000:]
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([1, 3, 5]), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9),
+    st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(1, 20), st.booleans(),
+)  # fmt: skip
+def test_any_conv_with_any_kernels_left(
+    kernel, stride, channels, filters, height, width, density, count, bias
+):
+    conv = nn.Conv2d(channels, filters, kernel, stride, kernel // 2, bias=bias)
+    with torch.no_grad():
+        conv.weight *= (torch.rand(filters, channels) < density)[:, :, None, None]
+    model = nn.Sequential(conv, nn.ReLU())
+    images = torch.randn(count, channels, height, width)
+    fast = runtime.compile(model, images, threads=2, fallback=False)
+    with torch.no_grad():
+        assert torch.allclose(fast(images), model(images), atol=1e-5)
+    assert fast.report["kernels"] == int(conv.weight.any(-1).any(-1).sum())
+
+
+class Strange(nn.Module):
+    """Ops without a kernel in the middle, and a BatchNorm that no conv takes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = torch.sigmoid(self.norm(torch.relu(y)))
+        return self.last(self.depth(z) + y).flatten(1), y
+
+
+def test_what_has_no_kernel_runs_in_torch_and_is_named():
+    model, images = lively(Strange()), torch.randn(5, 3, 9, 9)
+    with pytest.warns(UserWarning, match=r"depth \(Conv2d\): grouped"):
+        fast = runtime.compile(model, images)
+    assert [why.split(" ")[0] for why in fast.report["fallbacks"]] == ["norm", "sigmoid", "depth"]
+    with torch.no_grad():
+        for found, wanted in zip(fast(images), model(images), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=r"norm \(BatchNorm2d\): no kernel for it"):
+        runtime.compile(model, images, fallback=False)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_cannot_be_traced_runs_in_torch():
+    images = torch.ones(1, 3, 4, 4)
+    with pytest.warns(UserWarning, match=r"cannot trace it .* runs dense, in torch"):
+        assert torch.equal(runtime.compile(Branching(), images)(-images), images)
+    with pytest.raises(NotImplementedError, match="cannot trace"):
+        runtime.compile(Branching(), images, fallback=False)
+
+
+def test_without_a_compiler_the_network_runs_dense(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model, images = masked("resnet_56"), torch.randn(2, 3, 32, 32)
+    with pytest.warns(UserWarning, match="no C.. compiler 'no-such-compiler'; install g"):
+        fast = runtime.compile(model, images)
+    assert fast.report["engine"] == "torch" and error(model, fast, images) == 0
+    with pytest.raises(runtime.NoCompiler):
+        runtime.compile(model, images, fallback=False)
+
+
+def test_a_compiler_that_refuses_is_reported_in_one_line(monkeypatch):
+    monkeypatch.setenv("EXPLIB_CXXFLAGS", "-include no-such-header.h")
+    with pytest.raises(runtime.NoCompiler, match=r"kernels.cpp does not compile: .*no-such") as e:
+        build.library()
+    assert "\n" not in str(e.value)
+
+
+def test_without_fp16_it_is_float32_and_says_why(monkeypatch, net):
+    monkeypatch.setattr(build, "has_half", lambda library: False)
+    images = torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning, match="does not compute in float16; using float32"):
+        fast = runtime.compile(lively(net), images, dtype=torch.float16)
+    assert fast.report["dtype"] == "float32" and error(net, fast, images) < 1e-5
+
+
+def test_folding_leaves_the_model_as_it_was():
+    model = masked("resnet_56").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runtime.compile(model, torch.zeros(1, 3, 32, 32))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_later_changes_of_the_model_have_no_effect():
+    model, images = masked("resnet_56"), torch.randn(1, 3, 32, 32)
+    fast = runtime.compile(model, images)
+    wanted = fast(images)
+    nn.init.zeros_(model.linear.weight)
+    assert torch.equal(fast(images), wanted)
+
+
+@pytest.fixture(scope="module")
+def small():
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    return runtime.compile(conv, torch.zeros(1, 3, 6, 5))
+
+
+@pytest.mark.parametrize(
+    ("images", "kind", "message"),
+    [
+        (torch.zeros(1, 3, 5, 6), ValueError, r"shape \(1, 3, 5, 6\); give \(N, 3, 6, 5\)"),
+        (torch.zeros(3, 6, 5), ValueError, r"shape \(3, 6, 5\); give \(N, 3, 6, 5\)"),
+        (torch.zeros(1, 3, 6, 5).half(), TypeError, "torch.float16; give a torch.float32"),
+        (torch.zeros(1, 3, 6, 5, device="meta"), TypeError, "on meta; give a tensor on the CPU"),
+        ([1.0], TypeError, "list; give a torch.float32"),
+    ],
+    ids=["size", "rank", "dtype", "device", "no tensor"],
+)
+def test_a_wrong_input_is_a_clear_error(small, images, kind, message):
+    with pytest.raises(kind, match=f"input: .*{message}"):
+        small(images)
+
+
+def test_inputs_of_any_strides_and_no_images_at_all(small):
+    images = torch.randn(4, 3, 5, 6).transpose(2, 3)
+    assert torch.equal(small(images), small(images.contiguous()))
+    assert small(torch.zeros(0, 3, 6, 5)).shape == (0, 4, 6, 5)
+
+
+def test_a_truncated_or_foreign_file_is_a_clear_error(tmp_path):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(SHIPPED.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut.safetensors: not a readable safetensors file"):
+        runtime.load(cut)
+    masks.save_compact(tmp_path / "own.safetensors", nn.Conv2d(3, 3, 3), {}, {"arch": "own"})
+    with pytest.raises(ValueError, match="arch 'own' is unknown; known: vgg_16_bn"):
+        runtime.load(tmp_path / "own.safetensors")
+
+
+def test_fusing_makes_one_op_of_a_conv_its_norm_its_residual_and_its_relu():
+    traced = graph.trace(masked("resnet_56"), torch.zeros(1, 3, 32, 32))
+    made, _ = graph.ops(traced)
+    kinds = [op.kind for op in graph.fuse(made, set())]
+    # 55 convs, two shortcuts of option A, the mean and the linear layer; no add, no relu
+    assert len(kinds) == 59 and kinds.count("conv") == 55 and kinds.count("subsample") == 2
+    assert set(kinds) == {"conv", "subsample", "avgpool", "linear"}
+
+
+def test_a_slot_serves_one_value_at_a_time():
+    traced = graph.trace(masked("googlenet"), torch.zeros(1, 3, 32, 32))
+    made = graph.fuse(graph.ops(traced)[0], set())
+    found, slots, listed = plan.places(made, {"x": (3, 32, 32)}, [made[-1].name])
+    parts_of = {op.name: set(op.inputs) for op in made if op.kind == "cat"}
+
+    def channels(name):
+        place = found[name]
+        assert place.first + place.shape[0] <= slots[place.slot][0]
+        return {(place.slot, place.first + c) for c in range(place.shape[0])}
+
+    lies = dict.fromkeys(channels("x"), "x")  # the value that lies there, as the ops run
+    for op in listed:
+        for name in op.inputs:
+            assert {lies[at] for at in channels(name)} == parts_of.get(name, {name})
+        lies |= dict.fromkeys(channels(op.name), op.name)
+    assert len(slots) < len(listed) and all(op.kind != "copy" for op in listed)

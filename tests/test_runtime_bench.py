@@ -1,0 +1,85 @@
+"""What the benchmark makes of its measurements: speeds themselves are not tested."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch_pruning")
+
+from explib import flops
+from explib.bench import tables as bench_tables
+from explib.files import ROOT
+from explib.models import find_convs
+from explib.runtime import bench, plots
+
+SPEEDS = {"eager fp32": 100.0, "compiled fp32": 200.0, "compiled bf16": 400.0}
+ENGINE = {"engine fp32": 800.0, "engine fp16": 1000.0}
+NETWORK = {
+    "arch": "resnet_56", "cut_pct": 71.48, "batch": 128, "images_per_s": SPEEDS | ENGINE,
+}  # fmt: skip
+
+
+def sweep(*speeds: float) -> list[dict]:
+    """Made-up rows of bench.by_density at 0.1, 0.2 and so on."""
+    return [
+        {"density": (i + 1) / 10, "images_per_s": {"engine fp32": speed}}
+        for i, speed in enumerate(speeds)
+    ]
+
+
+def test_the_crossover_lies_between_its_neighbours_in_seconds_per_image():
+    # 1/100 s lies halfway between 1/200 and 3/200 s, so halfway between 0.2 and 0.3
+    assert bench.crossover(sweep(400, 200, 200 / 3), "engine fp32", 100.0) == pytest.approx(0.25)
+    assert bench.crossover(sweep(400, 200, 150), "engine fp32", 100.0) is None
+
+
+def test_the_median_of_repeated_calls_counts(monkeypatch):
+    clock = iter([0, 0, 1, 0, 2, 0, 4, 0, 8, 0, 16, 99])  # until; start and end of five calls
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    calls = []
+    speed = bench.images_per_s(calls.append, [0] * 12, seconds=0)
+    assert speed == pytest.approx(12 / 4) and len(calls) == 7
+
+
+def test_narrowing_meets_the_macs_of_the_kernels_and_keeps_the_shortcuts():
+    model = bench._narrowed(bench.fresh("resnet_56"), 0.5)
+    convs = {conv.name: conv for conv in find_convs(model)}
+    assert (convs["layer1.0.conv1"].filters, convs["layer1.0.conv2"].channels) == (8, 8)
+    assert (convs["layer1.0.conv2"].filters, convs["layer3.8.conv2"].filters) == (16, 64)
+    # half of everything but the first conv (442,368 MACs) and the linear layer (640)
+    assert flops.macs(model, list(convs.values()))["left"] == (125_485_696 + 442_368 + 640) // 2
+
+
+def test_speeds_in_the_table_are_those_of_the_record(tmp_path):
+    assert bench_tables.speed(tmp_path).empty
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/runtime.json").write_text(json.dumps({"networks": [NETWORK]}))
+    row = bench_tables.speed(tmp_path).iloc[0]
+    assert (row["network"], row["MACs cut %"], row["engine fp16"]) == ("ResNet-56", "71.5", "1000")
+    assert row["engine fp32 / eager fp32"] == "8.0"
+    assert row["engine fp32 / compiled fp32"] == "4.0"
+    assert row["engine fp16 / compiled bf16"] == "2.5"
+
+
+def test_bars_show_the_speeds_and_a_missing_one_is_no_bar():
+    rows = [NETWORK, NETWORK | {"batch": 1, "images_per_s": SPEEDS}]
+    left, right = plots.speeds(rows).axes
+    assert [bar.get_width() for bar in left.patches] == [100, 200, 400, 800, 1000]
+    assert [bar.get_width() for bar in right.patches] == [100, 200, 400, 0, 0]
+
+
+def test_the_density_figure_shows_speed_ups_over_the_right_network():
+    axes = plots.by_density(sweep(1000, 400, 100), SPEEDS).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    label = "engine fp32 over compiled fp32: even at 0.23"
+    assert drawn[label] == [5, 2, 0.5]
+    only = plots.by_density(sweep(1000, 400, 200), {"eager fp32": 100.0}).axes[0]
+    assert "engine fp32 over eager fp32: at least 2.0" in {x.get_label() for x in only.lines}
+
+
+def test_the_committed_record_draws():
+    record = json.loads((ROOT / "results/bench/runtime.json").read_text())
+    figure = plots.accuracy_vs_speed(record["shipped"], record["structured"][0])
+    assert figure.axes[0].get_xlabel() and figure.axes[0].get_ylabel()
+    assert record["provenance"]["git_dirty"] is False
