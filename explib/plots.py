@@ -18,6 +18,7 @@ from explib.tables import NAMES
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
 )  # fmt: skip
+PALE = "#D9D9D9"  # what was there before
 WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK}
 WAY_NAMES = {
     ("A", "random"): "A, random survivors",
@@ -54,9 +55,9 @@ STYLE = {
 }
 
 
-def _figure(width: float, height: float, rows: int = 1, **options):
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure and its axes; closed at once, so that a notebook shows it where it is returned."""
-    figure, axes = plt.subplots(rows, 1, figsize=(width, height), **options)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), **options)
     plt.close(figure)
     return figure, axes
 
@@ -166,7 +167,7 @@ def macs(layers: list[dict]) -> Figure:
     place = np.arange(len(layers))
     dense = [row["macs_dense"] / 1e6 for row in layers]
     left = [row["macs"] / 1e6 for row in layers]
-    axes.bar(place, dense, color="#D9D9D9", width=0.8, label="dense")
+    axes.bar(place, dense, color=PALE, width=0.8, label="dense")
     axes.bar(place, left, color=GREEN, width=0.8, label="left")
     axes.set(ylabel="multiply-adds per image, millions")
     axes.set_title(f"Work by layer: {sum(left):.1f} M left of {sum(dense):.1f} M")
@@ -336,6 +337,23 @@ def _direct_labels(axes, ends: list[tuple]) -> None:
         axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), last), color=colour,
                       fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(low, max(high, last))
+
+
+_SEE = {
+    "published_vs_true": "every published cut (hollow) lies to the right of the true one.",
+    "curves": "each line starts where pruning left the network; the dotted line is the network "
+    "before pruning, and the distance to it at the right end is the price.",
+    "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
+    "the network before pruning. Compare only rows with as many epochs.",
+    "sparsity": "bars that end below their mark did not meet their rate.",
+    "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
+    "a published cut as claimed (hollow) with the true one of the same row.",
+}
+
+
+def what_to_see(name: str) -> str:
+    """A sentence on what a figure of `build` shows, by the name of its file."""
+    return _SEE[name.split("-")[0]]
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
