@@ -1,7 +1,7 @@
 """Choose and see: the interactive parts of notebooks 01 and 02.
 
-Each call shows controls over a picture. The picture is also sent by itself, as what a reader without
-a kernel gets: papermill's output, a page made from it, the repository's view of a notebook.
+Each call shows controls over a picture. The picture is also sent by itself, as what a reader
+without a kernel gets: papermill's output, a page made from it, the repository's view of a notebook.
 """
 
 import base64
@@ -174,7 +174,8 @@ def layer_mask(
         left = 100 * row["macs"] / row["macs_dense"]
         work.barh(y, 100, color=PALE, height=0.55)
         work.barh(y, left, color=colour, height=0.55)
-        text = f"{name}: {row['macs'] / 1e6:.2f} of {row['macs_dense'] / 1e6:.2f} M, −{100 - left:.1f} %"
+        millions = f"{row['macs'] / 1e6:.2f} of {row['macs_dense'] / 1e6:.2f} M"
+        text = f"{name}: {millions}, −{100 - left:.1f} %"
         work.annotate(text, (0, y + 0.3), xytext=(0, 3), textcoords="offset points", fontsize=9)
     work.set(xlabel="multiply-adds left, %", yticks=[], ylim=(-0.5, 1.75), xlim=(0, 100))
     work.set_title("Work left")

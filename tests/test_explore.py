@@ -77,7 +77,7 @@ def test_the_mask_is_drawn_as_it_is():
     figure = explore.layer_mask(
         torch.ones(2, 2), torch.tensor([[0, 1], [1, 1]]), keep, rows, "conv", "net"
     )
-    drawn = [axes for axes in figure.axes if axes.get_title("left").startswith("Mask")][0]
+    drawn = next(axes for axes in figure.axes if axes.get_title("left").startswith("Mask"))
     assert torch.equal(torch.as_tensor(drawn.images[0].get_array().data).bool(), keep)
     assert drawn.get_title("left") == "Mask: 2 of 4 kernels stay"
     bars = next(axes for axes in figure.axes if axes.get_title("left").startswith("Levels"))
