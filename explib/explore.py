@@ -156,10 +156,10 @@ def layer_mask(
     kinds, place = level.unique(return_inverse=True)
     every = torch.bincount(place.flatten(), minlength=len(kinds))
     stay = torch.bincount(place[keep], minlength=len(kinds))
-    levels.bar(kinds, every, color=PALE, width=0.85)
-    levels.bar(kinds, stay, color=BLUE, width=0.85)
+    levels.bar(kinds.numpy(), every, color=PALE, width=0.85)
+    levels.bar(kinds.numpy(), stay, color=BLUE, width=0.85)
     levels.set(xlabel="level", ylabel="kernels")
-    levels.set_title("Levels: before (grey), who stays (blue)")
+    levels.set_title("Levels: all (grey), left (blue)")
     levels.xaxis.get_major_locator().set_params(integer=True)
 
     mask.imshow(keep, cmap=ListedColormap(["white", BLUE]), vmin=0, vmax=1, aspect="auto",
@@ -176,7 +176,7 @@ def layer_mask(
         work.barh(y, left, color=colour, height=0.55)
         millions = f"{row['macs'] / 1e6:.2f} of {row['macs_dense'] / 1e6:.2f} M"
         text = f"{name}: {millions}, −{100 - left:.1f} %"
-        work.annotate(text, (0, y + 0.3), xytext=(0, 3), textcoords="offset points", fontsize=9)
+        work.annotate(text, (0, y + 0.3), xytext=(4, 3), textcoords="offset points", fontsize=9)
     work.set(xlabel="multiply-adds left, %", yticks=[], ylim=(-0.5, 1.75), xlim=(0, 100))
     work.set_title("Work left")
     work.grid(axis="y", visible=False)

@@ -145,7 +145,7 @@ def redundancy(table: pd.DataFrame) -> Figure:
 
 
 @_style
-def sparsity(layers: list[dict]) -> Figure:
+def sparsity(layers: list[dict], name: str = "") -> Figure:
     """Kernels pruned per layer (bars) and asked for (marks), in per cent; layers of a record."""
     figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
     place = np.arange(len(layers))
@@ -154,7 +154,7 @@ def sparsity(layers: list[dict]) -> Figure:
     axes.bar(place, achieved, color=SKY, width=0.75, label="achieved")
     axes.hlines(nominal, place - 0.45, place + 0.45, color=BLACK, linewidth=1.6, label="asked for")
     axes.set(ylabel="kernels pruned, %", ylim=(0, 104))
-    axes.set_title("Sparsity by layer")
+    axes.set_title(f"Sparsity by layer: {name}" if name else "Sparsity by layer")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
     _layer_ticks(axes, [row["name"] for row in layers])
     return figure
@@ -371,16 +371,17 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.read_all(results_dir, dataset))
-    figures = {"published_vs_true": published_vs_true()} if dataset == "cifar10" else {}
-    tuned = frame[frame["kind"] == "finetune"] if not frame.empty else frame
-    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
-        runs = tuned[tuned["arch"] == arch]
-        figures[f"curves-{arch}"] = curves(runs)
-        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
-        for _, run in runs.drop_duplicates("name").iterrows():
-            figures[f"sparsity-{run['name']}"] = sparsity(run["layers"])
+    figures = {}
     if dataset == "cifar10":
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
+        figures["published_vs_true"] = published_vs_true()
+    tuned = frame[frame["kind"] == "finetune"] if not frame.empty else frame
+    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
+        runs = tuned[tuned["arch"] == arch]
+        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
+        figures[f"curves-{arch}"] = curves(runs)
+        for _, run in runs.drop_duplicates("name").iterrows():
+            figures[f"sparsity-{run['name']}"] = sparsity(run["layers"], run["name"])
     folder = resolve(results_dir) / "figures" / dataset
     return [p for name, f in figures.items() if f for p in save(f, folder / name)]

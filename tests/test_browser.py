@@ -20,13 +20,12 @@ from tests.test_notebooks import NOTEBOOKS, TINY
 
 pytestmark = pytest.mark.browser
 SHOTS = ROOT / "tests/screenshots"
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # The notebook in front, as JupyterLab holds it, and what its pictures have come to
 CELLS = "() => jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
-PICTURES = """() => [...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-output img,'
-  + '.jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea-output svg[viewBox]')]
+FRONT = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+SHOWN = f"""() => [...document.querySelectorAll(
+  '{FRONT} .jp-OutputArea-output img, {FRONT} .jp-OutputArea-output svg[viewBox]')]
   .filter(p => p.getBoundingClientRect().width > 100).length"""
 
 
@@ -47,7 +46,7 @@ def write_notebooks(folder):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on loopback in a folder with the notebooks, with settings of its own: its address."""
+    """The address of a JupyterLab on loopback, with the notebooks and settings of its own."""
     folder = tmp_path_factory.mktemp("lab")
     write_notebooks(folder)
     news = "@jupyterlab/apputils-extension:announcements"  # asks the reader a question
@@ -131,9 +130,7 @@ def picture_count(cells: list[dict]) -> int:
 def keep(page, name: str) -> None:
     """A picture of the whole notebook, however long."""
     page.evaluate("() => jupyterapp.shell.collapseLeft()")
-    panel = (
-        "document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer')"
-    )
+    panel = f"document.querySelector('{FRONT} .jp-WindowedPanel-outer')"
     height = page.evaluate(f"() => {panel}.scrollHeight")
     page.set_viewport_size({"width": 1200, "height": min(height + 150, 12_000)})
     page.evaluate(f"() => {{ {panel}.scrollTop = 0 }}")
@@ -147,7 +144,7 @@ def test_a_notebook_runs_and_shows_its_figures(lab, browser, name):
     cells = run_all(page, lab, name)
     expected = picture_count(cells)
     assert expected >= (0 if name.startswith("04") else 1)
-    page.wait_for_function(f"() => ({PICTURES})() >= {expected}", timeout=20_000)
+    page.wait_for_function(f"() => ({SHOWN})() >= {expected}", timeout=20_000)
     picture = ".jp-OutputArea-output .widget-image"
     if page.locator(picture).count():
         before = page.locator(picture).get_attribute("src")
@@ -155,7 +152,9 @@ def test_a_notebook_runs_and_shows_its_figures(lab, browser, name):
         handle.focus()
         handle.press("ArrowRight")
         page.wait_for_function(
-            "([p, was]) => document.querySelector(p).src !== was", arg=[picture, before], timeout=20_000
+            "([p, was]) => document.querySelector(p).src !== was",
+            arg=[picture, before],
+            timeout=20_000,
         )  # fmt: skip
         assert page.locator(picture).evaluate("async p => (await p.decode(), p.naturalWidth)") > 500
     else:
