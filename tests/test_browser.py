@@ -69,10 +69,11 @@ def lab(tmp_path_factory):
         "LabApp.user_settings_dir": folder / "settings",
         "LabApp.workspaces_dir": folder / "workspaces",
     }
+    own = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "PYTHONPATH": str(ROOT)}
     with open(folder / "server.log", "wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *(f"--{k}={v}" for k, v in options.items())],
-            env={**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config"), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **own},
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
