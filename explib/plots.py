@@ -223,10 +223,12 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     others = published["others"][published["others"]["arch"] == arch]
     axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
               label="other methods, as they claim")  # fmt: skip
-    # names around their crosses in turn, so that close ones stay readable
+    # names to the right of their crosses, of close ones around them in turn
     around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
     for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
-        offset, side = around[i % 4]
+        right = (others["cut_pct"] - other["cut_pct"]).between(0.01, 3)
+        crowded = right & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
+        offset, side = around[i % 4 if crowded.any() else 0]
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
