@@ -240,8 +240,14 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
             color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if key in shown else f"measured here: {WAY_NAMES[key]}",
+            label=None if shown else "measured here (hollow: L1 survivors)",
         )  # fmt: skip
+        if key not in shown:
+            axes.annotate(
+                f"{WAY_NAMES[key]} {run['last']:.2f}", (100 * (1 - run["macs"] / run["macs_dense"]),
+                run["last"]), xytext=(11, -3), textcoords="offset points", fontsize=9,
+                color=WAY_COLOURS[key[0]],
+            )  # fmt: skip
         shown.add(key)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
