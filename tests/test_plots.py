@@ -85,3 +85,11 @@ def test_build_draws_what_the_records_allow(tmp_path):
         "accuracy_vs_cut-resnet_56",
         "accuracy_vs_cut-vgg_16_bn",
     }
+
+
+def test_every_figure_that_is_built_says_what_to_see(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    built = {path.stem for path in plots.build(tmp_path, "cifar10")}
+    assert "criteria-resnet_56" in built
+    assert all(plots.what_to_see(name).endswith(".") for name in built)
