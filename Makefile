@@ -1,11 +1,12 @@
 # What each target does is in the Snakefile, the package and pyproject.toml; `make` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 WORKFLOW := $(BIN)/snakemake --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
 
-.PHONY: help study test reproduce tables verify lab bench
+.PHONY: help study test test-browser reproduce tables report verify lab bench
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test]' && touch $@
@@ -17,6 +18,12 @@ study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 test: .venv/ready  ## lint and tests
 	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/pytest
 
+test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; installs it on Debian
+	@command -v chromium >/dev/null || { test -x /usr/bin/apt-get && { test $$(id -u) = 0 || command -v sudo >/dev/null; }; } || \
+		{ echo 'test-browser: no chromium here and no apt-get as root to install it; install chromium'; exit 1; }
+	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y chromium >/dev/null; }
+	$(BIN)/pytest -m browser tests/test_browser.py
+
 reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours without a GPU
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
 	$(WORKFLOW) reproduce
@@ -24,6 +31,9 @@ reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours wit
 tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
 	$(BIN)/python -m explib.tables
 	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
+
+report: tables  ## the study as one HTML page, results/report.html: seconds
+	$(BIN)/python -m explib.report
 
 verify: .venv/ready  ## the shipped networks' accuracy, measured anew: a minute
 	$(BIN)/python -m explib.verify

@@ -18,6 +18,7 @@ from explib.tables import NAMES
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
 )  # fmt: skip
+PALE = "#D9D9D9"  # what was there before
 WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK}
 WAY_NAMES = {
     ("A", "random"): "A, random survivors",
@@ -54,9 +55,9 @@ STYLE = {
 }
 
 
-def _figure(width: float, height: float, rows: int = 1, **options):
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure and its axes; closed at once, so that a notebook shows it where it is returned."""
-    figure, axes = plt.subplots(rows, 1, figsize=(width, height), **options)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), **options)
     plt.close(figure)
     return figure, axes
 
@@ -144,7 +145,7 @@ def redundancy(table: pd.DataFrame) -> Figure:
 
 
 @_style
-def sparsity(layers: list[dict]) -> Figure:
+def sparsity(layers: list[dict], name: str = "") -> Figure:
     """Kernels pruned per layer (bars) and asked for (marks), in per cent; layers of a record."""
     figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
     place = np.arange(len(layers))
@@ -153,7 +154,7 @@ def sparsity(layers: list[dict]) -> Figure:
     axes.bar(place, achieved, color=SKY, width=0.75, label="achieved")
     axes.hlines(nominal, place - 0.45, place + 0.45, color=BLACK, linewidth=1.6, label="asked for")
     axes.set(ylabel="kernels pruned, %", ylim=(0, 104))
-    axes.set_title("Sparsity by layer")
+    axes.set_title(f"Sparsity by layer: {name}" if name else "Sparsity by layer")
     axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
     _layer_ticks(axes, [row["name"] for row in layers])
     return figure
@@ -166,7 +167,7 @@ def macs(layers: list[dict]) -> Figure:
     place = np.arange(len(layers))
     dense = [row["macs_dense"] / 1e6 for row in layers]
     left = [row["macs"] / 1e6 for row in layers]
-    axes.bar(place, dense, color="#D9D9D9", width=0.8, label="dense")
+    axes.bar(place, dense, color=PALE, width=0.8, label="dense")
     axes.bar(place, left, color=GREEN, width=0.8, label="left")
     axes.set(ylabel="multiply-adds per image, millions")
     axes.set_title(f"Work by layer: {sum(left):.1f} M left of {sum(dense):.1f} M")
@@ -222,10 +223,12 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     others = published["others"][published["others"]["arch"] == arch]
     axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
               label="other methods, as they claim")  # fmt: skip
-    # names around their crosses in turn, so that close ones stay readable
+    # names to the right of their crosses, of close ones around them in turn
     around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
     for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
-        offset, side = around[i % 4]
+        right = (others["cut_pct"] - other["cut_pct"]).between(0.01, 3)
+        crowded = right & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
+        offset, side = around[i % 4 if crowded.any() else 0]
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
@@ -237,8 +240,14 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
             color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if key in shown else f"measured here: {WAY_NAMES[key]}",
+            label=None if shown else "measured here (hollow: L1 survivors)",
         )  # fmt: skip
+        if key not in shown:
+            axes.annotate(
+                f"{WAY_NAMES[key]} {run['last']:.2f}", (100 * (1 - run["macs"] / run["macs_dense"]),
+                run["last"]), xytext=(11, -3), textcoords="offset points", fontsize=9,
+                color=WAY_COLOURS[key[0]],
+            )  # fmt: skip
         shown.add(key)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
@@ -338,6 +347,23 @@ def _direct_labels(axes, ends: list[tuple]) -> None:
     axes.set_ylim(low, max(high, last))
 
 
+_SEE = {
+    "published_vs_true": "every published cut (hollow) lies to the right of the true one.",
+    "curves": "each line starts where pruning left the network; the dotted line is the network "
+    "before pruning, and the distance to it at the right end is the price.",
+    "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
+    "the network before pruning. Compare only rows with as many epochs.",
+    "sparsity": "bars that end below their mark did not meet their rate.",
+    "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
+    "a published cut as claimed (hollow) with the true one of the same row.",
+}
+
+
+def what_to_see(name: str) -> str:
+    """A sentence on what a figure of `build` shows, by the name of its file."""
+    return _SEE[name.split("-")[0]]
+
+
 def save(figure: Figure, path: str | Path) -> list[Path]:
     """Write `path`.svg and `path`.png; equal figures give equal files."""
     written = []
@@ -353,16 +379,17 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.read_all(results_dir, dataset))
-    figures = {"published_vs_true": published_vs_true()} if dataset == "cifar10" else {}
-    tuned = frame[frame["kind"] == "finetune"] if not frame.empty else frame
-    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
-        runs = tuned[tuned["arch"] == arch]
-        figures[f"curves-{arch}"] = curves(runs)
-        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
-        for _, run in runs.drop_duplicates("name").iterrows():
-            figures[f"sparsity-{run['name']}"] = sparsity(run["layers"])
+    figures = {}
     if dataset == "cifar10":
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
+        figures["published_vs_true"] = published_vs_true()
+    tuned = frame[frame["kind"] == "finetune"] if not frame.empty else frame
+    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
+        runs = tuned[tuned["arch"] == arch]
+        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
+        figures[f"curves-{arch}"] = curves(runs)
+        for _, run in runs.drop_duplicates("name").iterrows():
+            figures[f"sparsity-{run['name']}"] = sparsity(run["layers"], run["name"])
     folder = resolve(results_dir) / "figures" / dataset
     return [p for name, f in figures.items() if f for p in save(f, folder / name)]

@@ -134,3 +134,21 @@ def frame(records: list[dict]) -> pd.DataFrame:
         for record in records
     ]
     return pd.DataFrame(rows)
+
+
+def origin(record: dict) -> dict:
+    """One line on where a record comes from: when, by which code, on what, from which data."""
+    known = record.get("provenance", {})
+    versions, data = known.get("versions", {}), known.get("data", {})
+    commit = known.get("git_commit", "")[:10] + ("+" if known.get("git_dirty") else "")
+    return {
+        "run": f"{record['kind']} {record['params']['name']}",
+        "seed": record["params"]["seed"],
+        "made": known.get("created", "")[:10],
+        "commit": commit or "unknown",
+        "torch": versions.get("torch", ""),
+        "hardware": record["hardware"]["name"],
+        "precision": record["hardware"].get("precision", ""),
+        "data (SHA-256)": f"{data.get('name', '')} {data.get('sha256', '')[:10]}",
+        "starts from": known.get("checkpoint", ""),
+    }

@@ -101,12 +101,12 @@ def test_baseline_leaves_a_checkpoint_and_a_record(study):
 
 def test_score_analysis_shows_the_linear_relation(study):
     executed = run("01_score_analysis", study, **TINY)
-    assert images_in(executed) == 6
+    assert images_in(executed) == 7
 
 
 def test_pruning_shows_both_ways_of_counting(study):
     executed = run("02_pruning", study, pruning_way="A", **TINY)
-    assert images_in(executed) == 2
+    assert images_in(executed) == 3
     assert "published convention" in executed and "true, from the masks" in executed
     assert list((study / "results/runs/digits").glob("*/masks.safetensors"))
 

@@ -53,7 +53,7 @@ def test_accuracy_is_drawn_at_the_true_cut(tmp_path):
     axes = plots.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
     stars = [line for line in axes.lines if line.get_marker() == "*"]
     assert [(s.get_xdata()[0], s.get_ydata()[0]) for s in stars] == [(50, 92)]
-    assert "measured here: B, random survivors" in [t.get_text() for t in axes.get_legend().texts]
+    assert "B, random survivors 92.00" in [text.get_text() for text in axes.texts]
 
 
 def test_a_comparison_needs_two(tmp_path):
@@ -85,3 +85,11 @@ def test_build_draws_what_the_records_allow(tmp_path):
         "accuracy_vs_cut-resnet_56",
         "accuracy_vs_cut-vgg_16_bn",
     }
+
+
+def test_every_figure_that_is_built_says_what_to_see(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    built = {path.stem for path in plots.build(tmp_path, "cifar10")}
+    assert "criteria-resnet_56" in built
+    assert all(plots.what_to_see(name).endswith(".") for name in built)

@@ -115,3 +115,20 @@ def test_a_record_older_than_a_parameter_has_its_default(tmp_path):
     path.write_text(json.dumps(content))
     (row,) = records.frame(records.read_all(tmp_path, "digits")).to_dict("records")
     assert row["data_url"] == "" and row["groups"] == 13
+
+
+def test_origin_says_which_code_machine_and_data():
+    known = {
+        "created": "2026-11-23T10:00:00+00:00",
+        "git_commit": "0123456789abcdef",
+        "git_dirty": True,
+        "versions": {"torch": "2.11"},
+        "data": {"name": "digits", "sha256": "f" * 64},
+        "checkpoint": "dense.safetensors",
+    }
+    record = {"kind": "finetune", "params": {"name": "one", "seed": 3}, "provenance": known}
+    line = records.origin(record | {"hardware": {"name": "CPU", "precision": "fp32"}})
+    assert list(line.values()) == [
+        "finetune one", 3, "2026-11-23", "0123456789+", "2.11", "CPU", "fp32",
+        "digits ffffffffff", "dense.safetensors",
+    ]  # fmt: skip
