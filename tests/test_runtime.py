@@ -198,7 +198,7 @@ def test_a_network_that_cannot_be_traced_runs_in_torch():
 def test_without_a_compiler_the_network_runs_dense(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     model, images = masked("resnet_56"), torch.randn(2, 3, 32, 32)
-    with pytest.warns(UserWarning, match=r"no C\+\\+ compiler 'no-such-compiler' here; install g"):
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler 'no-such-compiler' here; install g"):
         fast = runtime.compile(model, images)
     assert fast.report["engine"] == "torch" and error(model, fast, images) == 0
     with pytest.raises(runtime.NoCompiler):
