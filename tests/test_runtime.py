@@ -274,7 +274,7 @@ def test_a_truncated_or_foreign_file_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"cut.safetensors: not a readable safetensors file"):
         runtime.load(cut)
     masks.save_compact(tmp_path / "own.safetensors", nn.Conv2d(3, 3, 3), {}, {"arch": "own"})
-    with pytest.raises(ValueError, match="arch 'own' is unknown; known: vgg_16_bn"):
+    with pytest.raises(ValueError, match="is a 'own'; known: vgg_16_bn"):
         runtime.load(tmp_path / "own.safetensors")
 
 
