@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from explib import expectation, flops, study
 from explib.params import ARCHS, WAYS, Params
 from explib.plots import BLUE, GREY, PALE, SKY, STYLE, _figure, _style
+from explib.render import NAMES
 from explib.study import Dense
-from explib.tables import NAMES
 
 
 def scores(params: Params) -> None:

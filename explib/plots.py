@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from explib import records, tables
 from explib.files import resolve, write_bytes
-from explib.tables import NAMES
+from explib.render import NAMES, WAY_NAMES
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
@@ -20,16 +20,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
 )  # fmt: skip
 PALE = "#D9D9D9"  # what was there before
 WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK}
-WAY_NAMES = {
-    ("A", "random"): "A, random survivors",
-    ("A", "l1"): "A, L1 survivors",
-    ("B", "random"): "B, random survivors",
-    ("B", "l1"): "B, L1 survivors",
-    ("random", ""): "random kernels",
-    ("l1", ""): "L1 kernels",
-    ("bn", ""): "kernels of lowest |γ| filters",
-    ("filters", ""): "filters, group L1",
-}
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",

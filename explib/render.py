@@ -1,10 +1,28 @@
-"""A table as text: Markdown, a page of HTML, and between the marks of a README."""
+"""Names as people read them, and tables as text: Markdown, HTML, between the marks of a README."""
 
 import re
 
 import pandas as pd
 
 NOT_MEASURED = "not measured yet"
+NAMES = {
+    "vgg_16_bn": "VGG-16",
+    "resnet_56": "ResNet-56",
+    "resnet_110": "ResNet-110",
+    "googlenet": "GoogLeNet",
+    "resnet_50": "ResNet-50",
+}
+# (way, survivors), from chance to structure
+WAY_NAMES = {
+    ("random", ""): "random kernels",
+    ("bn", ""): "kernels of lowest |γ| filters",
+    ("A", "random"): "A, random survivors",
+    ("B", "random"): "B, random survivors",
+    ("A", "l1"): "A, L1 survivors",
+    ("B", "l1"): "B, L1 survivors",
+    ("l1", ""): "L1 kernels",
+    ("filters", ""): "filters, group L1",
+}
 
 
 def to_markdown(table: pd.DataFrame) -> str:

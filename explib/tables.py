@@ -16,15 +16,8 @@ from explib import flops, records
 from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
 from explib.params import Params, parse_rates
-from explib.render import NOT_MEASURED, fill, to_html, to_markdown
+from explib.render import NAMES, NOT_MEASURED, fill, to_html, to_markdown
 
-NAMES = {
-    "vgg_16_bn": "VGG-16",
-    "resnet_56": "ResNet-56",
-    "resnet_110": "ResNet-110",
-    "googlenet": "GoogLeNet",
-    "resnet_50": "ResNet-50",
-}
 CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
     "ours": "Ways A and B with the survivors of largest L1 norm",

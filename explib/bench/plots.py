@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from explib.plots import BLUE, GREY, ORANGE, _figure, _style
-from explib.tables import NAMES
+from explib.render import NAMES
 
 
 @_style

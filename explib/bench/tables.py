@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from explib.files import resolve
-
-NETWORKS = {"resnet_56": "ResNet-56", "vgg_16_bn": "VGG-16"}
+from explib.render import NAMES, WAY_NAMES
 
 
 def training(results_dir: str | Path = "results") -> pd.DataFrame:
@@ -23,7 +22,7 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
             if loop == "plain" and ours:
                 lines.append(
                     {
-                        "network": NETWORKS[network],
+                        "network": NAMES[network],
                         "task": task,
                         "plain loop, images/s": f"{plain['images_per_s']:.0f}",
                         "ours, images/s": f"{ours['images_per_s']:.0f}",
@@ -46,7 +45,7 @@ def speed(results_dir: str | Path = "results") -> pd.DataFrame:
     for row in json.loads(path.read_text())["networks"] if path.is_file() else []:
         found = row["images_per_s"]
         line = {
-            "network": NETWORKS[row["arch"]],
+            "network": NAMES[row["arch"]],
             "MACs cut %": f"{row['cut_pct']:.1f}",
             "batch": str(row["batch"]),
             **{name: f"{value:.0f}" for name, value in found.items()},
@@ -62,28 +61,16 @@ def speed(results_dir: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-CRITERIA = {
-    ("random", ""): "random kernels",
-    ("bn", ""): "kernels of the filters of lowest |γ|",
-    ("A", "random"): "A, random survivors",
-    ("B", "random"): "B, random survivors",
-    ("A", "l1"): "A, L1 survivors",
-    ("B", "l1"): "B, L1 survivors",
-    ("l1", ""): "L1 kernels",
-    ("filters", ""): "whole filters, group L1, as many MACs",
-}
-
-
 def controls(results_dir: str | Path = "results") -> pd.DataFrame:
     """Top-1 in per cent of every criterion before fine-tuning, a column for each published cut."""
     path = resolve(results_dir) / "bench/controls.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     lines = {}
     for row in rows:
-        name = CRITERIA[row["pruning_way"], row["survivors"]]
+        name = WAY_NAMES[row["pruning_way"], row["survivors"]]
         values = row["top1"]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         column = f"cut {row['cut_pct']:.1f} %"
         line = lines.setdefault(name, {"criterion": name, "seeds": str(len(values))})
         line[column] = f"{statistics.mean(values):.2f}{spread}"
-    return pd.DataFrame([lines[name] for name in CRITERIA.values() if name in lines])
+    return pd.DataFrame([lines[name] for name in WAY_NAMES.values() if name in lines])

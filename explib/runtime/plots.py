@@ -9,8 +9,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from explib.files import ROOT
 from explib.plots import BLUE, GREY, ORANGE, RED, SKY, _figure, _style, save
+from explib.render import NAMES
 from explib.runtime.bench import DENSE, ENGINE, RECORD, crossover
-from explib.tables import NAMES
 
 COLOURS = {
     "eager fp32": GREY,
