@@ -186,8 +186,9 @@ def train(
     if resume:
         first = resume["epoch"]
         for name, momentum in resume["momentum"].items():
-            momentum = momentum.to(named[name].device).clone(memory_format=torch.preserve_format)
-            optimizer.state[named[name]]["momentum_buffer"] = momentum
+            # laid out like its weight: the fused optimizer goes through both in step
+            buffer = torch.empty_like(named[name], requires_grad=False).copy_(momentum)
+            optimizer.state[named[name]]["momentum_buffer"] = buffer
     steps = batches_per_epoch(data, params.batch_size)
     with (
         _holding(model, masks, optimizer, faded=first >= fade),
