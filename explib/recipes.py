@@ -17,7 +17,7 @@ RUNS = "results/runs/recipes"
 
 
 def compare() -> list[dict]:
-    """One row a recipe: its name, what it changes, top-1 in per cent before and after, seconds."""
+    """One row a recipe: its name, what it changes, top-1 in per cent before and after."""
     setup = yaml.safe_load(SOURCE.read_text())
     dense = runs.baseline(from_mapping({**setup["dense"], "results_dir": RUNS}, str(SOURCE)))
     rows = []
@@ -25,7 +25,7 @@ def compare() -> list[dict]:
         chosen = {**setup["pruned"], **changes, "name": f"recipe-{number}", "results_dir": RUNS}
         record = runs.finetune(from_mapping(chosen, f"{SOURCE}: {name}"))
         accuracy = {k: record["accuracy"][k] for k in ("before", "last")}
-        rows.append({"recipe": name, "changes": changes, **accuracy, "wall_s": record["wall_s"]})
+        rows.append({"recipe": name, "changes": changes, **accuracy})
         found = {"dense": dense["accuracy"]["last"], "pruned": setup["pruned"], "rows": rows}
         write_json(RESULT, {**found, "provenance": provenance()})
         print(f"{name:40s} {accuracy['before']:6.2f} → {accuracy['last']:.2f} %", flush=True)
