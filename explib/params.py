@@ -157,8 +157,12 @@ class Params:
 
     @property
     def digest(self) -> str:
-        """Six hexadecimal digits, equal for runs that compute the same wherever their files are."""
-        chosen = {k: v for k, v in self.asdict().items() if k not in PLACES}
+        """Six hexadecimal digits, equal for runs that compute the same wherever their files are.
+
+        Of what differs from the defaults, so that a parameter added later changes no name.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        chosen = {k: v for k, v in self.asdict().items() if k not in PLACES and v != defaults[k]}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:6]
 
     def replace(self, **changes) -> "Params":
