@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -85,7 +86,8 @@ def _run(work, as_json: bool, show) -> None:
     """Do the work, then print it; as JSON alone on standard output where that is wanted."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = work()
-    click.echo(json.dumps(result, indent=1) if as_json else show(result))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        click.echo(json.dumps(result, indent=1) if as_json else show(result))
 
 
 def _columns(rows: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the device, and batches augmented there: no loader processes."""
+"""The data sets, and batches of them: augmented, normalized, on the device."""
 
 import functools
 import hashlib
@@ -17,6 +17,7 @@ from torchvision.datasets.utils import check_integrity
 from explib.download import fetch, unpack
 from explib.files import ROOT, resolve
 from explib.params import Params
+from explib.splits import DataError, Folders, Split, find
 
 MEAN_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -24,25 +25,6 @@ MEAN_STD = {
     "digits": ((0.3054,) * 3, (0.3237,) * 3),
 }
 """Per-channel mean and standard deviation of inputs in 0 to 1. digits: of its training split."""
-
-
-class DataError(RuntimeError):
-    """Data that is missing or damaged: the message names the folder or file and what helps."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images, uint8 (N, 3, H, W), and their labels, int64 (N,)."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-
-    def first(self, count: int) -> "Split":
-        """The first `count` images; 0 is all."""
-        return Split(self.images[:count], self.labels[:count]) if count else self
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -53,19 +35,19 @@ class Data:
     """
 
     name: str
-    train: Split
-    test: Split
+    train: Split | Folders
+    test: Split | Folders
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool  # whether a mirrored image is still of its class
-    sha256: str  # of the images and labels as loaded
+    sha256: str  # of the images and labels as loaded; of folders, of the names and sizes of files
     evaluated_on: str = "test"
+    workers: int = 0  # processes that decode images on disk; 0: one per core
 
     def to(self, device: str) -> "Data":
         """The same data on a device."""
-        move = lambda s: Split(s.images.to(device), s.labels.to(device))  # noqa: E731
-        return replace(self, train=move(self.train), test=move(self.test))
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def summary(self) -> dict:
         """What a record says of the data."""
@@ -97,11 +79,10 @@ def load_data(params: Params) -> Data:
             )
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(2023))
         held, rest = order[: params.validation], order[params.validation :].sort().values
-        train = data.train
         data = replace(
             data,
-            train=Split(train.images[rest], train.labels[rest]),
-            test=Split(train.images[held], train.labels[held]),
+            train=data.train.take(rest),
+            test=data.train.take(held),
             evaluated_on=f"validation ({params.validation} training images)",
         )
     return replace(
@@ -173,12 +154,47 @@ def _cifar10(params: Params) -> Data:
     return Data("cifar10", train, test, classes, mean, std, flip=True, sha256=digest)
 
 
+def _imagenet(params: Params) -> Data:
+    """Class folders: train/CLASS/*.JPEG and val/CLASS/*.JPEG, of ImageNet or of anything else."""
+    root = imagenet_dir(params.data_dir)
+    train, classes = find(root / "train", params.side)
+    test, _ = find(root / "val", params.side, classes)
+    mean, std = MEAN_STD["imagenet"]
+    names = hashlib.sha256()  # the contents, 150 GB, would take too long
+    for split in (train, test):
+        for file in sorted(split.files):
+            names.update(f"{os.path.relpath(file, root)} {os.path.getsize(file)}\n".encode())
+    digest = names.hexdigest()
+    return Data(
+        *("imagenet", train, test, tuple(classes), mean, std),
+        flip=True,
+        sha256=digest,
+        workers=params.workers,
+    )
+
+
+def imagenet_dir(data_dir: str = "") -> Path:
+    """Where train/ and val/ are: data_dir, else $EXPLIB_DATA, else data/; or imagenet/ in it."""
+    root = resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
+    return root if (root / "train").is_dir() else root / "imagenet"
+
+
+def count_classes(params: Params) -> int | None:
+    """How many classes the data set has; None, the network's own number, where it is not there."""
+    if params.dataset != "imagenet":
+        return 10
+    try:
+        return len([e for e in os.scandir(imagenet_dir(params.data_dir) / "train") if e.is_dir()])
+    except OSError:
+        return None
+
+
 def cifar10_dir(data_dir: str = "") -> Path:
     """Where CIFAR-10 is: data_dir, else $EXPLIB_DATA, else data/ of the project."""
     return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
 
 
-_LOADERS = {"digits": _digits, "cifar10": _cifar10}
+_LOADERS = {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet}
 
 
 def _digest(*tensors: torch.Tensor) -> str:
@@ -200,46 +216,28 @@ def _constants(mean: tuple, std: tuple, device: torch.device) -> list[torch.Tens
     return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std)]
 
 
-def augment(
-    images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, mirrored: torch.Tensor, pad=4
-) -> torch.Tensor:
-    """Each image zero-padded, cropped to its size at its own place, mirrored where it says so.
-
-    images: uint8 (N, 3, H, W), also the result; rows, columns: int64 (N,), 0 to 2 * pad; mirrored:
-    bool (N,). The padding is black, as in torchvision's RandomCrop.
-    """
-    count, _, height, width = images.shape
-    device = images.device
-    rows = rows[:, None] + torch.arange(height, device=device)
-    columns = columns[:, None] + torch.arange(width, device=device)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-    which = torch.arange(count, device=device)[:, None, None]
-    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def epoch_plan(data: Data, batch_size: int, seed: int, epoch: int, pad: int = 4) -> torch.Tensor:
+def epoch_plan(data: Data, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
     """An epoch's order and augmentation, from (seed, epoch) alone: int64 (batches, 4, batch_size).
 
-    For each image of a batch: its index, the crop's row and column, and whether it is mirrored. So
-    an epoch is the same on every device, and whether or not the run was interrupted before it. A
-    short last batch is left out (its gradient would be noisier), unless it is the only one.
+    For each image of a batch: its index, the crop's row and column, and whether it is mirrored; of
+    an image on disk its index and the seed of its crop. So an epoch is the same on every device,
+    and whether or not the run was interrupted before it. A short last batch is left out (its
+    gradient would be noisier), unless it is the only one.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     count, batches = len(data.train), batches_per_epoch(data, batch_size)
     order = torch.randperm(count, generator=generator)
-    crops = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+    crops = torch.randint(0, data.train.choices, (2, count), generator=generator)
     mirrored = torch.randint(0, 2 if data.flip else 1, (count,), generator=generator)
     plan = torch.stack([order, *crops, mirrored])[:, : batches * batch_size]
     plan = plan.view(4, batches, -1).transpose(0, 1).contiguous()
     return plan.to(data.train.labels.device)
 
 
-def train_batch(data: Data, plan: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The augmented, normalized images and the labels of one batch of `epoch_plan`, (4, N)."""
-    chosen, rows, columns, mirrored = plan
-    images = augment(data.train.images[chosen], rows, columns, mirrored.bool())
-    return normalize(images, data), data.train.labels[chosen]
+def train_batch(data: Data, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The augmented, normalized images and the labels of one batch of `data.train.inputs`."""
+    images, labels = data.train.augmented(*inputs)
+    return normalize(images, data), labels
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:
@@ -248,9 +246,8 @@ def batches_per_epoch(data: Data, batch_size: int) -> int:
 
 
 def eval_batches(
-    split: Split, data: Data, batch_size: int = 500
+    split: Split | Folders, data: Data, batch_size: int = 500
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """All images of a split in order, normalized, not augmented."""
-    for start in range(0, len(split), batch_size):
-        images = split.images[start : start + batch_size]
-        yield normalize(images, data), split.labels[start : start + batch_size]
+    for images, labels in split.in_order(batch_size, data.workers):
+        yield normalize(images, data), labels

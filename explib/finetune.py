@@ -5,26 +5,20 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from explib import distributed
 from explib import masks as masking
-from explib.data import (
-    Data,
-    Split,
-    batches_per_epoch,
-    epoch_plan,
-    eval_batches,
-    normalize,
-    train_batch,
-)
+from explib.data import Data, batches_per_epoch, epoch_plan, eval_batches, train_batch
 from explib.fused import fuse
 from explib.masks import Masks
-from explib.params import Params, parse_steps
+from explib.params import ParamError, Params, parse_steps
+from explib.splits import Folders, Split
 
 TEMPERATURE = 4.0
 """Of the soft labels in distillation."""
@@ -97,17 +91,33 @@ def forward_of(model: nn.Module, params: Params, device: str, images: int) -> Ca
     return forward
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Data, split: Split, forward: Callable | None = None) -> float:
+def evaluate(
+    model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
+) -> float:
     """Top-1 accuracy in per cent, total correct over total images; fp32 unless `forward` is given.
 
     The model is left in evaluation mode.
     """
+    return accuracy(model, data, split, forward)["top1"]
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
+) -> dict[str, float]:
+    """{"top1"} in per cent, and {"top5"} where there are more than ten classes; see `evaluate`."""
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    for images, labels in eval_batches(split, data):
-        correct += ((forward or model)(images).argmax(1) == labels).sum()
-    return 100 * int(correct) / len(split)
+    # of ten classes, five at a time say little
+    ks = (1, 5) if len(data.classes) > 10 else (1,)
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=split.labels.device)
+    share = split.take(slice(distributed.rank(), None, distributed.world()))
+    for images, labels in eval_batches(share, data):
+        logits = (forward or model)(images)
+        best = logits.topk(5).indices if 5 in ks else logits.argmax(1, keepdim=True)
+        hits = best == labels[:, None]
+        correct += torch.stack([hits[:, :k].sum() for k in ks])
+    found = distributed.sum_over_ranks(correct).tolist()
+    return {f"top{k}": 100 * count / len(split) for k, count in zip(ks, found, strict=True)}
 
 
 @torch.no_grad()
@@ -126,8 +136,9 @@ def reestimate_bn(model: nn.Module, data: Data, images: int, batch_size: int = 2
         norm.momentum = None  # the plain average over batches
     model.train()
     # batches of nearly equal size, since each counts alike in the average
-    for part in data.train.images[:images].chunk(math.ceil(images / batch_size)):
-        model(normalize(part, data))
+    batch_size = math.ceil(images / math.ceil(images / batch_size))
+    for part, _ in eval_batches(data.train.first(images), data, batch_size):
+        model(part)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
@@ -162,10 +173,12 @@ def train(
     """Train in place for params.epochs, masks held at every step; yields after every epoch.
 
     Yields (entry, state): entry is the epoch's line of history (epoch, lr, train_loss, train_top1,
-    top1 on data.test in per cent, seconds, images_per_s); state is {"epoch": epochs done,
-    "momentum": {parameter: tensor}}, which as `resume`, with the model's weights of that moment,
-    continues bit for bit. teacher: logits of the dense network, for distillation. With fade_epochs
-    pruned weights shrink to zero in a straight line, untrained, instead of vanishing at once.
+    top1 on data.test in per cent, with more than ten classes top5, seconds, images_per_s); state is
+    {"epoch": epochs done, "momentum": {parameter: tensor}}, which as `resume`, with the model's
+    weights of that moment, continues bit for bit. teacher: logits of the dense network, for
+    distillation. With fade_epochs pruned weights shrink to zero in a straight line, untrained,
+    instead of vanishing at once. Under torchrun every rank calls this with the same arguments, and
+    computes its share of each batch.
 
     Raises Diverged at the end of an epoch whose loss is not finite; the model is then worthless.
     """
@@ -190,6 +203,7 @@ def train(
             buffer = torch.empty_like(named[name], requires_grad=False).copy_(momentum)
             optimizer.state[named[name]]["momentum_buffer"] = buffer
     steps = batches_per_epoch(data, params.batch_size)
+    forward = forward or model
     with (
         _holding(model, masks, optimizer, faded=first >= fade),
         tqdm(
@@ -200,12 +214,14 @@ def train(
             mininterval=2 if sys.stdout.isatty() else 30,  # a log wants lines, not a movie
             file=sys.stdout,
             dynamic_ncols=True,
+            disable=distributed.rank() > 0,
         ) as bar,
     ):
-        step = _step_of(model, data, params, optimizer, forward or model, teacher)
-        if on_gpu and first < params.epochs:
-            model.train()
-            step = _recorded(step, model, optimizer, epoch_plan(data, params.batch_size, 0, 0)[0])
+        averaged = distributed.parallel(model, forward)
+        step = _step_of(data, params, optimizer, averaged, teacher)
+        if on_gpu and first < params.epochs and distributed.world() == 1:
+            _train_mode(model, params)
+            step = _recorded(step, model, optimizer, next(_steps(data, params, 0)))
         for epoch in range(first, params.epochs):
             started = time.perf_counter()
             loss, hits, count = _epoch(step, model, data, params, masks, optimizer, epoch, bar)
@@ -216,16 +232,20 @@ def train(
                     f"{label or 'training'}: loss is {loss} in epoch {epoch + 1} at learning rate "
                     f"{lr:.2g}; use a smaller lr"
                 )
+            distributed.from_rank_0(model.buffers())
             # the last epoch is the result: measured in fp32, whatever the training's precision
-            top1 = evaluate(model, data, data.test, None if epoch + 1 == params.epochs else forward)
+            last = epoch + 1 == params.epochs
+            found = accuracy(model, data, data.test, None if last else forward)
             speed = count / seconds
-            bar.set_postfix_str(f"epoch {epoch + 1}: top-1 {top1:.2f} %, {speed:.0f} images/s")
+            bar.set_postfix_str(
+                f"epoch {epoch + 1}: top-1 {found['top1']:.2f} %, {speed:.0f} images/s"
+            )
             entry = {
                 "epoch": epoch + 1,
                 "lr": lr,
                 "train_loss": loss / count,
                 "train_top1": 100 * hits / count,
-                "top1": top1,
+                **found,
                 "seconds": seconds,
                 "images_per_s": speed,
             }
@@ -238,23 +258,62 @@ def _on_gpu(data: Data) -> bool:
     return data.train.labels.is_cuda
 
 
-def _step_of(model, data, params, optimizer, forward, teacher) -> Callable:
-    """One step of training: a batch's plan (see `epoch_plan`) in, (sum of losses, hits) out."""
+def pieces(data: Data, params: Params) -> tuple[int, int]:
+    """How a batch is divided: (how many pieces each rank takes in turn, images in each).
 
-    def step(plan):
-        images, labels = train_batch(data, plan)
-        logits = forward(images)
-        loss = _loss(logits, labels, params, teacher, images)
-        loss.backward()
+    ParamError where it cannot be divided evenly.
+    """
+    batch, ranks = min(params.batch_size, len(data.train)), distributed.world()
+    each = params.micro_batch or batch // ranks
+    if each == 0 or batch % (ranks * each):
+        raise ParamError(
+            f"batch_size: {batch} images cannot be divided among {ranks} processes in pieces of "
+            f"{each or 'at least 1'}; give a multiple of {ranks * max(each, 1)}"
+        )
+    return batch // (ranks * each), each
+
+
+def _steps(data: Data, params: Params, epoch: int) -> Iterator[list[tuple]]:
+    """What each step of an epoch takes on this rank: a list of inputs of `train_batch`."""
+    plans = epoch_plan(data, params.batch_size, params.seed, epoch)
+    turns, each = pieces(data, params)
+    own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
+    own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
+    inputs = iter(data.train.inputs(own, data.workers))
+    for _ in plans:
+        yield [next(inputs) for _ in range(turns)]
+
+
+def _train_mode(model: nn.Module, params: Params) -> None:
+    model.train()
+    if params.freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _step_of(data, params, optimizer, forward, teacher) -> Callable:
+    """One step of training: inputs of `train_batch` in, (sum of losses, hits) out."""
+    alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
+
+    def step(parts):
+        total = torch.zeros(2, device=data.train.labels.device)
+        for number, inputs in enumerate(parts):
+            images, labels = train_batch(data, *inputs)
+            with nullcontext() if number + 1 == len(parts) else alone():
+                logits = forward(images)
+                loss = _loss(logits, labels, params, teacher, images)
+                (loss / len(parts)).backward()
+            hits = (logits.detach().argmax(1) == labels).sum()
+            total += torch.stack([loss.detach() * len(labels), hits])
         optimizer.step()
         optimizer.zero_grad()
-        hits = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach() * len(labels), hits])
+        return total
 
     return step
 
 
-def _recorded(step: Callable, model: nn.Module, optimizer, plan: torch.Tensor) -> Callable:
+def _recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -> Callable:
     """A step recorded as one CUDA graph: a thousand kernels started by one call.
 
     Recording takes a few real steps; weights, statistics and momentum are put back afterwards.
@@ -267,11 +326,11 @@ def _recorded(step: Callable, model: nn.Module, optimizer, plan: torch.Tensor) -
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(plan)
+            step(parts)
     torch.cuda.current_stream().wait_stream(stream)
-    graph, plan = torch.cuda.CUDAGraph(), plan.clone()
+    graph, parts = torch.cuda.CUDAGraph(), [[t.clone() for t in part] for part in parts]
     with torch.cuda.graph(graph):
-        result = step(plan)
+        result = step(parts)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(saved[name])
@@ -281,7 +340,9 @@ def _recorded(step: Callable, model: nn.Module, optimizer, plan: torch.Tensor) -
                 buffer.zero_() if momentum is None else buffer.copy_(momentum)
 
     def replay(chosen):
-        plan.copy_(chosen)
+        for own, new in zip(parts, chosen, strict=True):
+            for mine, given in zip(own, new, strict=True):
+                mine.copy_(given)
         graph.replay()
         return result
 
@@ -290,23 +351,24 @@ def _recorded(step: Callable, model: nn.Module, optimizer, plan: torch.Tensor) -
 
 def _epoch(step, model, data, params, masks, optimizer, epoch, bar):
     """One epoch of steps; returns (sum of losses, hits, images), read from the device once."""
-    model.train()
+    _train_mode(model, params)
     group = optimizer.param_groups[0]
-    plans = epoch_plan(data, params.batch_size, params.seed, epoch)
+    steps = batches_per_epoch(data, params.batch_size)
     fade = params.fade_epochs if masks else 0
-    total = torch.zeros(2, device=plans.device)
-    for number, plan in enumerate(plans):
-        lr = lr_at(params, epoch + number / len(plans))
+    total = torch.zeros(2, device=data.train.labels.device)
+    for number, parts in enumerate(_steps(data, params, epoch)):
+        lr = lr_at(params, epoch + number / steps)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-        total += step(plan)
-        left = (fade - epoch) * len(plans) - number  # steps of fading to go, this one included
+        total += step(parts)
+        left = (fade - epoch) * steps - number  # steps of fading to go, this one included
         if left > 0:
             _shrink(model, masks, optimizer, (left - 1) / left)
         bar.update()
-    return (*total.tolist(), plans.shape[0] * plans.shape[2])
+    loss, hits = distributed.sum_over_ranks(total).tolist()
+    return loss, hits, steps * min(params.batch_size, len(data.train))
 
 
 def _loss(logits, labels, params, teacher, images):

@@ -18,7 +18,7 @@ ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
 WAYS = ("A", "B", "random", "l1", "bn")
 CHOICES = {
     "arch": ARCHS,
-    "dataset": ("digits", "cifar10"),
+    "dataset": ("digits", "cifar10", "imagenet"),
     "normalization": ("", "cifar10", "imagenet"),
     "pruning_way": (*WAYS, "filters"),
     "survivors": ("random", "l1"),
@@ -35,6 +35,8 @@ RANGES = {
     "start_cov": (0, 10_000, True),
     "epochs": (1, 100_000, True),
     "batch_size": (1, 1_000_000, True),
+    "micro_batch": (0, 1_000_000, True),
+    "image_size": (0, 4096, True),
     "lr": (0, 100, False),
     "momentum": (0, 1, True),
     "weight_decay": (0, 1, True),
@@ -48,9 +50,10 @@ RANGES = {
     "seed": (0, 2**31 - 1, True),
     "mask_seed": (0, 2**31 - 1, True),
     "threads": (0, 4096, True),
+    "workers": (0, 4096, True),
 }
 # What may differ between two runs that compute the same
-PLACES = ("data_dir", "data_url", "job_dir", "results_dir", "threads")
+PLACES = ("data_dir", "data_url", "job_dir", "results_dir", "threads", "workers")
 
 
 class ParamError(ValueError):
@@ -67,8 +70,9 @@ class Params:
     # What is pruned, and on which images
     name: str = ""  # of the configuration, in records and tables; empty: arch-way
     arch: str = "resnet_56"
-    dataset: str = "digits"  # digits (embedded) or cifar10
+    dataset: str = "digits"  # digits (embedded), cifar10, or imagenet (any class folders)
     data_dir: str = ""  # folder of the data; empty: $EXPLIB_DATA, else data/
+    image_size: int = 0  # side of the inputs made of class folders; 0: 224
     data_url: str = ""  # mirror of cifar-10-python.tar.gz; empty: the original server
     normalization: str = ""  # mean and std of the inputs; empty: the data set's own
     resume: str = ""  # checkpoint of the dense network; empty: the one 00_baseline made
@@ -95,7 +99,8 @@ class Params:
     # The published schedule is layerwise, 30 epochs, batch 256, lr 0.01, step, without Nesterov and
     # distillation; the defaults are ours, for a few epochs in one go.
     epochs: int = 10  # of fine-tuning (layerwise: per conv), or of the baseline
-    batch_size: int = 128
+    batch_size: int = 128  # images per step, over all devices
+    micro_batch: int = 0  # images at a time on one device, gradients added up; 0: all of its share
     lr: float = 0.04  # the peak
     lr_schedule: str = "onecycle"  # step (published), cosine or onecycle
     lr_decay_step: str = "15,25"  # epochs after which step divides lr by 10
@@ -106,6 +111,7 @@ class Params:
     distill: float = 0.9  # weight of the dense network's soft labels in the loss
     fade_epochs: int = 0  # pruned weights shrink to zero over these epochs; 0: at once
     bn_images: int = 2048  # training images that re-estimate BatchNorm after masking; 0: none
+    freeze_bn: bool = False  # train with BatchNorm's statistics as they are
     validation: int = 0  # training images held out to evaluate on instead of the test set
     limit_train: int = 0  # use only the first images; 0: all
     limit_test: int = 0
@@ -117,6 +123,7 @@ class Params:
     precision: str = "auto"  # auto: bf16 where the hardware has it
     compile: str = "auto"  # torch.compile; auto: where the run is long enough to repay it
     threads: int = 0  # CPU threads; 0: all
+    workers: int = 0  # processes that decode images of class folders; 0: one per core
 
     def __post_init__(self):
         for field, kind in get_type_hints(type(self)).items():
@@ -132,8 +139,12 @@ class Params:
             )
         parse_rates(self.compress_rate)
         parse_steps(self.lr_decay_step)
-        if self.normalization == "" and self.dataset == "cifar10":
-            object.__setattr__(self, "normalization", "cifar10")
+        if self.normalization == "" and self.dataset != "digits":
+            object.__setattr__(self, "normalization", self.dataset)
+        if self.image_size and self.dataset != "imagenet":
+            raise ParamError(
+                f"image_size: {self.image_size}, but images of {self.dataset!r} have 32; leave it 0"
+            )
         if self.normalization and self.dataset == "digits":
             raise ParamError(
                 f"normalization: {self.normalization!r} is not for dataset 'digits'; leave it empty"
@@ -154,6 +165,11 @@ class Params:
     def rates(self) -> list[float]:
         """The pruning rates in order, one per conv (or a single one for all)."""
         return parse_rates(self.compress_rate)
+
+    @property
+    def side(self) -> int:
+        """Height and width of the inputs in pixels."""
+        return (self.image_size or 224) if self.dataset == "imagenet" else 32
 
     @property
     def digest(self) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from explib import distributed, records
 from explib import finetune as tuning
 from explib import masks as masking
-from explib import records
 from explib.data import Data, load_data
 from explib.files import load_tensors, resolve, save_tensors, write_json
 from explib.masks import Masks
@@ -35,7 +35,7 @@ def baseline(params: Params) -> dict:
         run = _Run(top1={"dense": top1, "before": top1})
     else:
         run = _train(params, network, data, device, stages=[[]])
-        _save_network(path, params, network, {}, run.history[-1]["top1"], torch.float32)
+        _save_network(path, params, network, data, {}, run.history[-1]["top1"], torch.float32)
     return _publish(params, _record(params, network, data, run, device, "baseline"))
 
 
@@ -54,9 +54,10 @@ def finetune(params: Params) -> dict:
     names = [name for name, rate in dense.rates.items() if rate > 0]
     stages = [[name] for name in names] if params.schedule == "layerwise" else [names]
     run = _train(params, dense, data, device, stages)
-    save_masks(params, run.masks)
+    if distributed.rank() == 0:
+        save_masks(params, run.masks)
     path = resolve(params.job_dir) / "model.safetensors"
-    _save_network(path, params, dense, run.masks, run.history[-1]["top1"])
+    _save_network(path, params, dense, data, run.masks, run.history[-1]["top1"])
     return _publish(params, _record(params, dense, data, run, device, "finetune"))
 
 
@@ -73,10 +74,15 @@ class _Run:
 def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     """Device and data, and a folder that can be written: all there before any long work."""
     device = tuning.device_of(params)
+    distributed.start(device)
     data = load_data(params).to(device)
+    tuning.pieces(data, params)
     _load_state(resolve(params.job_dir) / "state.safetensors", params)
-    write_json(resolve(params.job_dir) / "params.json", params.asdict())
+    if distributed.rank() == 0:
+        write_json(resolve(params.job_dir) / "params.json", params.asdict())
+    distributed.wait()  # what is read is read, so that rank 0 may write
     network.model.to(device, memory_format=torch.channels_last)
+    distributed.synchronize_norms(network.model)
     return device, data
 
 
@@ -137,7 +143,8 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
             record = _record(
                 params, dense, data, run, device, "finetune" if pruning else "baseline"
             )
-            records.write(record | {"status": "diverged"}, params.results_dir)
+            if distributed.rank() == 0:
+                records.write(record | {"status": "diverged"}, params.results_dir)
             raise
     return run
 
@@ -150,7 +157,10 @@ def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str)
     seconds = sum(entry["seconds"] for entry in run.history)
     images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
     origin = records.provenance(device)
-    hardware = origin.pop("hardware") | {"precision": tuning.precision_of(params, device)}
+    hardware = origin.pop("hardware") | {
+        "precision": tuning.precision_of(params, device),
+        "processes": distributed.world(),
+    }
     return {
         "schema": records.SCHEMA,
         "kind": kind,
@@ -179,6 +189,8 @@ def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str)
 
 def _publish(params: Params, record: dict) -> dict:
     """The record into job_dir and, under its own name, among the others."""
+    if distributed.rank():
+        return record
     folder = resolve(params.job_dir)
     write_json(folder / "record.json", record)
     records.write(record, params.results_dir)
@@ -186,10 +198,12 @@ def _publish(params: Params, record: dict) -> dict:
     return record
 
 
-def _save_network(path, params, dense, masks, top1, dtype=torch.float16) -> None:
+def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -> None:
+    if distributed.rank():
+        return
     meta = {
         "arch": params.arch,
-        "num_classes": 10,
+        "num_classes": len(data.classes),
         "dataset": params.dataset,
         "normalization": params.normalization,
         "name": params.name,
@@ -211,6 +225,8 @@ def _same(params: Params, saved: dict, path: Path) -> None:
 
 def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
     """Everything that continues the run after this epoch, bit for bit."""
+    if distributed.rank():
+        return
     tensors = {f"model.{k}": v for k, v in dense.model.state_dict().items()}
     tensors |= {f"momentum.{k}": v for k, v in progress["momentum"].items()}
     tensors |= {f"masks.{k}": v for k, v in run.masks.items()}

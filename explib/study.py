@@ -10,6 +10,7 @@ from torch import nn
 
 from explib import expectation, flops, models, pruners
 from explib import masks as masking
+from explib.data import count_classes
 from explib.files import resolve, sha256
 from explib.masks import Masks
 from explib.models import Conv
@@ -37,8 +38,8 @@ def seed_all(params: Params) -> None:
 def fresh(params: Params) -> Dense:
     """The network of a configuration with seeded fresh weights, its rates checked against it."""
     seed_all(params)
-    model = models.build(params.arch, 10)
-    convs = models.find_convs(model, models.ARCHS[params.arch].image_size)
+    model = models.build(params.arch, count_classes(params))
+    convs = models.find_convs(model, params.side)
     rates = models.rates_by_name(params.arch, convs, params.rates)
     if params.start_cov >= len(convs):
         raise ParamError(f"start_cov: {params.start_cov} of {len(convs)} convs; give a lower index")
@@ -132,8 +133,8 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         return choose(params.pruning_way)
     from explib import structured  # needs torch-pruning, which only this comparison uses
 
-    equal = flops.macs(dense.model, dense.convs, choose("random"))
-    return structured.filter_masks(dense.model, equal["left"], dense.convs)
+    equal = flops.macs(dense.model, dense.convs, choose("random"), params.side)
+    return structured.filter_masks(dense.model, equal["left"], dense.convs, params.side)
 
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
@@ -169,11 +170,10 @@ def counts(params: Params, dense: Dense, masks: Masks) -> dict:
     """What masks leave of a network, as a record says it: layers, MACs, weights, sparsity."""
     layers = flops.layer_table(dense.convs, masks, dense.rates)
     published = flops.published_convention(dense.model, dense.convs, dense.rates)
-    size = models.ARCHS[params.arch].image_size
     kernels = sum(row["kernels"] for row in layers)
     return {
         "layers": layers,
-        "macs": flops.macs(dense.model, dense.convs, masks, size)
+        "macs": flops.macs(dense.model, dense.convs, masks, params.side)
         | {"published_m": published["macs_m"]},
         "weights": flops.weights(dense.model, masks),
         "sparsity": sum(row["pruned"] for row in layers) / kernels,

@@ -4,7 +4,6 @@ import itertools
 import os
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -77,35 +76,6 @@ def test_normalize_by_hand(data):
     out = sets.normalize(images, data).flatten()
     # (0 - 0.5) / 0.2, (0.2 - 0.4) / 0.25, (1 - 0.3) / 0.3
     torch.testing.assert_close(out, torch.tensor([-2.5, -0.8, 7 / 3]))
-
-
-def crops(image, flip):
-    """Every crop of the zero-padded image, mirrored too where that is allowed, as bytes."""
-    padded = np.zeros((3, 16, 16), np.uint8)
-    padded[:, 4:12, 4:12] = image
-    for top, left in itertools.product(range(9), range(9)):
-        crop = padded[:, top : top + 8, left : left + 8]
-        yield np.ascontiguousarray(crop).tobytes(), (top, left, False)
-        if flip:
-            yield np.ascontiguousarray(crop[:, :, ::-1]).tobytes(), (top, left, True)
-
-
-@pytest.mark.parametrize("flip", [True, False])
-def test_augment_crops_the_padded_image_and_mirrors_where_allowed(make_data, flip):
-    data = make_data(train=400, flip=flip)
-    data.train.images[:, 0] += data.train.images[:, 0] == 0  # so that a crop tells its place
-    plan = sets.epoch_plan(data, 400, 0, 0)[0]
-    order, rows, columns, marks = plan
-    out = sets.augment(data.train.images[order], rows, columns, marks.bool())
-    chosen = []
-    for before, after in zip(data.train.images[order].numpy(), out.numpy(), strict=True):
-        chosen.append(dict(crops(before, flip))[np.ascontiguousarray(after).tobytes()])
-    tops, lefts, mirrored = zip(*chosen, strict=True)
-    assert [tops, lefts, mirrored] == [tuple(row.tolist()) for row in (rows, columns, marks)]
-    assert set(tops) == set(lefts) == set(range(9))
-    # 400 fair coins: outside of 150 to 250 once in two million
-    assert (150 < sum(mirrored) < 250) if flip else not any(mirrored)
-    assert len(set(zip(tops, lefts, strict=True))) > 70
 
 
 class TestAnEpoch:

@@ -165,22 +165,6 @@ class TestFindConvs:
         conv = nn.Conv2d(3, 3, 1)
         assert [c.name for c in find_convs(nn.Sequential(conv, nn.ReLU(), conv), 4)] == ["0"]
 
-    @pytest.mark.parametrize(
-        ("name", "count", "grouped"),
-        [("resnet18", 20, 0), ("mobilenet_v2", 52, 17), ("densenet121", 120, 0)],
-    )
-    def test_networks_of_torchvision(self, name, count, grouped):
-        model = torchvision.models.get_model(name, weights=None)
-        seen = []
-        for key, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(lambda m, i, o, key=key: seen.append(key))
-        convs = find_convs(model, 64)
-        assert [conv.name for conv in convs] == seen and len(seen) == count
-        assert sum(conv.groups > 1 for conv in convs) == grouped
-        for conv in convs:
-            assert conv.groups in (1, conv.filters)
-
     def test_densenet_pairs_only_what_follows_directly(self):
         model = torchvision.models.get_model("densenet121", weights=None)
         norms = {conv.name: conv.norm for conv in find_convs(model, 32)}

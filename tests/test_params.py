@@ -216,7 +216,9 @@ class TestYaml:
 
         params = from_yaml(path)
         rates = study.fresh(params).rates
-        assert len(rates) == {"resnet_56": 55, "vgg_16_bn": 13}[params.arch]
+        convs = {"vgg_16_bn": 13, "resnet_56": 55, "resnet_110": 109, "resnet_50": 53}
+        convs["googlenet"] = 1 + 9 * 5  # all but the two reductions of each block
+        assert len(rates) == convs[params.arch]
 
 
 class TestNotebook:
