@@ -44,5 +44,6 @@ lab: .venv/ready  ## JupyterLab on the first notebook
 bench: .venv/ready  ## how fast this machine scores, trains, evaluates and runs what is left: minutes
 	$(BIN)/python -m explib.bench.scoring
 	$(BIN)/python -m explib.bench.training
+	$(BIN)/python -m explib.bench.processes
 	$(BIN)/python -m explib.runtime.bench
 	$(BIN)/python -m explib.runtime.plots

@@ -204,6 +204,7 @@ def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -
     meta = {
         "arch": params.arch,
         "num_classes": len(data.classes),
+        "image_size": params.side,
         "dataset": params.dataset,
         "normalization": params.normalization,
         "name": params.name,

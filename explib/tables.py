@@ -27,6 +27,7 @@ CAPTIONS = {
     "flops": "Published cuts, recounted",
     "controls": "Every criterion before fine-tuning",
     "training": "Training and evaluation, the plain loop and ours",
+    "processes": "One run in several processes",
     "speed": "Images per second, dense in torch and in the engine",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
@@ -296,6 +297,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "flops": recount() if usual else pd.DataFrame(),
         "controls": bench.controls(results_dir) if usual else pd.DataFrame(),
         "training": bench.training(results_dir) if usual else pd.DataFrame(),
+        "processes": bench.processes(results_dir) if usual else pd.DataFrame(),
         "speed": bench.speed(results_dir) if usual else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}

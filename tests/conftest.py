@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from torch import nn
 
 from explib import models, study
@@ -56,6 +58,27 @@ def make_data(train: int = 48, test: int = 20, size: int = 8, flip: bool = True)
 
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     return Data("toy", split(train), split(test), tuple("0123456789"), mean, std, flip, "")
+
+
+def make_folders(root: Path, classes: dict[str, int]) -> Path:
+    """Class folders of real JPEG files, of many sizes and tints, one grey and one a PNG.
+
+    classes: training images of each, and half as many to evaluate on.
+    """
+    generator = np.random.default_rng(0)
+    for part, share in (("train", 1), ("val", 2)):
+        for label, (name, count) in enumerate(classes.items()):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count // share):
+                size = generator.integers(40, 90, 2)
+                noise = generator.integers(0, 120, (*size, 3), np.uint8)
+                noise[..., label % 3] += 120
+                picture = Image.fromarray(noise)
+                if (label, number) == (0, 0):
+                    picture = picture.convert("L")
+                ending = "png" if (label, number) == (1, 0) else "JPEG"
+                picture.save(root / part / name / f"{number}.{ending}")
+    return root
 
 
 def make_net(seed: int = 0) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Split, epoch_plan, eval_batches, normalize, train_batch
-from explib.params import Params
+from explib.params import ParamError, Params
 from explib.pruners import prune
 
 # batches of 16 from 48 images: three steps an epoch
@@ -374,6 +374,37 @@ class TestFastPath:
         _, losses = self.trained(make_net, data, masks, compile="auto", precision="bf16")
         _, wanted = self.trained(make_net, data, masks, compile="off")
         assert losses == pytest.approx(wanted, rel=0.02)
+
+
+class TestPieces:
+    """A batch that is computed piece by piece, its gradients added up, is the same batch."""
+
+    def test_pieces_change_nothing_but_rounding(self, make_net, data, masks):
+        params = PARAMS.replace(freeze_bn=True, epochs=2, lr=0.01)
+        whole, parts = make_net(), make_net()
+        wanted = run(whole, data, params, masks)
+        found = run(parts, data, params.replace(micro_batch=4), masks)
+        for (one, _), (other, _) in zip(wanted, found, strict=True):
+            assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+        for name, tensor in whole.state_dict().items():
+            torch.testing.assert_close(parts.state_dict()[name], tensor)
+
+    @pytest.mark.parametrize(("batch", "each"), [(16, 5), (16, 32), (64, 7)])
+    def test_pieces_that_do_not_fill_the_batch_are_refused(self, net, data, batch, each):
+        params = PARAMS.replace(batch_size=batch, micro_batch=each)
+        message = f"batch_size: {min(batch, 48)} images cannot be divided among 1 processes"
+        with pytest.raises(ParamError, match=message):
+            run(net, data, params, {})
+
+
+class TestFrozenNorm:
+    def test_its_statistics_stay_and_its_weights_learn(self, net, data, masks):
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        run(net, data, PARAMS.replace(freeze_bn=True), masks)
+        after = net.state_dict()
+        assert torch.equal(before["1.running_mean"], after["1.running_mean"])
+        assert torch.equal(before["1.running_var"], after["1.running_var"])
+        assert not torch.equal(before["1.weight"], after["1.weight"])
 
 
 class TestRecordedStep:

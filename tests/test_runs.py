@@ -16,6 +16,7 @@ from explib import models, records, runs, study
 from explib.data import load_data
 from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import ParamError, Params, from_yaml
+from tests.conftest import make_folders
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 KEYS = {
@@ -349,6 +350,51 @@ class TestResumeMask:
     def test_a_file_that_is_not_there(self, trained, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
             runs.finetune(trained.replace(resume_mask=str(tmp_path / "nothing.safetensors")))
+
+
+class TestClassFolders:
+    """ImageNet's layout, from the dense network to the pruned one, with a dozen classes."""
+
+    @pytest.fixture
+    def images(self, params, tmp_path):
+        make_folders(tmp_path / "images", {f"n{i:08d}": 4 for i in range(12)})
+        return params.replace(
+            dataset="imagenet",
+            data_dir=str(tmp_path / "images"),
+            image_size=32,
+            batch_size=16,
+            limit_train=0,
+            limit_test=0,
+            workers=2,
+        )
+
+    def test_runs_and_says_top_1_and_top_5(self, images):
+        runs.baseline(images.replace(epochs=1))
+        found = runs.finetune(images)
+        assert found["provenance"]["data"]["train_images"] == 48
+        for entry in found["history"]:
+            assert 0 <= entry["top1"] <= entry["top5"] <= 100
+        model, masks, meta = study.load_network(study.resolve(images.job_dir) / "model.safetensors")
+        assert meta["num_classes"] == 12 and model.linear.out_features == 12
+        assert masking.held(model, masks)
+        data = load_data(images)
+        again = tuning.accuracy(model.half().float(), data, data.test)
+        assert again["top1"] == pytest.approx(found["accuracy"]["last"], abs=5)
+
+    def test_interrupted_it_goes_on_bit_for_bit(self, images, monkeypatch, tmp_path):
+        runs.baseline(images.replace(epochs=1))
+        whole = runs.finetune(images)
+        broken = images.replace(job_dir=str(tmp_path / "broken"), workers=1)
+        with monkeypatch.context() as patch:
+            interrupt(patch, 1)
+            with pytest.raises(KeyboardInterrupt):
+                runs.finetune(broken)
+        assert untimed(runs.finetune(broken)) == untimed(whole)
+        assert equal(weights_of(broken), weights_of(images))
+
+    def test_without_the_data_the_network_has_its_own_classes(self, params):
+        for known, classes in ((params.replace(dataset="imagenet"), 1000), (params, 10)):
+            assert study.fresh(known.replace(arch="resnet_50")).model.fc.out_features == classes
 
 
 class TestPublicCheckpoint:

@@ -13,6 +13,7 @@ from explib import data as sets
 from explib import splits
 from explib.params import ParamError, Params
 from explib.splits import DataError
+from tests.conftest import make_folders
 
 
 def crops(image, flip):
@@ -49,22 +50,7 @@ CLASSES = {"ants": 9, "bees": 7, "cats": 8}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Class folders of real JPEG files, of many sizes and colours, one grey and one PNG."""
-    root = tmp_path_factory.mktemp("imagenet")
-    generator = np.random.default_rng(0)
-    for part, share in (("train", 1), ("val", 2)):
-        for label, (name, count) in enumerate(CLASSES.items()):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count // share):
-                size = generator.integers(40, 90, 2)
-                noise = generator.integers(0, 120, (*size, 3), np.uint8)
-                noise[..., label] += 120  # so that the classes can be told apart
-                picture = Image.fromarray(noise)
-                if (label, number) == (0, 0):
-                    picture = picture.convert("L")
-                ending = "png" if (label, number) == (1, 0) else "JPEG"
-                picture.save(root / part / name / f"{number}.{ending}")
-    return root
+    return make_folders(tmp_path_factory.mktemp("imagenet"), CLASSES)
 
 
 @pytest.fixture

@@ -61,6 +61,21 @@ def speed(results_dir: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def processes(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Images/s of one run in several processes, and their share of a linear growth."""
+    path = resolve(results_dir) / "bench/processes.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    return pd.DataFrame(
+        {
+            "processes": str(row["processes"]),
+            "images/s": f"{row['images_per_s']:.0f}",
+            "of linear growth": f"{row['efficiency']:.2f}",
+            "hardware": record["provenance"]["hardware"]["name"],
+        }
+        for row in record["rows"]
+    )
+
+
 def controls(results_dir: str | Path = "results") -> pd.DataFrame:
     """Top-1 in per cent of every criterion before fine-tuning, a column for each published cut."""
     path = resolve(results_dir) / "bench/controls.json"

@@ -109,7 +109,7 @@ def load(path: str | Path, **options) -> Compiled:
     one of the study's networks.
     """
     model, _, meta = load_network(path)
-    side = models.ARCHS[meta["arch"]].image_size
+    side = meta.get("image_size", models.ARCHS[meta["arch"]].image_size)
     return compile(model, torch.zeros(1, 3, side, side), **options)
 
 
