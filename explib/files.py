@@ -79,17 +79,17 @@ def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "a")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path} ({error.strerror})") from None
-    with stream:
+    with os.fdopen(handle) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             waited = False
         except BlockingIOError:
             if not wait:
                 raise
-            print(f"{path.parent}: another process is at work here; waiting for it", file=sys.stderr)
+            print(f"{path.parent}: another process is at work here; waiting", file=sys.stderr)
             fcntl.flock(stream, fcntl.LOCK_EX)
             waited = True
         yield waited
