@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
-WORKFLOW := $(BIN)/snakemake --cores all --quiet rules --rerun-triggers mtime --rerun-incomplete
+WORKFLOW := $(BIN)/snakemake --profile params/profiles/local
 
 .PHONY: help study test test-browser reproduce tables report verify lab bench
 help:  ## this list

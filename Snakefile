@@ -1,12 +1,17 @@
 # Configurations (params/DATASET/*.yaml) -> papermill runs -> tables and figures.
 #
 # Any field of Params can be set for all runs at once:
-#   snakemake study --cores all --config epochs=1 results_dir=/tmp/elsewhere
+#   snakemake --profile params/profiles/local study --config epochs=1 results_dir=/tmp/elsewhere
+import contextlib
 import os
+import sys
 
+import nbformat
 import papermill
 import yaml
 
+from explib import gpus
+from explib.files import locked, write_text
 from explib.params import from_yaml
 
 RESULTS = config.get("results_dir", "results")
@@ -26,16 +31,44 @@ TWELVE = [n for n, parts in PARTS.items() if parts[0] in "AB" and len(parts) == 
 OURS = [n for n, parts in PARTS.items() if parts[-1] == "l1"]
 
 
-def execute(notebook, output, dataset, name, threads):
-    """Run a notebook with one configuration, in a kernel of its own, on so many threads."""
+GPUS = gpus.found()
+MEMORY_MB = {"digits": 3_000, "cifar10": 8_000}  # of a run, generously
+ALONE = contextlib.ExitStack()
+
+
+onstart:
+    # Two workflows would take each other's files away: one at a time for a data set. The kernel
+    # lets go of these locks when a workflow is killed, which Snakemake's own would outlive.
+    work = {job.wildcards.dataset for job in workflow.dag.needrun_jobs() if job.wildcards}
+    folders = [f"{RESULTS}/runs/{dataset}" for dataset in sorted(work)]
+    if any([ALONE.enter_context(locked(f"{folder}/.lock")) for folder in folders]):
+        workflow.tear_down()  # what the other one has made is not made again: look anew
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def execute(notebook, output, parameters):
+    """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
+    executed = papermill.execute_notebook(notebook, None, parameters, progress_bar=False)
+    write_text(output, nbformat.writes(executed) + "\n")
+
+
+def configured(notebook, output, dataset, name, threads):
+    """Run a notebook with one configuration, on so many threads and a GPU of its own."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     parameters = yaml.safe_load(FILES[dataset][name].read_text()) | config
-    papermill.execute_notebook(notebook, output, parameters, progress_bar=False)
+    with gpus.taken(GPUS) as gpu:
+        if gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        execute(notebook, output, parameters)
 
 
 def threads_for(wildcards):
-    """Small runs go side by side, one thread each; a long training has the machine to itself."""
-    return 1 if wildcards.dataset == "digits" else workflow.cores
+    """Small runs go side by side, one thread each; long ones share the machine, one to a GPU."""
+    return 1 if wildcards.dataset == "digits" else max(1, workflow.cores // max(1, len(GPUS)))
+
+
+def memory_for(wildcards):
+    return MEMORY_MB.get(wildcards.dataset, max(MEMORY_MB.values()))
 
 
 def dense_of(wildcards):
@@ -51,6 +84,11 @@ def executed(dataset, names):
     notebooks = [("01_score_analysis", name) for name in seen.values()]
     notebooks += [(step, name) for name in names for step in ("02_pruning", "03_finetune")]
     return [f"{RESULTS}/notebooks/{dataset}/{step}-{name}.ipynb" for step, name in notebooks]
+
+
+localrules:  # where a cluster submits: compute nodes may be without a network
+    data,
+    tables,
 
 
 rule study:
@@ -93,9 +131,12 @@ rule baseline:
         checkpoint=f"{RESULTS}/checkpoints/{{dataset}}/{{arch}}.safetensors",
         notebook=f"{RESULTS}/notebooks/{{dataset}}/00_baseline-{{arch}}.ipynb",
     threads: threads_for
+    resources:
+        gpu=1,
+        mem_mb=memory_for,
     run:
         name = f"{wildcards.arch}-baseline"
-        execute(input.notebook, output.notebook, wildcards.dataset, name, threads)
+        configured(input.notebook, output.notebook, wildcards.dataset, name, threads)
 
 
 rule notebook:
@@ -109,8 +150,11 @@ rule notebook:
     wildcard_constraints:
         step="01_score_analysis|02_pruning|03_finetune",
     threads: threads_for
+    resources:
+        gpu=1,
+        mem_mb=memory_for,
     run:
-        execute(input.notebook, output[0], wildcards.dataset, wildcards.name, threads)
+        configured(input.notebook, output[0], wildcards.dataset, wildcards.name, threads)
 
 
 rule tables:
@@ -122,12 +166,8 @@ rule tables:
     output:
         f"{RESULTS}/notebooks/{{dataset}}/04_tables.ipynb",
     run:
-        papermill.execute_notebook(
-            input.notebook,
-            output[0],
-            {"results_dir": str(RESULTS), "dataset": wildcards.dataset},
-            progress_bar=False,
-        )
+        parameters = {"results_dir": str(RESULTS), "dataset": wildcards.dataset}
+        execute(input.notebook, output[0], parameters)
 
 
 rule speed:  # alone on the machine, and without the minutes that torch takes to compile
@@ -135,7 +175,7 @@ rule speed:  # alone on the machine, and without the minutes that torch takes to
         "notebooks/05_speed.ipynb",
     output:
         f"{RESULTS}/notebooks/{{dataset}}/05_speed.ipynb",
-    threads: workflow.cores
+    threads: lambda wildcards: workflow.cores
     run:
         quick = {"dense": ["eager fp32"], "densities": [0.1, 0.3, 1.0], "seconds": 0.3}
-        papermill.execute_notebook(input[0], output[0], quick, progress_bar=False)
+        execute(input[0], output[0], quick)

@@ -1,9 +1,15 @@
-"""Where things lie, and how files are written: whole or not at all."""
+"""Where things lie, how files are written (whole or not at all), and by whom: one at a time."""
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +32,16 @@ def resolve(path: str | Path) -> Path:
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write `content` so that `path` is at every moment absent, the old file or the new one.
 
-    Raises OSError, naming the file, on a full disk or a read-only folder; the old file stays.
+    Raises OSError, naming the file, on a full disk or a read-only folder; the old file stays. What
+    a writer that was killed has left beside `path` goes with the next write.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        prefix = f".{path.name}.{platform.node()}."  # then the writer's process, and some chance
+        _sweep(path.parent, prefix)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{prefix}{os.getpid()}.")
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -46,6 +55,44 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
             error.errno, f"cannot write {path} ({error.strerror}); what was there is unchanged"
         ) from None
     return path
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Remove the temporary files of processes of this machine that are no more."""
+    for left in folder.glob(f"{glob.escape(prefix)}*.*"):
+        try:
+            os.kill(int(left.name.removeprefix(prefix).split(".")[0]), 0)  # asks, sends nothing
+        except (ProcessLookupError, OverflowError):
+            left.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # alive, of another user; or not named by us
+            continue
+
+
+@contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of the file `path`, which is made and stays: one process at a time.
+
+    The kernel lets go of it however the process ends, so that no lock is ever left behind. Where
+    another process has it: BlockingIOError, or with `wait` one line on stderr, and its turn.
+    Yields whether it had to wait. OSError, naming the file, where it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror})") from None
+    with os.fdopen(handle) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except BlockingIOError:
+            if not wait:
+                raise
+            print(f"{path.parent}: another process is at work here; waiting", file=sys.stderr)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            waited = True
+        yield waited
 
 
 def write_text(path: str | Path, text: str) -> Path:

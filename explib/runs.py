@@ -1,6 +1,7 @@
 """Whole runs, parameters in, a record and its files out; interrupted ones go on."""
 
 import copy
+import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,21 @@ from explib import distributed, records
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, load_data
-from explib.files import load_tensors, resolve, save_tensors, write_json
+from explib.files import load_tensors, locked, resolve, save_tensors, write_json
 from explib.masks import Masks
 from explib.params import PLACES, ParamError, Params
 from explib.study import Dense, choose_masks, counts, dense_path, fresh, load_dense, save_masks
+
+
+def _alone(run):
+    """`run(params)` by one process at a time: the second waits, and finds the finished record."""
+
+    @functools.wraps(run)
+    def alone(params: Params) -> dict:
+        with locked(resolve(params.job_dir) / ".lock"):
+            return run(params)
+
+    return alone
 
 
 def baseline(params: Params) -> dict:
@@ -24,7 +36,11 @@ def baseline(params: Params) -> dict:
     """
     unnamed = params.name == f"{params.arch}-{params.pruning_way}"
     name = f"{params.arch}-baseline" if unnamed else params.name
-    params = params.replace(name=name, distill=0.0)  # there is no other network to learn from
+    return _baseline(params.replace(name=name, distill=0.0))  # there is none to learn from
+
+
+@_alone
+def _baseline(params: Params) -> dict:
     path = dense_path(params.replace(resume=""))
     if (done := _finished(params, "baseline")) and (params.resume or path.is_file()):
         return _publish(params, done)
@@ -39,6 +55,7 @@ def baseline(params: Params) -> dict:
     return _publish(params, _record(params, network, data, run, device, "baseline"))
 
 
+@_alone
 def finetune(params: Params) -> dict:
     """Prune and fine-tune one configuration; returns the record.
 

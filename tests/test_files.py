@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +48,57 @@ def test_folders_are_made_and_files_replaced(tmp_path):
     files.write_text(path, "one")
     files.write_text(path, "two ä")
     assert path.read_bytes() == "two ä".encode()
+
+
+def test_what_killed_writers_left_goes_with_the_next_write(tmp_path):
+    dying = "import os, signal; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    dying += f"from explib import files; files.write_text({str(tmp_path / 'a.txt')!r}, 'new')"
+    assert subprocess.run([sys.executable, "-c", dying]).returncode == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    alive = tmp_path / left.replace(left.split(".")[-2], str(os.getppid()))
+    alive.write_text("of a writer still at work")
+    assert left.startswith(".a.txt.")
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([alive.name, "a.txt"])
+
+
+class TestLocked:
+    HOLD = (
+        "from explib import files; import sys\n"
+        "with files.locked(sys.argv[1]) as waited: print(waited, flush=True); sys.stdin.read()"
+    )
+
+    def hold(self, path):
+        """Another process that wants the lock, and keeps it until its input ends."""
+        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        return subprocess.Popen([sys.executable, "-c", self.HOLD, str(path)], text=True, **pipes)
+
+    def test_is_for_one_process_and_the_other_waits_saying_so(self, tmp_path):
+        path = tmp_path / "folder/.lock"
+        with files.locked(path) as waited:
+            assert not waited
+            other = self.hold(path)
+            said = other.stderr.readline()
+            assert said == f"{path.parent}: another process is at work here; waiting\n"
+        assert other.stdout.readline() == "True\n"
+        with pytest.raises(BlockingIOError), files.locked(path, wait=False):
+            pass
+        other.communicate()
+        with files.locked(path, wait=False) as waited:
+            assert not waited
+
+    def test_does_not_outlive_a_killed_process(self, tmp_path):
+        other = self.hold(tmp_path / ".lock")
+        assert other.stdout.readline() == "False\n"
+        other.kill()
+        other.communicate()
+        with files.locked(tmp_path / ".lock", wait=False) as waited:
+            assert not waited
+
+    def test_that_cannot_be_made_is_one_line(self, tmp_path):
+        (tmp_path / "a").write_text("")
+        with pytest.raises(OSError, match=r"cannot write .*\.lock \(File exists\)$"):
+            files.locked(tmp_path / "a/.lock").__enter__()
 
 
 def test_json_refuses_nan_and_writes_nothing(tmp_path):

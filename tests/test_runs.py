@@ -6,6 +6,7 @@
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -109,6 +110,16 @@ class TestBaseline:
         assert untimed(runs.baseline(params)) == untimed(runs.baseline(other))
         one, two = (study.load_dense(p).model.state_dict() for p in (params, other))
         assert equal(one, two)
+
+
+def test_two_at_once_compute_a_run_once(trained, monkeypatch):
+    trainings, train = [], tuning.train
+    monkeypatch.setattr(
+        tuning, "train", lambda *args, **kw: trainings.append(1) or train(*args, **kw)
+    )
+    with ThreadPoolExecutor(2) as pool:  # each opens the lock itself, as two processes would
+        one, two = pool.map(runs.finetune, [trained, trained])
+    assert as_json(one) == as_json(two) and len(trainings) == 1
 
 
 class TestFinetune:
