@@ -17,22 +17,31 @@ from explib.params import from_yaml
 RESULTS = config.get("results_dir", "results")
 FILES = {
     dataset: {file.stem: file for file in sorted(Path("params", dataset).glob("*.yaml"))}
-    for dataset in ("digits", "cifar10")
+    for dataset in ("digits", "cifar10", "imagenet")
 }
 # Read before anything runs, so that a wrong parameter stops the workflow here
 RUNS = {
     dataset: {name: from_yaml(file.resolve(), **config) for name, file in files.items()}
     for dataset, files in FILES.items()
 }
-DIGITS = [name for name in RUNS["digits"] if not name.endswith("-baseline")]
 # By the parts of their names: network, way and cut; with `l1` our survivors, else one change more
-PARTS = {n: n.split("-")[1:] for n in RUNS["cifar10"] if not n.endswith(("-baseline", "-published"))}
-TWELVE = [n for n, parts in PARTS.items() if parts[0] in "AB" and len(parts) == 2]
-OURS = [n for n, parts in PARTS.items() if parts[-1] == "l1"]
-
+PARTS = {
+    dataset: {n: n.split("-")[1:] for n in names if not n.endswith(("-baseline", "-published"))}
+    for dataset, names in RUNS.items()
+}
+DIGITS = list(PARTS["digits"])
+IMAGENET = [n for n, parts in PARTS["imagenet"].items() if len(parts) == 2]
+MAIN = {
+    n: parts
+    for n, parts in PARTS["cifar10"].items()
+    if RUNS["cifar10"][n].arch in ("vgg_16_bn", "resnet_56")
+}
+TWELVE = [n for n, parts in MAIN.items() if parts[0] in "AB" and len(parts) == 2]
+OURS = [n for n, parts in MAIN.items() if parts[-1] == "l1"]
+OTHERS = [n for n, parts in PARTS["cifar10"].items() if n not in MAIN and len(parts) == 2]
 
 GPUS = gpus.found()
-MEMORY_MB = {"digits": 3_000, "cifar10": 8_000}  # of a run, generously
+MEMORY_MB = {"digits": 3_000, "cifar10": 8_000, "imagenet": 32_000}  # of a run, generously
 ALONE = contextlib.ExitStack()
 
 
@@ -109,7 +118,17 @@ rule ours:
 
 rule compare:
     input:
-        executed("cifar10", list(PARTS)),
+        executed("cifar10", list(MAIN)),
+
+
+rule others:  # ResNet-110 and GoogLeNet
+    input:
+        executed("cifar10", OTHERS),
+
+
+rule imagenet:
+    input:
+        executed("imagenet", IMAGENET),
 
 
 rule data:

@@ -1,5 +1,6 @@
 """Whole runs, parameters in, a record and its files out; interrupted ones go on."""
 
+import contextlib
 import copy
 import functools
 import time
@@ -19,11 +20,14 @@ from explib.study import Dense, choose_masks, counts, dense_path, fresh, load_de
 
 
 def _alone(run):
-    """`run(params)` by one process at a time: the second waits, and finds the finished record."""
+    """`run(params)` once at a time: the second one waits, and finds the finished record."""
 
     @functools.wraps(run)
     def alone(params: Params) -> dict:
-        with locked(resolve(params.job_dir) / ".lock"):
+        distributed.start(tuning.device_of(params))
+        writes = distributed.rank() == 0
+        with locked(resolve(params.job_dir) / ".lock") if writes else contextlib.nullcontext():
+            distributed.wait()
             return run(params)
 
     return alone
@@ -91,7 +95,6 @@ class _Run:
 def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     """Device and data, and a folder that can be written: all there before any long work."""
     device = tuning.device_of(params)
-    distributed.start(device)
     data = load_data(params).to(device)
     tuning.pieces(data, params)
     _load_state(resolve(params.job_dir) / "state.safetensors", params)
