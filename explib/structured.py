@@ -5,6 +5,8 @@ it. As masks that is exactly the smaller dense network, so that fine-tuning, cou
 need nothing else.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -64,6 +66,34 @@ def filter_masks(
         fewer = going | {name: max(going[name] - 1, 0)}
         going = fewer if left(fewer) <= macs_left else going
     return masked(going)
+
+
+def whole_filters(masks: Masks) -> bool:
+    """Whether masks remove whole filters, and what reads them, and nothing else."""
+    lines = [mask.any(1, keepdim=True) & mask.any(0, keepdim=True) for mask in masks.values()]
+    return bool(masks) and all(map(torch.equal, lines, masks.values()))
+
+
+def narrowed(model: nn.Module, masks: Masks, image_size: int = 32) -> nn.Module:
+    """The smaller dense network that masks of `filter_masks` stand for, in evaluation mode.
+
+    Its outputs are those of the masked network. A copy: the model stays as it is. Filters that a
+    linear layer reads stay in their places, empty.
+    """
+    import torch_pruning as tp
+
+    small = copy.deepcopy(model).eval()
+    example = torch.zeros(1, 3, image_size, image_size)
+    graph = tp.DependencyGraph().build_dependency(small, example_inputs=example)
+    for name, mask in masks.items():
+        gone = (~mask.any(1)).nonzero().flatten().tolist()
+        if gone:
+            conv = small.get_submodule(name)
+            group = graph.get_pruning_group(conv, tp.prune_conv_out_channels, idxs=gone)
+            # a linear layer still reads what BatchNorm makes of an empty filter: a constant
+            if not any(isinstance(dep.target.module, nn.Linear) for dep, _ in group):
+                group.prune()
+    return small
 
 
 def _groups(model: nn.Module, image_size: int) -> dict[str, tuple[torch.Tensor, list[str]]]:

@@ -57,6 +57,34 @@ def test_it_is_the_smaller_dense_network():
     torch.testing.assert_close(masked(x), small(x))
 
 
+@pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn"])
+def test_narrowed_it_computes_what_the_masked_network_does(arch):
+    torch.manual_seed(0)
+    model = models.build(arch, 10)
+    for module in model.modules():  # biases, so that an empty filter is not nothing
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -1, 1)
+    convs = models.find_convs(model)
+    wanted = flops.macs(model, convs)["dense"] // 2
+    found = structured.filter_masks(model, wanted, convs)
+    masks.apply(model, found)
+    small = structured.narrowed(model, found)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+    left = flops.macs(small, models.find_convs(small))["dense"]
+    assert left <= wanted if arch == "resnet_56" else left < 1.02 * wanted
+    assert flops.macs(model, models.find_convs(model))["dense"] == 2 * wanted  # a copy
+
+
+def test_whole_filters_are_told_from_kernels():
+    model = models.build("resnet_56", 10)
+    convs = models.find_convs(model)
+    kernels = prune(model, 0.5, "random", convs=convs)
+    whole = structured.filter_masks(model, flops.macs(model, convs)["dense"] // 2, convs)
+    assert structured.whole_filters(whole)
+    assert not structured.whole_filters(kernels) and not structured.whole_filters({})
+
+
 def test_the_weakest_filters_go():
     torch.manual_seed(0)
     model = models.build("vgg_16_bn", 10)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from explib import flops, models, pruners, runtime, tables
+from explib import flops, models, pruners, runtime, structured, tables
 from explib import masks as masking
 from explib.files import ROOT, write_json
 from explib.masks import Masks
@@ -152,7 +152,11 @@ def by_density(
 
 
 def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE) -> list[dict]:
-    """One row per network of this project's checkpoints: its top-1 in per cent, and its speed."""
+    """One row per network of this project's checkpoints: its top-1 in per cent, and its speed.
+
+    kind: `dense`; `kernels`, run by the engine; or `filters`, pruned by whole filters, which torch
+    runs as the smaller dense network that it is.
+    """
     rows = []
     for path in sorted((ROOT / "results/checkpoints/cifar10").glob("*.safetensors")):
         state, masks, meta = masking.load_compact(path)
@@ -161,62 +165,14 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
         counts = flops.macs(model, find_convs(model), masks)
         row = {"name": meta["name"], "arch": meta["arch"], "top1": meta["top1"]}
         row["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
-        speeds = engine_speeds(model, images, seconds)
-        if not masks:
-            speeds |= dense_speeds(model, images, seconds, dense)
+        whole = structured.whole_filters(masks)
+        row["kind"] = "filters" if whole else "kernels" if masks else "dense"
+        speeds = {} if whole else engine_speeds(model, images, seconds)
+        if row["kind"] != "kernels":
+            network = structured.narrowed(model, masks) if whole else model
+            speeds |= dense_speeds(network, images, seconds, dense)
         rows.append(row | {"images_per_s": speeds})
     return rows
-
-
-def structured(
-    label: str,
-    arch: str = "resnet_56",
-    batch: int = 128,
-    seconds: float = 1.0,
-    dense: Sequence[str] = DENSE,
-) -> dict:
-    """The alternative: whole filters removed by torch-pruning until the MACs are as few.
-
-    As few as way B leaves at the published rates of this label. Only the convs inside the blocks
-    of a ResNet are narrowed: its shortcuts fix the others. The network is not trained, so that it
-    has a speed and no accuracy.
-    """
-    masked, masks = published(arch, label)
-    counts = flops.macs(masked, find_convs(masked), masks)
-    wanted = counts["left"]
-    low, high = 0.0, 0.95
-    for _ in range(12):  # the narrowest cut that meets the MACs, by halving
-        ratio = (low + high) / 2
-        model = _narrowed(fresh(arch), ratio)
-        found = flops.macs(model, find_convs(model))["left"]
-        low, high = (ratio, high) if found > wanted else (low, ratio)
-    model = _narrowed(fresh(arch), high)
-    found = flops.macs(model, find_convs(model))["left"]
-    images = torch.randn(batch, 3, 32, 32)
-    return {
-        "arch": arch,
-        "label": label,
-        "cut_pct": 100 * (1 - found / counts["dense"]),
-        "cut_pct_of_kernels": 100 * (1 - wanted / counts["dense"]),
-        "batch": batch,
-        "images_per_s": dense_speeds(model, images, seconds, dense),
-    }
-
-
-def _narrowed(model: nn.Module, ratio: float) -> nn.Module:
-    """A ResNet without `ratio` of the filters inside each block."""
-    outer = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "conv1" not in n]
-    import torch_pruning  # of the extra `test`; nothing else needs it
-
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        torch.zeros(1, 3, 32, 32),
-        importance=torch_pruning.importance.MagnitudeImportance(p=1),
-        pruning_ratio=ratio,
-        ignored_layers=[model.conv1, model.linear, *outer],
-    )
-    pruner.step()
-    return model
 
 
 def crossover(rows: list[dict], engine: str, dense: float) -> float | None:
@@ -239,7 +195,6 @@ def measure(archs: list[str]) -> dict:
         "networks": networks,
         "density": by_density(),
         "shipped": shipped(),
-        "structured": [structured(label) for label in ("resnet_56-53", "resnet_56-71")],
         "engine": runtime.compile(fresh("resnet_56"), torch.zeros(1, 3, 32, 32)).report,
         "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
         "provenance": provenance(),
