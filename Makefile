@@ -9,7 +9,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test]' && touch $@
+	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,slurm]' && touch $@
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 	$(WORKFLOW) study

@@ -6,8 +6,6 @@ import contextlib
 import os
 import sys
 
-import nbformat
-import papermill
 import yaml
 
 from explib import gpus
@@ -57,6 +55,9 @@ onstart:
 
 def execute(notebook, output, parameters):
     """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
+    import nbformat  # a second, for the processes that run a notebook only
+    import papermill
+
     executed = papermill.execute_notebook(notebook, None, parameters, progress_bar=False)
     write_text(output, nbformat.writes(executed) + "\n")
 

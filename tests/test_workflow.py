@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
 
@@ -47,6 +48,13 @@ class Folder:
         self.results = self.path / "results"
         for name in ("Snakefile", "notebooks", "params"):
             (self.path / name).symlink_to(ROOT / name)
+        self.environment = {
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self.path),
+            "XDG_CACHE_HOME": str(self.path),  # where the locks of GPUs are
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # whose list of fonts takes seconds to make
+            "CUDA_VISIBLE_DEVICES": "10,11",  # two to lock, and none that torch would find
+        }
 
     def start(self, profile: str, *options: str, notebooks=NOTEBOOKS, **environment):
         """Snakemake under way, in a process group of its own."""
@@ -56,9 +64,7 @@ class Folder:
         return subprocess.Popen(
             [*command, *options, *targets, "--config", *config, f"results_dir={self.results}"],
             cwd=self.path,
-            env=os.environ
-            | {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.path), "XDG_CACHE_HOME": str(self.path)}
-            | environment,
+            env=os.environ | self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -109,17 +115,19 @@ def test_two_workflows_at_once_share_the_work(whole):
     assert len(folder.outcome()) == 1 + 2 * 2 + 3  # dense; masks and weights; records
 
 
-def test_two_jobs_run_at_once(whole):
+def test_two_jobs_run_at_once_each_with_a_gpu_of_its_own(whole):
     one, two = (whole[0].executed(name).metadata.papermill for name in NOTEBOOKS)
     assert max(one.start_time, two.start_time) < min(one.end_time, two.end_time)
     assert not one.exception and not two.exception
+    locks = [path.stem for path in (whole[0].path / "explib").glob("gpu-*.lock")]
+    assert sorted(name.split("-")[-1] for name in locks) == ["10", "11"]
 
 
 def test_a_workflow_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp_path):
     folder, chance = Folder(tmp_path / "project"), random.Random(6)
     for _ in range(KILLS):
         process = folder.start("local", "--cores", "2")
-        time.sleep(chance.uniform(0, whole[2] / 2))
+        time.sleep(chance.uniform(0, 0.4 * whole[2]))
         os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
@@ -128,9 +136,7 @@ def test_a_workflow_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp
                 nbformat.validate(folder.executed(name))
     folder.finish(folder.start("local", "--cores", "2"))
     assert folder.outcome() == whole[0].outcome()
-    for name in NOTEBOOKS:
-        own, other = folder.executed(name), whole[0].executed(name)
-        assert [cell.source for cell in own.cells][2:] == [cell.source for cell in other.cells][2:]
+    assert not any(folder.executed(name).metadata.papermill.exception for name in NOTEBOOKS)
 
 
 def tool(folder: Path, name: str, script: str) -> None:
