@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
+from explib import distributed, models, study
 from explib import finetune as tuning
 from explib import masks as masking
-from explib import models, study
 from explib.data import load_data
 from explib.files import ROOT, load_tensors
-from explib.params import Params
+from explib.params import ParamError, Params
 
 FIXED = Params(
     arch="resnet_56",
@@ -139,7 +139,12 @@ def test_a_lost_worker_goes_on_from_the_last_checkpoint(two, tmp_path):
         assert torch.equal(weights(other)[name], tensor)
 
 
-def test_a_batch_that_cannot_be_divided_is_refused(start, tmp_path):
-    params = FIXED.replace(resume=str(start), results_dir=str(tmp_path), batch_size=63)
-    with pytest.raises(AssertionError, match="63 images cannot be divided among 2 processes"):
-        launch(params, 2)
+def test_a_batch_that_cannot_be_divided_is_refused(data, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert tuning.pieces(data, Params(batch_size=16)) == (1, 8)
+    assert tuning.pieces(data, Params(batch_size=16, micro_batch=2)) == (4, 2)
+    message = "batch_size: 15 images cannot be divided among 2 processes in pieces of 7; .* of 14"
+    with pytest.raises(ParamError, match=message):
+        tuning.pieces(data, Params(batch_size=15))
+    with pytest.raises(ParamError, match="at least 1; give a multiple of 2"):
+        tuning.pieces(data, Params(batch_size=1))
