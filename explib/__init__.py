@@ -26,8 +26,8 @@ _MODULE_OF = {
     "sparsity": "masks",
     "macs": "flops",
     "weights": "flops",
-    "evaluate": "finetune",
-    "reestimate_bn": "finetune",
+    "evaluate": "evaluation",
+    "reestimate_bn": "evaluation",
     "train": "finetune",
 }
 __all__ = list(_MODULE_OF)

@@ -6,8 +6,7 @@ and the test set is evaluated. Cheap, so that it can have several seeds: minutes
 
 import statistics
 
-from explib import finetune as tuning
-from explib import flops, study
+from explib import evaluation, flops, study
 from explib import masks as masking
 from explib.data import load_data
 from explib.files import ROOT, write_json
@@ -72,10 +71,10 @@ def _before(params: Params, data) -> tuple[float, int]:
     dense = study.load_dense(params)
     masks = study.choose_masks(params, dense)
     masking.apply(dense.model, masks)
-    tuning.reestimate_bn(dense.model, data, params.bn_images)
-    forward = tuning.forward_of(dense.model, params, "cpu", 0)
+    evaluation.reestimate_bn(dense.model, data, params.bn_images)
+    forward = evaluation.forward_of(dense.model, params, "cpu", 0)
     left = flops.macs(dense.model, dense.convs, masks)["left"]
-    return tuning.evaluate(dense.model, data, data.test, forward), left
+    return evaluation.evaluate(dense.model, data, data.test, forward), left
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from explib import distributed, records
+from explib import distributed, evaluation, records
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, load_data
@@ -24,7 +24,7 @@ def _alone(run):
 
     @functools.wraps(run)
     def alone(params: Params) -> dict:
-        distributed.start(tuning.device_of(params))
+        distributed.start(evaluation.device_of(params))
         writes = distributed.rank() == 0
         with locked(resolve(params.job_dir) / ".lock") if writes else contextlib.nullcontext():
             distributed.wait()
@@ -51,7 +51,7 @@ def _baseline(params: Params) -> dict:
     network = load_dense(params) if params.resume else fresh(params)
     device, data = _begin(params, network)
     if params.resume:
-        top1 = tuning.evaluate(network.model, data, data.test)
+        top1 = evaluation.evaluate(network.model, data, data.test)
         run = _Run(top1={"dense": top1, "before": top1})
     else:
         run = _train(params, network, data, device, stages=[[]])
@@ -94,7 +94,7 @@ class _Run:
 
 def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     """Device and data, and a folder that can be written: all there before any long work."""
-    device = tuning.device_of(params)
+    device = evaluation.device_of(params)
     data = load_data(params).to(device)
     tuning.pieces(data, params)
     _load_state(resolve(params.job_dir) / "state.safetensors", params)
@@ -129,12 +129,12 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     pruning = stages != [[]]
     images = params.epochs * len(stages) * len(data.train)
     if pruning and not state:
-        run.top1["dense"] = tuning.evaluate(dense.model, data, data.test)
+        run.top1["dense"] = evaluation.evaluate(dense.model, data, data.test)
     teacher = None
     if pruning and params.distill:
         unpruned = copy.deepcopy(dense.model).eval()
-        teacher = tuning.forward_of(unpruned, params, device, images)
-    forward = tuning.forward_of(dense.model, params, device, images)
+        teacher = evaluation.forward_of(unpruned, params, device, images)
+    forward = evaluation.forward_of(dense.model, params, device, images)
     for stage, names in enumerate(stages):
         resume = None
         if state and stage < state["stage"]:
@@ -146,8 +146,8 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
             run.masks.update(choose_masks(params, dense, names))
             if not params.fade_epochs:
                 masking.apply(dense.model, run.masks)
-            tuning.reestimate_bn(dense.model, data, params.bn_images)
-            run.top1.setdefault("before", tuning.evaluate(dense.model, data, data.test))
+            evaluation.reestimate_bn(dense.model, data, params.bn_images)
+            run.top1.setdefault("before", evaluation.evaluate(dense.model, data, data.test))
         label = params.name if len(stages) == 1 else f"{params.name} {stage + 1}/{len(stages)}"
         began = time.perf_counter() - run.wall_s
         epochs = tuning.train(
@@ -178,7 +178,7 @@ def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str)
     images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
     origin = records.provenance(device)
     hardware = origin.pop("hardware") | {
-        "precision": tuning.precision_of(params, device),
+        "precision": evaluation.precision_of(params, device),
         "processes": distributed.world(),
     }
     return {

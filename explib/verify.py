@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from explib.data import load_data
+from explib.evaluation import evaluate
 from explib.files import ROOT
-from explib.finetune import evaluate
 from explib.params import Params
 from explib.study import load_network
 

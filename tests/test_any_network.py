@@ -9,8 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import explib
-from explib import finetune as tuning
-from explib import flops, masks, pruners
+from explib import evaluation, flops, masks, pruners
 from explib.params import Params
 
 # convs, those of them that are grouped (depthwise or not), those that way A can order
@@ -86,7 +85,7 @@ def test_way_b_prunes_trains_and_saves_it(found, make_data, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        forward = tuning.forward_of(model, params, "cpu", 16)
+        forward = evaluation.forward_of(model, params, "cpu", 16)
         ((entry, _),) = explib.train(model, data, params, chosen, forward=forward)
     assert masks.held(model, chosen) and entry["images_per_s"] > 0
     assert any(not torch.equal(before[k], v) for k, v in model.named_parameters())

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from explib import evaluation, models, records, runs, study
 from explib import finetune as tuning
 from explib import masks as masking
-from explib import models, records, runs, study
 from explib.data import load_data
 from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import ParamError, Params, from_yaml
@@ -92,7 +92,7 @@ class TestBaseline:
         assert records.read_all(params.results_dir, "digits") == [as_json(found)]
         dense = study.load_dense(params)
         data = load_data(params)
-        assert tuning.evaluate(dense.model, data, data.test) == found["accuracy"]["last"]
+        assert evaluation.evaluate(dense.model, data, data.test) == found["accuracy"]["last"]
         assert dense.checkpoint == "resnet_56.safetensors" and len(dense.sha256) == 64
 
     def test_with_resume_evaluates_that_checkpoint(self, trained, tmp_path):
@@ -101,7 +101,7 @@ class TestBaseline:
         found = runs.baseline(trained.replace(resume=str(moved)))
         data = load_data(trained)
         model = study.load_dense(trained.replace(resume=str(moved))).model
-        assert found["accuracy"]["last"] == tuning.evaluate(model, data, data.test)
+        assert found["accuracy"]["last"] == evaluation.evaluate(model, data, data.test)
         assert found["history"] == [] and not own.exists()
         assert found["provenance"]["checkpoint"] == "moved.safetensors"
 
@@ -140,7 +140,7 @@ class TestFinetune:
         assert left == {name: int((~mask).sum()) for name, mask in masks.items()}
         data = load_data(trained)
         # the file is of half precision: one of 40 images may go the other way
-        top1 = tuning.evaluate(model, data, data.test)
+        top1 = evaluation.evaluate(model, data, data.test)
         assert abs(top1 - found["accuracy"]["last"]) <= 100 / 40
         curve = [entry["top1"] for entry in found["history"]]
         assert found["accuracy"]["best"] == max(curve) and found["accuracy"]["last"] == curve[-1]
@@ -389,7 +389,7 @@ class TestClassFolders:
         assert meta["num_classes"] == 12 and model.linear.out_features == 12
         assert masking.held(model, masks)
         data = load_data(images)
-        again = tuning.accuracy(model.half().float(), data, data.test)
+        again = evaluation.accuracy(model.half().float(), data, data.test)
         assert again["top1"] == pytest.approx(found["accuracy"]["last"], abs=5)
 
     def test_interrupted_it_goes_on_bit_for_bit(self, images, monkeypatch, tmp_path):
@@ -413,7 +413,7 @@ class TestPublicCheckpoint:
         params = Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
         data = load_data(params)
         model = public.model.to(memory_format=torch.channels_last)
-        assert tuning.evaluate(model, data, data.test) == 93.39
+        assert evaluation.evaluate(model, data, data.test) == 93.39
 
     def test_is_what_the_configurations_start_from(self):
         params = from_yaml("params/cifar10/resnet_56-B-53.yaml")

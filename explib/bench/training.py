@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from explib import evaluation
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, Split, load_data
@@ -103,7 +104,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     Rows: network, device, precision, batch_size, task, loop, images_per_s (median of the rounds),
     loss (of the last round; as many steps for both loops, from the same weights).
     """
-    device = tuning.device_of(params)
+    device = evaluation.device_of(params)
     torch.manual_seed(0)
     models = {loop: build(arch, 10) for loop in ("plain", "ours")}
     models["ours"].load_state_dict(models["plain"].state_dict())
@@ -119,7 +120,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     models["ours"].to(memory_format=torch.channels_last)
     params = params.replace(arch=arch, epochs=rounds + 1, nesterov=False, lr_schedule="step")
     images = 10**9 if params.compile == "on" else 0
-    forward = tuning.forward_of(models["ours"], params, device, images)
+    forward = evaluation.forward_of(models["ours"], params, device, images)
     epochs = tuning.train(models["ours"], on_device, params, masks, forward=forward)
     seconds, losses = defaultdict(list), {}
     for _ in range(rounds + 1):  # the first of each only warms up
@@ -133,7 +134,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
         taken, _ = timed(lambda: plain_evaluate(models["plain"], test_loader, device))
         seconds["evaluate", "plain"].append(taken)
         taken, _ = timed(
-            lambda: tuning.evaluate(models["ours"], on_device, on_device.test, forward)
+            lambda: evaluation.evaluate(models["ours"], on_device, on_device.test, forward)
         )
         seconds["evaluate", "ours"].append(taken)
     epochs.close()
@@ -144,7 +145,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     setting = {
         "network": arch,
         "device": device,
-        "precision": tuning.precision_of(params, device),
+        "precision": evaluation.precision_of(params, device),
         "compile": params.compile,
         "batch_size": params.batch_size,
     }
@@ -162,12 +163,12 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
 
 def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     """Images/s of our training loop by itself, the first epoch left out; half pruned or dense."""
-    device = tuning.device_of(params)
+    device = evaluation.device_of(params)
     torch.manual_seed(0)
     model = build(arch, 10).to(device, memory_format=torch.channels_last)
     masks = prune(model, 0.5, "B") if masked else {}
     params = params.replace(arch=arch)
-    forward = tuning.forward_of(model, params, device, 10**9 if params.compile == "on" else 0)
+    forward = evaluation.forward_of(model, params, device, 10**9 if params.compile == "on" else 0)
     entries = [e for e, _ in tuning.train(model, data.to(device), params, masks, forward=forward)]
     return statistics.median(entry["images_per_s"] for entry in entries[1:])
 
@@ -188,7 +189,7 @@ def together(arch: str, data: Data, params: Params, processes: int) -> float:
 
 def measure(params: Params, rounds: int = 3):
     """Yields rows: plain loop and ours on both networks, and on a GPU what else may be faster."""
-    data, device = load_data(params), tuning.device_of(params)
+    data, device = load_data(params), evaluation.device_of(params)
     for arch in NETWORKS:
         yield from training(arch, data, params, rounds)
     params = params.replace(epochs=4)
@@ -222,7 +223,7 @@ def main(params: Params | None = None, rounds: int = 3) -> Path:
     """Measure, print and write; returns the file. By default on CIFAR-10, on a CPU a part of it."""
     few = {} if torch.cuda.is_available() else {"limit_train": 2048, "limit_test": 2048}
     params = params or Params(dataset="cifar10", distill=0.0, lr=0.01, **few)
-    device = tuning.device_of(params)
+    device = evaluation.device_of(params)
     path, rows = ROOT / f"results/bench/training-{device}.json", []
     for row in measure(params, rounds):
         rows.append(row)

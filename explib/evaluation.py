@@ -1,0 +1,132 @@
+"""How a network runs on this machine, how well it does, and the statistics it needs for that."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from explib import distributed
+from explib.data import Data, eval_batches
+from explib.fused import fuse
+from explib.params import Params
+from explib.splits import Folders, Split
+
+
+def device_of(params: Params) -> str:
+    """`cpu` or `cuda`. ValueError where CUDA is asked for and is not there."""
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' but torch sees no CUDA device; use 'cpu' or 'auto'")
+    if params.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return params.device
+
+
+def precision_of(params: Params, device: str) -> str:
+    """`bf16` or `fp32`: what was asked for, by default bf16 where this machine is faster in it."""
+    if params.precision != "auto":
+        return params.precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _bf16_wins() else "fp32"
+
+
+@functools.cache
+def _bf16_wins() -> bool:
+    """Whether a convolution, forward and backward, is clearly faster in bf16 on this CPU.
+
+    Measured once, since a CPU may well take bf16 and compute it in fp32 with conversions.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    best = {}
+    for kind in (torch.float32, torch.bfloat16) * 4:
+        image, weight = torch.ones(32, 64, 16, 16, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
+        image = image.contiguous(memory_format=torch.channels_last).requires_grad_()
+        started = time.perf_counter()
+        F.conv2d(image, weight.requires_grad_(), padding=1).sum().backward()
+        seconds = time.perf_counter() - started
+        best[kind] = min(seconds, best.get(kind, seconds))
+    return best[torch.bfloat16] < 0.8 * best[torch.float32]
+
+
+COMPILE_FROM = 3_000_000
+"""Training images from which torch.compile repays its minute on a GPU. On a CPU it never does: the
+fused passes are as fast on ResNet-56 and faster on VGG-16, at once."""
+
+
+def forward_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:
+    """The model as it runs fastest, in the run's precision: images in, fp32 logits out.
+
+    images: how many the run will train on, which decides whether compiling pays.
+    """
+    long = device == "cuda" and images >= COMPILE_FROM
+    if params.compile == "on" or (params.compile == "auto" and long):
+        network = torch.compile(model, dynamic=False)
+    elif params.compile == "auto" and device == "cpu":
+        network = fuse(model)
+    else:
+        network = model
+    enabled = precision_of(params, device) == "bf16"
+
+    def forward(x):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            return network(x).float()
+
+    return forward
+
+
+def evaluate(
+    model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
+) -> float:
+    """Top-1 accuracy in per cent, total correct over total images; fp32 unless `forward` is given.
+
+    The model is left in evaluation mode.
+    """
+    return accuracy(model, data, split, forward)["top1"]
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
+) -> dict[str, float]:
+    """{"top1"} in per cent, and {"top5"} where there are more than ten classes; see `evaluate`."""
+    model.eval()
+    # of ten classes, five at a time say little
+    ks = (1, 5) if len(data.classes) > 10 else (1,)
+    correct = torch.zeros(len(ks), dtype=torch.int64, device=split.labels.device)
+    share = split.take(slice(distributed.rank(), None, distributed.world()))
+    for images, labels in eval_batches(share, data):
+        logits = (forward or model)(images)
+        best = logits.topk(5).indices if 5 in ks else logits.argmax(1, keepdim=True)
+        hits = best == labels[:, None]
+        correct += torch.stack([hits[:, :k].sum() for k in ks])
+    found = distributed.sum_over_ranks(correct).tolist()
+    return {f"top{k}": 100 * count / len(split) for k, count in zip(ks, found, strict=True)}
+
+
+@torch.no_grad()
+def reestimate_bn(model: nn.Module, data: Data, images: int, batch_size: int = 256) -> None:
+    """Replace BatchNorm statistics by those of the first `images` training images, in fp32.
+
+    Masks shift every activation's mean; until the statistics follow, accuracy is near chance.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    images = min(images, len(data.train))
+    if not norms or not images:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average over batches
+    model.train()
+    # batches of nearly equal size, since each counts alike in the average
+    batch_size = math.ceil(images / math.ceil(images / batch_size))
+    for part, _ in eval_batches(data.train.first(images), data, batch_size):
+        model(part)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
