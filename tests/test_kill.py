@@ -1,0 +1,101 @@
+"""A fine-tuning that is killed at random moments ends as one that was left alone.
+
+Each life of a run is a process of its own, forked from one that has loaded everything, so that
+being born costs nothing and most deaths fall into the work.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from explib import runs
+from explib.files import ROOT, load_tensors, resolve
+from explib.params import Params
+from tests.test_runs import untimed
+
+KILLS = 10  # of each schedule, at least
+LIVES = """
+import json, os, random, signal, sys, time
+import torch
+from explib import data, models, runs
+from explib.params import Params
+
+torch.set_num_threads(1)  # no threads before a fork
+models.ARCHS["resnet_56"] = models.Arch(lambda num_classes: models.resnet.build(num_classes, 8))
+chance, changes, wanted = random.Random(0), json.loads(sys.argv[1]), int(sys.argv[2])
+
+def life(params, seconds):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        runs.finetune(params)
+        os._exit(0)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+whole = Params(**changes)
+began = time.monotonic()
+assert not life(whole, 300)
+took = time.monotonic() - began
+kills, killed = 0, 0
+while killed < wanted:
+    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{kills}")
+    while life(params, took * chance.uniform(0.02, 0.9)):
+        kills += 1
+        assert kills < 200, "it never gets anywhere"
+    killed = kills
+    print(json.dumps({"job_dir": params.job_dir, "kills": kills}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"epochs": 6, "compress_rate": "[0.5]"},
+        {"epochs": 1, "compress_rate": "[0.0]+[0.5]*6", "schedule": "layerwise"},
+    ],
+    ids=["oneshot", "layerwise"],
+)
+def test_killed_at_random_moments_it_ends_as_if_left_alone(tmp_path, resnet_8, schedule):
+    params = Params(
+        results_dir=str(tmp_path),
+        limit_train=128,
+        limit_test=40,
+        batch_size=32,
+        bn_images=32,
+        device="cpu",
+        precision="fp32",
+        compile="off",
+        threads=1,
+    )
+    runs.baseline(params.replace(epochs=1))
+    params = params.replace(**schedule)
+    changes = {k: v for k, v in params.asdict().items() if v != getattr(Params(), k)}
+    done = subprocess.run(
+        [sys.executable, "-c", LIVES, json.dumps(changes), str(KILLS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    broken = [json.loads(line) for line in done.stdout.splitlines()]
+    assert broken[-1]["kills"] >= KILLS
+    whole = resolve(params.job_dir)
+    wanted = json.loads((whole / "record.json").read_text())
+    for run in broken:
+        folder = resolve(run["job_dir"])
+        assert untimed(json.loads((folder / "record.json").read_text())) == untimed(wanted)
+        for name in ("masks.safetensors", "model.safetensors"):  # weights in fp16, but bit for bit
+            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        left = {path.name for path in folder.iterdir() if path.name != ".lock"}
+        assert left == {"params.json", "record.json", "masks.safetensors", "model.safetensors"}
+    assert load_tensors(whole / "model.safetensors")[0]
