@@ -4,7 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 WORKFLOW := $(BIN)/snakemake --profile params/profiles/local
 
-.PHONY: help study test test-browser reproduce tables report verify lab bench
+.PHONY: help study test test-browser audit reproduce tables report verify lab bench
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -23,6 +23,9 @@ test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; inst
 		{ echo 'test-browser: no chromium here and no apt-get as root to install it; install chromium'; exit 1; }
 	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y chromium >/dev/null; }
 	$(BIN)/pytest -m browser tests/test_browser.py
+
+audit: .venv/ready  ## known vulnerabilities of the packages installed, where the database can be reached
+	$(BIN)/pytest -m audit -rs tests/test_security.py
 
 reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours without a GPU
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
