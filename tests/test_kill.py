@@ -4,18 +4,32 @@ Each life of a run is a process of its own, forked from one that has loaded ever
 being born costs nothing and most deaths fall into the work.
 """
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from explib import finetune as tuning
 from explib import runs
 from explib.files import ROOT, load_tensors, resolve
 from explib.params import Params
 from tests.test_runs import untimed
 
 KILLS = 10  # of each schedule, at least
+PARAMS = Params(
+    limit_train=128,
+    limit_test=40,
+    batch_size=32,
+    bn_images=32,
+    device="cpu",
+    precision="fp32",
+    compile="off",
+    threads=1,
+)
 LIVES = """
 import json, os, random, signal, sys, time
 import torch
@@ -65,19 +79,8 @@ while killed < wanted:
     ids=["oneshot", "layerwise"],
 )
 def test_killed_at_random_moments_it_ends_as_if_left_alone(tmp_path, resnet_8, schedule):
-    params = Params(
-        results_dir=str(tmp_path),
-        limit_train=128,
-        limit_test=40,
-        batch_size=32,
-        bn_images=32,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-        threads=1,
-    )
-    runs.baseline(params.replace(epochs=1))
-    params = params.replace(**schedule)
+    runs.baseline(PARAMS.replace(results_dir=str(tmp_path), epochs=1))
+    params = PARAMS.replace(results_dir=str(tmp_path), **schedule)
     changes = {k: v for k, v in params.asdict().items() if v != getattr(Params(), k)}
     done = subprocess.run(
         [sys.executable, "-c", LIVES, json.dumps(changes), str(KILLS)],
@@ -99,3 +102,74 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(tmp_path, resnet_8, s
         left = {path.name for path in folder.iterdir() if path.name != ".lock"}
         assert left == {"params.json", "record.json", "masks.safetensors", "model.safetensors"}
     assert load_tensors(whole / "model.safetensors")[0]
+
+
+class TestWhatHappensToTheDisk:
+    @pytest.fixture
+    def trained(self, tmp_path, resnet_8):
+        params = PARAMS.replace(results_dir=str(tmp_path), epochs=3)
+        runs.baseline(params.replace(epochs=1))
+        return params
+
+    @pytest.fixture
+    def after_an_epoch(self, monkeypatch):
+        """Calls what it is given once the first epoch is saved."""
+
+        def after(call):
+            original, saved = runs._save_state, []
+
+            def save_then_call(*args):
+                original(*args)
+                saved.append(1)
+                if len(saved) == 1:
+                    call()
+
+            monkeypatch.setattr(runs, "_save_state", save_then_call)
+
+        return after
+
+    def test_a_full_disk_is_one_line_and_what_was_saved_goes_on(
+        self, trained, tmp_path, monkeypatch, after_an_epoch
+    ):
+        whole = runs.finetune(trained)
+        broken = trained.replace(job_dir=str(tmp_path / "broken"))
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            after_an_epoch(lambda: patch.setattr(os, "fsync", full))
+            with pytest.raises(OSError, match=r"cannot write .*state\.safetensors .No space left"):
+                runs.finetune(broken)
+        state = load_tensors(tmp_path / "broken/state.safetensors")[1]
+        assert state["epoch"] == 1
+        left = {path.name for path in (tmp_path / "broken").iterdir()}
+        assert left == {".lock", "params.json", "state.safetensors"}
+        assert untimed(runs.finetune(broken)) == untimed(whole)
+
+    def test_results_that_are_removed_meanwhile_are_made_anew(
+        self, trained, tmp_path, after_an_epoch
+    ):
+        after_an_epoch(lambda: shutil.rmtree(tmp_path / "runs"))
+        found = runs.finetune(trained)
+        assert len(found["history"]) == 3
+        assert (resolve(trained.job_dir) / "model.safetensors").is_file()
+
+    @pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("chattr"), reason="root, no chattr")
+    def test_a_folder_that_cannot_be_written_is_one_line_before_any_work(
+        self, trained, tmp_path, monkeypatch
+    ):
+        locked = tmp_path / "locked"
+        locked.mkdir()
+        if os.geteuid() == 0:  # root may write where modes say no
+            if subprocess.run(["chattr", "+i", locked], capture_output=True).returncode:
+                pytest.skip("this file system has no immutable folders")
+        else:
+            locked.chmod(0o500)
+        monkeypatch.setattr(tuning, "train", None)
+        try:
+            with pytest.raises(OSError, match=r"cannot write .*locked"):
+                runs.finetune(trained.replace(job_dir=str(locked / "job")))
+        finally:
+            if os.geteuid() == 0:
+                subprocess.run(["chattr", "-i", locked], check=True)
