@@ -23,7 +23,7 @@ TEMPERATURE = 4.0
 
 
 class Diverged(RuntimeError):
-    """The loss is NaN or infinite: the message says in which epoch and at what learning rate."""
+    """Loss or weights are not finite: the message says in which step and at what learning rate."""
 
 
 def lr_at(params: Params, epoch: float) -> float:
@@ -62,7 +62,8 @@ def train(
     instead of vanishing at once. Under torchrun every rank calls this with the same arguments, and
     computes its share of each batch.
 
-    Raises Diverged at the end of an epoch whose loss is not finite; the model is then worthless.
+    Raises Diverged at the end of an epoch in which loss or weights ceased to be finite; the model
+    is then worthless.
     """
     masks = masks or {}
     fade = params.fade_epochs if masks else 0
@@ -106,15 +107,18 @@ def train(
             step = _recorded(step, model, optimizer, next(_steps(data, params, 0)))
         for epoch in range(first, params.epochs):
             started = time.perf_counter()
-            loss, hits, count = _epoch(step, model, data, params, masks, optimizer, epoch, bar)
+            course, count = _epoch(step, model, data, params, masks, optimizer, epoch, bar)
             seconds = time.perf_counter() - started
             lr = float(optimizer.param_groups[0]["lr"])
-            if not math.isfinite(loss):
-                raise Diverged(
-                    f"{label or 'training'}: loss is {loss} in epoch {epoch + 1} at learning rate "
-                    f"{lr:.2g}; use a smaller lr"
-                )
             distributed.from_rank_0(model.buffers())
+            if broken := _broken(course, model):
+                number, what = broken
+                rate = lr_at(params, epoch + number / steps)
+                raise Diverged(
+                    f"{label or 'training'}: {what} in epoch {epoch + 1}, step {number + 1} of "
+                    f"{steps}, at learning rate {rate:.2g}; use a smaller lr"
+                )
+            loss, hits = course.sum(0).tolist()
             # the last epoch is the result: measured in fp32, whatever the training's precision
             last = epoch + 1 == params.epochs
             found = accuracy(model, data, data.test, None if last else forward)
@@ -232,25 +236,37 @@ def _recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -
 
 
 def _epoch(step, model, data, params, masks, optimizer, epoch, bar):
-    """One epoch of steps; returns (sum of losses, hits, images), read from the device once."""
+    """One epoch; returns its course, float64 (steps, 2), and how many images it showed.
+
+    course: each step's sum of losses and hits, read from the device once.
+    """
     _train_mode(model, params)
     group = optimizer.param_groups[0]
     steps = batches_per_epoch(data, params.batch_size)
     fade = params.fade_epochs if masks else 0
-    total = torch.zeros(2, device=data.train.labels.device)
+    course = torch.zeros(steps, 2, device=data.train.labels.device)
     for number, parts in enumerate(_steps(data, params, epoch)):
         lr = lr_at(params, epoch + number / steps)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-        total += step(parts)
+        course[number] = step(parts)
         left = (fade - epoch) * steps - number  # steps of fading to go, this one included
         if left > 0:
             _shrink(model, masks, optimizer, (left - 1) / left)
         bar.update()
-    loss, hits = distributed.sum_over_ranks(total).tolist()
-    return loss, hits, steps * min(params.batch_size, len(data.train))
+    course = distributed.sum_over_ranks(course).cpu().double()
+    return course, steps * min(params.batch_size, len(data.train))
+
+
+def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:
+    """The first step after which nothing is worth anything, and why; None if all is finite."""
+    steps = (~course[:, 0].isfinite()).nonzero()
+    if len(steps):
+        return int(steps[0]), f"loss is {float(course[steps[0], 0])}"
+    finite = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()])
+    return None if finite.all() else (len(course) - 1, "weights are not finite")
 
 
 def _loss(logits, labels, params, teacher, images):

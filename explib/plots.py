@@ -374,7 +374,9 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
         figures["published_vs_true"] = published_vs_true()
-    tuned = frame[frame["kind"] == "finetune"] if not frame.empty else frame
+    tuned = frame
+    if not frame.empty:  # what diverged is no result, in no figure
+        tuned = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
         runs = tuned[tuned["arch"] == arch]
         figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")

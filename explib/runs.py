@@ -159,12 +159,13 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
                 run.history.append({**entry, "stage": stage})
                 run.wall_s = time.perf_counter() - began
                 _save_state(path, params, dense, run, stage, progress)
-        except tuning.Diverged:
+        except tuning.Diverged as error:
             record = _record(
                 params, dense, data, run, device, "finetune" if pruning else "baseline"
             )
             if distributed.rank() == 0:
-                records.write(record | {"status": "diverged"}, params.results_dir)
+                record |= {"status": "diverged", "error": str(error)}
+                records.write(record, params.results_dir)
             raise
     return run
 

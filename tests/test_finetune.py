@@ -178,11 +178,29 @@ class TestTrain:
         assert len(run(net, data, params, masks)) == 2 and masking.held(net, masks)
 
     def test_diverged_says_when_and_at_what_rate(self, net, data):
-        with pytest.raises(
-            tuning.Diverged, match=r"here: loss is nan .* use a smaller lr"
-        ) as error:
-            run(net, data, PARAMS.replace(lr=100.0, epochs=60, weight_decay=1.0), label="here")
-        assert "\n" not in str(error.value) and "in epoch" in str(error.value)
+        said = (
+            r"^here: loss is nan in epoch 2, step 2 of 3, at learning rate 0\.05; use a smaller lr$"
+        )
+        original, seen = tuning.train_batch, []
+
+        def poisoned(*args):
+            seen.append(1)
+            images, labels = original(*args)
+            return images * (math.nan if len(seen) == 5 else 1), labels
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(tuning.Diverged, match=said):
+            patch.setattr(tuning, "train_batch", poisoned)
+            run(net, data, PARAMS.replace(lr_schedule="step"), label="here")
+
+    def test_a_rate_that_is_too_high_diverges(self, net, data):
+        with pytest.raises(tuning.Diverged, match=r"training: .* use a smaller lr"):
+            run(net, data, PARAMS.replace(lr=100.0, epochs=60, weight_decay=1.0))
+
+    def test_weights_that_only_the_last_step_broke_are_no_result(self, net, data):
+        params = PARAMS.replace(epochs=1, batch_size=48)
+        net[-1].weight.register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(tuning.Diverged, match="weights are not finite in epoch 1, step 1 of 1"):
+            run(net, data, params)
 
 
 class TestFade:

@@ -87,6 +87,17 @@ def test_build_draws_what_the_records_allow(tmp_path):
     }
 
 
+def test_a_run_that_diverged_is_in_no_figure(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    built = {path.name: path.read_bytes() for path in plots.build(tmp_path, "cifar10")}
+    for seed, way in enumerate(("A", "B", "random", "l1")):
+        record(tmp_path, 99.0, "diverged", seed=seed, pruning_way=way, name=f"lost-{way}")
+    record(tmp_path, 99.0, "diverged", kind="baseline")
+    again = {path.name: path.read_bytes() for path in plots.build(tmp_path, "cifar10")}
+    assert again == built
+
+
 def test_every_figure_that_is_built_says_what_to_see(tmp_path):
     record(tmp_path, 92.0)
     record(tmp_path, 91.0, pruning_way="random")

@@ -211,11 +211,16 @@ class TestFinetune:
 
     def test_a_run_that_diverges_leaves_a_record_that_says_so(self, trained):
         params = trained.replace(lr=100.0, epochs=30, weight_decay=1.0, distill=0.0)
-        with pytest.raises(tuning.Diverged, match="use a smaller lr"):
+        with pytest.raises(tuning.Diverged, match="use a smaller lr") as caught:
             runs.finetune(params)
         found = {r["status"]: r for r in records.read_all(trained.results_dir, "digits")}
-        assert set(found) == {"done", "diverged"} and len(found["diverged"]["history"]) < 30
-        assert not (study.resolve(params.job_dir) / "record.json").exists()
+        lost, folder = found["diverged"], study.resolve(params.job_dir)
+        assert set(found) == {"done", "diverged"} and 0 < len(lost["history"]) < 30
+        assert lost["error"] == str(caught.value)
+        assert not (folder / "record.json").exists()
+        tensors, last_good = load_tensors(folder / "state.safetensors")
+        assert last_good["epoch"] == len(lost["history"])
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 class TestJobDir:
