@@ -37,7 +37,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
-    shown = False
+    shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
     for _, run in runs[::-1].iterrows():
         key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
         style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
@@ -48,10 +48,12 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
             label=None if shown else "measured here (hollow: L1 survivors)",
         )  # fmt: skip
         shown = True
+        cut = 100 * (1 - run["macs"] / run["macs_dense"])
+        beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
         axes.annotate(
-            f"{WAY_NAMES[key]} {run['last']:.2f}", (100 * (1 - run["macs"] / run["macs_dense"]),
-            run["last"]), xytext=(10, -3), textcoords="offset points", fontsize=8.5,
-            color=WAY_COLOURS[key[0]],
+            f"{WAY_NAMES[key]} {run['last']:.2f}", (cut, run["last"]), color=WAY_COLOURS[key[0]],
+            xytext=(-10 if beside else 10, -3), ha="right" if beside else "left", fontsize=8.5,
+            textcoords="offset points",
         )  # fmt: skip
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
