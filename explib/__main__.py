@@ -277,10 +277,10 @@ def tables(results_dir, dataset, as_json):
     """Write every table and figure that the records allow; prints the tables' paths."""
 
     def work():
-        from explib import plots
+        from explib import figures
         from explib import tables as making
 
-        written = making.build(results_dir, dataset) + plots.build(results_dir, dataset)
+        written = making.build(results_dir, dataset) + figures.build(results_dir, dataset)
         return [str(path) for path in written]
 
     _run(work, as_json, "\n".join)

@@ -10,9 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from explib import records, tables
-from explib.files import resolve, write_bytes
-from explib.render import NAMES, WAY_NAMES
+from explib.files import write_bytes
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
@@ -197,120 +195,6 @@ def curves(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-@_style
-def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
-    """Top-1 against the cut of multiply-adds: measured, published and of other methods."""
-    figure, axes = _figure(7, 5.6)
-    published = tables.published()
-    rows = published["rows"][published["rows"]["arch"] == arch]
-    for way, marker in (("A", "s"), ("B", "D")):
-        top1 = [cell[way] for cell in rows["top1_pct"]]
-        axes.hlines(top1, rows["true_cut_pct"], rows["cut_pct"], color="#CCCCCC", linewidth=1)
-        axes.plot(rows["cut_pct"], top1, marker, color=WAY_COLOURS[way], markerfacecolor="none",
-                  markersize=6, alpha=0.6)  # fmt: skip
-        axes.plot(rows["true_cut_pct"], top1, marker, color=WAY_COLOURS[way], markersize=6,
-                  alpha=0.6, label=f"published, way {way} (hollow: as claimed)")  # fmt: skip
-    others = published["others"][published["others"]["arch"] == arch]
-    axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
-              label="other methods, as they claim")  # fmt: skip
-    # names to the right of their crosses, of close ones around them in turn
-    around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
-    for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
-        right = (others["cut_pct"] - other["cut_pct"]).between(0.01, 3)
-        crowded = right & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
-        offset, side = around[i % 4 if crowded.any() else 0]
-        axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
-                      textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
-    runs = _best_of(frame, arch)
-    shown = set()
-    for _, run in runs[::-1].iterrows():
-        key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
-        style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
-        axes.errorbar(
-            100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
-            yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
-            color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if shown else "measured here (hollow: L1 survivors)",
-        )  # fmt: skip
-        if key not in shown:
-            axes.annotate(
-                f"{WAY_NAMES[key]} {run['last']:.2f}", (100 * (1 - run["macs"] / run["macs_dense"]),
-                run["last"]), xytext=(11, -3), textcoords="offset points", fontsize=9,
-                color=WAY_COLOURS[key[0]],
-            )  # fmt: skip
-        shown.add(key)
-    axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
-    axes.set_title(f"{NAMES[arch]}: accuracy against cut")
-    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
-    axes.margins(x=0.09, y=0.08)
-    return figure
-
-
-@_style
-def published_vs_true() -> Figure:
-    """The published cut of every row against the true one."""
-    rows = tables.published()["rows"].iloc[::-1]
-    figure, axes = _figure(6.5, 4.6)
-    place = np.arange(len(rows))
-    axes.hlines(place, rows["true_cut_pct"], rows["cut_pct"], color="#BBBBBB", linewidth=2)
-    axes.plot(rows["true_cut_pct"], place, "o", color=BLUE, label="true")
-    axes.plot(rows["cut_pct"], place, "o", color=RED, markerfacecolor="white", label="published")
-    for y, (_, row) in zip(place, rows.iterrows(), strict=True):
-        axes.annotate(f"{row['true_cut_pct'] - row['cut_pct']:+.2f}", (row["true_cut_pct"], y),
-                      xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
-                      fontsize=8.5, color="#333333")  # fmt: skip
-    axes.set_yticks(
-        place, [f"{NAMES[r['arch']]}, {r['cut_pct']:.1f} %" for _, r in rows.iterrows()]
-    )
-    axes.set(xlabel="FLOPs or multiply-adds removed, %")
-    axes.set_title("Every published cut is overstated (difference in points)")
-    axes.legend(ncols=2, loc="lower right", fontsize=9)
-    axes.margins(x=0.12)
-    axes.grid(axis="y", visible=False)
-    return figure
-
-
-@_style
-def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
-    """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
-    runs = _best_of(frame, arch, usual)
-    if len(runs) < 2:
-        return None
-    rates = list(dict.fromkeys(runs["compress_rate"]))
-    figure, axes = _figure(6.8, 1.3 + 0.42 * len(runs))
-    runs = runs.assign(cut=100 * (1 - runs["macs"] / runs["macs_dense"]))
-    runs = runs.sort_values(["compress_rate", "last"], key=lambda c: c if c.name == "last" else
-                            c.map(rates.index))  # fmt: skip
-    labels = []
-    for y, (_, run) in enumerate(runs.iterrows()):
-        key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
-        axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                      color=WAY_COLOURS[key[0]], capsize=3)  # fmt: skip
-        axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
-                      textcoords="offset points", ha="center")  # fmt: skip
-        labels.append(
-            f"{WAY_NAMES[key]}\n{run['epochs']} epochs, n={run['n']}, −{run['cut']:.1f} %"
-        )
-    for dense in sorted(set(runs["dense"].round(2))):
-        axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
-        axes.annotate(f"dense {dense:.2f}", (dense, -0.55), xytext=(-4, 0), ha="right",
-                      textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="top-1 at the last epoch, %", ylim=(-0.7, len(labels) - 0.3))
-    axes.set_title(f"{NAMES[arch]}: who should go, who should stay")
-    axes.margins(x=0.12)
-    return figure
-
-
-def _best_of(frame: pd.DataFrame, arch: str, usual: bool = True) -> pd.DataFrame:
-    """The group of runs that the tables choose for each way, criterion and rates of a network."""
-    runs = tables.groups(frame, usual)
-    if runs.empty:
-        return runs
-    runs = runs[runs["arch"] == arch]
-    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
-
-
 def _thinned(names: list[str], most: int) -> list[str]:
     step = -(-len(names) // most)
     return [name if i % step == 0 else "" for i, name in enumerate(names)]
@@ -328,30 +212,17 @@ def _direct_labels(axes, ends: list[tuple]) -> None:
     """Each line's name beside the longest one's end, names kept apart from each other."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
-    gap, last = 0.05 * (high - low), -np.inf
-    edge = max(x for _, x, _, _ in ends)
-    for value, _, name, colour in sorted(ends):
-        last = max(value, last + gap)
-        axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), last), color=colour,
+    gap, edge = 0.05 * (high - low), max(x for _, x, _, _ in ends)
+    ends, places = sorted(ends), []
+    for value, *_ in ends:
+        places.append(max([value, *(place + gap for place in places[-1:])]))
+    top = high + gap
+    for i in reversed(range(len(places))):  # what was pushed out above goes back down
+        places[i] = top = min(places[i], top - gap)
+    for (value, _, name, colour), place in zip(ends, places, strict=True):
+        axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), place), color=colour,
                       fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
-    axes.set_ylim(low, max(high, last))
-
-
-_SEE = {
-    "published_vs_true": "every published cut (hollow) lies to the right of the true one.",
-    "curves": "each line starts where pruning left the network; the dotted line is the network "
-    "before pruning, and the distance to it at the right end is the price.",
-    "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
-    "the network before pruning. Compare only rows with as many epochs.",
-    "sparsity": "bars that end below their mark did not meet their rate.",
-    "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
-    "a published cut as claimed (hollow) with the true one of the same row.",
-}
-
-
-def what_to_see(name: str) -> str:
-    """A sentence on what a figure of `build` shows, by the name of its file."""
-    return _SEE[name.split("-")[0]]
+    axes.set_ylim(low, high)
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
@@ -364,24 +235,3 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
         target = Path(path)
         written.append(write_bytes(target.with_name(f"{target.name}.{kind}"), stream.getvalue()))
     return written
-
-
-def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
-    """Draw every figure that the records allow into results_dir/figures/DATASET."""
-    frame = records.frame(records.read_all(results_dir, dataset))
-    figures = {}
-    if dataset == "cifar10":
-        for arch in ("resnet_56", "vgg_16_bn"):
-            figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
-        figures["published_vs_true"] = published_vs_true()
-    tuned = frame
-    if not frame.empty:  # what diverged is no result, in no figure
-        tuned = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
-    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
-        runs = tuned[tuned["arch"] == arch]
-        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
-        figures[f"curves-{arch}"] = curves(runs)
-        for _, run in runs.drop_duplicates("name").iterrows():
-            figures[f"sparsity-{run['name']}"] = sparsity(run["layers"], run["name"])
-    folder = resolve(results_dir) / "figures" / dataset
-    return [p for name, f in figures.items() if f for p in save(f, folder / name)]

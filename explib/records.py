@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -90,20 +91,25 @@ def read(path: str | Path) -> dict:
     return record
 
 
+def each(results_dir: str | Path = "results", dataset: str = "cifar10") -> Iterator[dict]:
+    """The records of a data set one after another, in the order of their file names."""
+    folder = resolve(results_dir) / "records" / dataset
+    return map(read, sorted(folder.glob("*.json")))
+
+
 def read_all(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[dict]:
     """All records of a data set, in the order of their file names."""
-    folder = resolve(results_dir) / "records" / dataset
-    return [read(path) for path in sorted(folder.glob("*.json"))]
+    return list(each(results_dir, dataset))
 
 
-def frame(records: list[dict]) -> pd.DataFrame:
+def frame(records: Iterable[dict]) -> pd.DataFrame:
     """One row per record: every parameter, and what came out.
 
     Columns beside the parameters: kind, status; macs_dense, macs (multiply-adds), weights_dense,
     weights (counts), published_m (millions, the published convention); dense, before, last, best
     (top-1, per cent), best_epoch; sparsity, nominal_sparsity (share of kernels), wall_s,
-    images_per_s, device, hardware, layers and history (lists), trained (epochs in all, which
-    `epochs` is not for a layerwise run).
+    images_per_s, device, hardware, history (a list), trained (epochs in all, which `epochs` is not
+    for a layerwise run). Of the layers, most of a record, nothing.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
@@ -127,7 +133,6 @@ def frame(records: list[dict]) -> pd.DataFrame:
             "images_per_s": record.get("images_per_s"),
             "device": record["hardware"]["device"],
             "hardware": record["hardware"]["name"],
-            "layers": record.get("layers", []),
             "history": record["history"],
             "trained": len(record["history"]),
         }

@@ -15,7 +15,7 @@ NAMES = {
 # (way, survivors), from chance to structure
 WAY_NAMES = {
     ("random", ""): "random kernels",
-    ("bn", ""): "kernels of lowest |γ| filters",
+    ("bn", ""): "kernels of lowest-γ filters",
     ("A", "random"): "A, random survivors",
     ("B", "random"): "B, random survivors",
     ("A", "l1"): "A, L1 survivors",

@@ -15,7 +15,7 @@ from scipy import stats
 from explib import flops, records
 from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
-from explib.params import Params, parse_rates
+from explib.params import PLACES, Params, parse_rates
 from explib.render import NAMES, NOT_MEASURED, fill, to_html, to_markdown
 
 CAPTIONS = {
@@ -61,36 +61,27 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
         chosen = chosen[chosen["mask_seed"] == chosen["seed"]]
     if chosen.empty:
         return chosen
-    fields = list(Params.__dataclass_fields__)
-    keys = [
-        _experiment(dict(zip(fields, values, strict=True))) for values in _plain(chosen[fields])
-    ]
+    key = _experiments(chosen)
+    by = chosen.groupby(key, sort=False)
     means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
-    rows = []
-    for _, group in chosen.groupby([keys, chosen["hardware"].tolist()], sort=False):
-        one = group.iloc[0].copy()
-        one[means] = group[means].astype(float).mean()
-        one["n"] = len(group)
-        one["by_seed"] = dict(zip(group["seed"], group["last"], strict=True))
-        one["last_std"] = group["last"].std() if len(group) > 1 else None
-        rows.append(one)
-    table = pd.DataFrame(rows)
+    table = chosen[~key.duplicated()].copy()
+    same = key[table.index]  # the order of `table`, in which every group stands once
+    table[means] = by[means].mean().astype(float).loc[same].values
+    table["n"] = by.size().loc[same].values
+    table["last_std"] = by["last"].std().loc[same].values
+    scores = by[["seed", "last"]].agg(list).loc[same]
+    table["by_seed"] = [dict(zip(*row, strict=True)) for row in scores.values.tolist()]
     return table.sort_values(["trained", "n"], ascending=False, kind="stable")
 
 
-def _plain(frame: pd.DataFrame) -> list[list]:
-    """Rows as Python values, missing ones None, as Params wants them."""
-    return [
-        [None if value is None or value != value else value for value in row]
-        for row in frame.astype(object).values.tolist()
-    ]
-
-
-def _experiment(fields: dict) -> str:
+def _experiments(frame: pd.DataFrame) -> pd.Series:
+    """A number for each run, equal for runs of one experiment, which differ by their seed only."""
+    ignored = {*PLACES, "name", "seed"}
+    fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
+    chosen = frame[[*fields, "hardware"]].copy()
     # training seeds with their masks make one group, mask seeds under one training seed another
-    apart = fields["mask_seed"] != fields["seed"]
-    fields |= {"name": "", "seed": 0, "mask_seed": int(apart), "job_dir": ""}
-    return Params(**{k: v for k, v in fields.items() if v is not None}).digest
+    chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
+    return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
 
 
 ALWAYS = ("vgg_16_bn", "resnet_56")
@@ -286,7 +277,7 @@ def recount() -> pd.DataFrame:
 
 def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
     """Every table of a data set by name, the empty ones left out; all cells are text."""
-    frame = records.frame(records.read_all(results_dir, dataset))
+    frame = records.frame(records.each(results_dir, dataset))
     usual = dataset == "cifar10"
     tables = {
         "as_published": accuracy(frame, dataset, "random", usual),

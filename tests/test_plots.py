@@ -22,7 +22,6 @@ FIGURES = {
     ),
     "sparsity": (LAYERS,),
     "macs": (LAYERS,),
-    "published_vs_true": (),
 }
 
 
@@ -48,59 +47,8 @@ def test_curves_begin_before_fine_tuning_and_end_at_the_result(tmp_path):
     assert any("92.00" in text.get_text() for text in figure.axes[0].texts)
 
 
-def test_accuracy_is_drawn_at_the_true_cut(tmp_path):
-    record(tmp_path, 92.0)
-    axes = plots.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
-    stars = [line for line in axes.lines if line.get_marker() == "*"]
-    assert [(s.get_xdata()[0], s.get_ydata()[0]) for s in stars] == [(50, 92)]
-    assert "B, random survivors 92.00" in [text.get_text() for text in axes.texts]
-
-
-def test_a_comparison_needs_two(tmp_path):
-    record(tmp_path, 92.0)
-    assert plots.criteria(records.frame(records.read_all(tmp_path)), "resnet_56") is None
-    record(tmp_path, 91.0, pruning_way="random")
-    figure = plots.criteria(records.frame(records.read_all(tmp_path)), "resnet_56")
-    assert [t.get_text().split("\n")[0] for t in figure.axes[0].get_yticklabels()] == [
-        "random kernels",
-        "B, random survivors",
-    ]
-
-
 def test_equal_figures_are_equal_files(tmp_path):
     first = [path.read_bytes() for path in plots.save(plots.macs(LAYERS), tmp_path / "a")]
     second = [path.read_bytes() for path in plots.save(plots.macs(LAYERS), tmp_path / "b")]
     assert first == second
     assert first[0].startswith(b"<?xml") and first[1].startswith(b"\x89PNG")
-
-
-def test_build_draws_what_the_records_allow(tmp_path):
-    assert plots.build(tmp_path, "digits") == []
-    record(tmp_path)
-    names = {path.stem for path in plots.build(tmp_path, "cifar10")}
-    assert names == {
-        "published_vs_true",
-        "curves-resnet_56",
-        "sparsity-made-up",
-        "accuracy_vs_cut-resnet_56",
-        "accuracy_vs_cut-vgg_16_bn",
-    }
-
-
-def test_a_run_that_diverged_is_in_no_figure(tmp_path):
-    record(tmp_path, 92.0)
-    record(tmp_path, 91.0, pruning_way="random")
-    built = {path.name: path.read_bytes() for path in plots.build(tmp_path, "cifar10")}
-    for seed, way in enumerate(("A", "B", "random", "l1")):
-        record(tmp_path, 99.0, "diverged", seed=seed, pruning_way=way, name=f"lost-{way}")
-    record(tmp_path, 99.0, "diverged", kind="baseline")
-    again = {path.name: path.read_bytes() for path in plots.build(tmp_path, "cifar10")}
-    assert again == built
-
-
-def test_every_figure_that_is_built_says_what_to_see(tmp_path):
-    record(tmp_path, 92.0)
-    record(tmp_path, 91.0, pruning_way="random")
-    built = {path.stem for path in plots.build(tmp_path, "cifar10")}
-    assert "criteria-resnet_56" in built
-    assert all(plots.what_to_see(name).endswith(".") for name in built)

@@ -113,8 +113,11 @@ def accuracy_vs_speed(rows: list[dict]) -> Figure:
                       markersize=8, markerfacecolor=None if bits == "fp32" else "white",
                       label=None if label in shown else label)  # fmt: skip
             shown.add(label)
+            if bits != "fp32":  # the same network, named once
+                continue
             title = row["name"].removeprefix(f"{row['arch']}-")
-            axes.annotate(f"{title}, −{row['cut_pct']:.0f} %", (speed, row["top1"]), fontsize=7.5,
+            title = f"{title}, −{row['cut_pct']:.0f} %" if row["cut_pct"] else "dense"
+            axes.annotate(title, (speed, row["top1"]), fontsize=7.5,
                           xytext=(0, 7), textcoords="offset points", ha="center",
                           color="#444444")  # fmt: skip
     axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")

@@ -1,0 +1,57 @@
+"""What the records allow is drawn, and nothing that is no result."""
+
+from explib import figures, records
+from tests.test_tables import record
+
+
+def test_accuracy_is_drawn_at_the_true_cut(tmp_path):
+    record(tmp_path, 92.0)
+    axes = figures.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
+    stars = [line for line in axes.lines if line.get_marker() == "*"]
+    assert [(s.get_xdata()[0], s.get_ydata()[0]) for s in stars] == [(50, 92)]
+    assert "B, random survivors 92.00" in [text.get_text() for text in axes.texts]
+
+
+def test_a_comparison_needs_two(tmp_path):
+    record(tmp_path, 92.0)
+    assert figures.criteria(records.frame(records.read_all(tmp_path)), "resnet_56") is None
+    record(tmp_path, 91.0, pruning_way="random")
+    figure = figures.criteria(records.frame(records.read_all(tmp_path)), "resnet_56")
+    assert [t.get_text().split("\n")[0] for t in figure.axes[0].get_yticklabels()] == [
+        "random kernels",
+        "B, random survivors",
+    ]
+
+
+def test_build_draws_what_the_records_allow(tmp_path):
+    assert figures.build(tmp_path, "digits") == []
+    record(tmp_path)
+    names = {path.stem for path in figures.build(tmp_path, "cifar10")}
+    assert names == {
+        "published_vs_true",
+        "curves-resnet_56",
+        "sparsity-made-up",
+        "accuracy_vs_cut-resnet_56",
+        "accuracy_vs_cut-vgg_16_bn",
+    }
+
+
+def test_every_figure_that_is_built_says_what_to_see(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    built = {path.stem for path in figures.build(tmp_path, "cifar10")}
+    assert "criteria-resnet_56" in built
+    assert all(figures.what_to_see(name).endswith(".") for name in built)
+
+
+def test_a_run_that_diverged_is_in_no_figure(tmp_path):
+    record(tmp_path, status="diverged")
+    names = {path.stem for path in figures.build(tmp_path, "cifar10")}
+    assert not any(name.startswith(("curves", "sparsity", "criteria")) for name in names)
+    axes = figures.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
+    assert not [line for line in axes.lines if line.get_marker() == "*"]
+
+
+def test_published_cuts_are_drawn_beside_the_true_ones():
+    axes = figures.published_vs_true().axes[0]
+    assert axes.get_xlabel() and axes.get_title("left")
