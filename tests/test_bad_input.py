@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from explib import masks as masking
-from explib import models, runs, study
+from explib import models, records, runs, study
 from explib.__main__ import cli
 from explib.params import Params
 from tests.conftest import make_folders
@@ -319,20 +319,65 @@ def test_a_validation_split_of_everything(good):
         ("{", "not JSON"),
         ("[]", "not a record, lacks schema"),
         ('{"schema": 1, "kind": "finetune"}', "not a record, lacks params"),
-        ("schema 2", "schema 2, kind 'finetune' is unknown"),
-        ("kind x", "schema 1, kind 'x' is unknown"),
+        ("[" * 100_000, "not JSON"),
+        ('{"schema": NaN}', "NaN is no number"),
     ],
+    ids=lambda text: text[:20],
 )
-def test_records_edited_by_hand(good, content, message):
-    runs.finetune(good)
-    (path,) = records_of(good)
-    record = json.loads(path.read_text())
-    if content.startswith(("schema", "kind")):
-        key, value = content.split()
-        content = json.dumps(record | {key: int(value) if key == "schema" else value})
+def test_files_that_are_no_records(good, content, message):
+    path = study.resolve(good.results_dir) / "records/digits/a.json"
+    path.parent.mkdir(parents=True)
     path.write_text(content)
     status, line = answer("tables", "--results_dir", good.results_dir, "--dataset", "digits")
+    assert status == 1 and "a.json: " in line and message in line, line
+
+
+# where a record is edited, what is put there, and what the answer has to say
+EDITS = [
+    ("schema", 2, "schema 2, kind 'finetune' is unknown"),
+    ("kind", "x", "schema 1, kind 'x' is unknown"),
+    ("status", "perfect", "status: 'perfect' is unknown; known: done, diverged"),
+    ("params", [], "params: is a list; give a mapping"),
+    ("params.lr", "fast", "lr: 'fast' is a str; give float"),
+    ("params.eppochs", 3, "unknown parameter 'eppochs'; did you mean 'epochs'?"),
+    ("hardware", None, "hardware: is a NoneType; give a mapping"),
+    ("hardware.name", None, "hardware.name: None; give text"),
+    ("macs.left", "few", "macs.left: 'few'; give a number, 0 or more"),
+    ("weights.dense", -1, "weights.dense: -1; give a number, 0 or more"),
+    ("sparsity", 1.5, "record.sparsity: 1.5; give a number from 0 to 1"),
+    ("accuracy", 93.0, "accuracy: is a float; give a mapping"),
+    ("accuracy.last", None, "accuracy.last: None; give a number from 0 to 100"),
+    ("accuracy.best", 101, "accuracy.best: 101; give a number from 0 to 100"),
+    ("accuracy.before", True, "accuracy.before: True; give a number"),
+    ("accuracy.last", 99.5, "accuracy.last: 99.5, its last epoch had "),
+    ("history", {}, "history: is a dict; give a list"),
+    ("history", [3], "history[0]: is a int; give a mapping"),
+    ("history", [{"top1": "93"}], "history[0].top1: '93'; give a number from 0 to 100"),
+    ("layers", [{"kernels": 3}], "layers[0].nominal: None; give a number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"), EDITS, ids=[e[0] + "-" + e[2] for e in EDITS]
+)
+def test_records_edited_by_hand(good, tmp_path, place, value, message):
+    made = {"status": "done", "hardware": {"device": "cpu", "name": "abacus", "threads": 1}}
+    made |= {"macs": {"dense": 9, "left": 4}, "weights": {"dense": 9, "left": 4}}
+    made |= {"accuracy": {"dense": 93.0, "before": 20.0, "last": 92.0, "best": 92.0}}
+    made |= {"schema": 1, "kind": "finetune", "params": good.asdict(), "layers": []}
+    path = records.write(made | {"history": [{"top1": 92.0}]}, good.results_dir)
+    command = ("tables", "--results_dir", good.results_dir, "--dataset", "digits")
+    assert answer(*command)[0] == 0
+    record = json.loads(path.read_text())
+    inside, *rest = place.split(".")
+    if rest:
+        record[inside][rest[0]] = value
+    else:
+        record[inside] = value
+    path.write_text(json.dumps(record))
+    status, line = answer(*command)
     assert status == 1 and f"{path.name}: " in line and message in line, line
+    assert line.endswith(("restore or delete it", "is unknown"))
 
 
 @pytest.mark.parametrize(
