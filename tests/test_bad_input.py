@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from explib import masks as masking
 from explib import models, records, runs, study
 from explib.__main__ import cli
+from explib.files import load_tensors, save_tensors
 from explib.params import Params
 from tests.conftest import make_folders
 
@@ -249,6 +250,29 @@ def test_files_that_are_no_masks(good, tmp_path):
     refused(good, 1, "not a readable safetensors file", resume_mask=str(path))
 
 
+# what a file of masks says of itself instead, and what the answer has to say
+MASKS_META = {
+    "no shapes": ({"shapes": None}, "lacks the shapes of its masks"),
+    "a shape that is no list": ({"shapes": {"conv1": 3}}, "conv1 has a mask of shape 3"),
+    "a shape of words": ({"shapes": {"conv1": ["a", "b"]}}, "conv1 has a mask of shape ['a', 'b']"),
+    "a negative shape": ({"shapes": {"conv1": [-16, -3]}}, "conv1 has a mask of shape [-16, -3]"),
+    "a shape beyond memory": ({"shapes": {"conv1": [10**9] * 2}}, "lacks the 10000000000000000"),
+    "a mask that is not there": ({"shapes": {"conv9": [16, 3]}}, "lacks the 48 bits of conv9"),
+    "another kind": ({"kind": "compact"}, "holds no masks"),
+    "a list": ([], "its meta data are a list"),
+    "nothing": (None, "its meta data are a NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS_META)
+def test_masks_that_are_not_what_they_say(good, tmp_path, case):
+    changes, message = MASKS_META[case]
+    path = masking.save(tmp_path / "masks.safetensors", _masks())
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, meta | changes if isinstance(changes, dict) else changes)
+    refused(good, 1, message, resume_mask=str(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -380,18 +404,45 @@ def test_records_edited_by_hand(good, tmp_path, place, value, message):
     assert line.endswith(("restore or delete it", "is unknown"))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.safetensors", "no such file"),
-        ("masks.safetensors", "no compact network"),
-        ("unknown.safetensors", "is a 'lenet'"),
-    ],
-)
-def test_networks_to_evaluate(good, tmp_path, name, message):
-    masking.save(tmp_path / "masks.safetensors", _masks())
-    model = study.fresh(good).model
-    unknown = {"arch": "lenet", "num_classes": 10, "dataset": "digits", "top1": 1.0}
-    masking.save_compact(tmp_path / "unknown.safetensors", model, {}, unknown)
-    status, line = answer("evaluate", tmp_path / name)
-    assert status == 1 and message in line, line
+def test_a_state_that_is_no_state_of_a_run(good, tmp_path):
+    save_tensors(tmp_path / "job/state.safetensors", {}, {"params": good.asdict()})
+    refused(good, 1, "no state of a run, lacks stage", job_dir=str(tmp_path / "job"))
+    meta = {"params": {"eppochs": 1}, "stage": 0, "epoch": 1, "run": {}}
+    save_tensors(tmp_path / "job/state.safetensors", {}, meta)
+    refused(good, 2, "unknown parameter 'eppochs'", job_dir=str(tmp_path / "job"))
+    same = good.replace(job_dir=str(tmp_path / "job"))
+    meta |= {"params": same.asdict(), "run": {"top1": {}, "history": [], "wall_s": 0.0}}
+    save_tensors(tmp_path / "job/state.safetensors", {"model.x": torch.ones(1)}, meta)
+    refused(good, 1, "does not fit the network: lacks conv1.weight", job_dir=same.job_dir)
+
+
+# what a network says of itself instead, and what the answer has to say
+NETWORKS = {
+    "of an unknown arch": ({"arch": "lenet"}, "is a 'lenet'; known: vgg_16_bn"),
+    "whose arch is a list": ({"arch": []}, "is a []; known: vgg_16_bn"),
+    "of no classes": ({"num_classes": None}, "num_classes is None; give how many"),
+    "of negative classes": ({"num_classes": -5}, "num_classes is -5; give how many"),
+    "of other classes": ({"num_classes": 7}, "linear.weight is (10, 64), not (7, 64)"),
+    "without masks": ({"shapes": 3}, "lacks the shapes of its masks"),
+    "from nowhere": ({"dataset": None}, "does not say its dataset"),
+    "of unknown accuracy": ({"top1": None}, "does not say its top1"),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_networks_to_evaluate(good, tmp_path, case):
+    changes, message = NETWORKS[case]
+    usual = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
+    path = tmp_path / "network.safetensors"
+    masking.save_compact(path, study.fresh(good).model, {}, usual | {"top1": 10.0})
+    assert answer("evaluate", path)[0] == 0
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, {k: v for k, v in (meta | changes).items() if v is not None})
+    status, line = answer("evaluate", path)
+    assert status == 1 and path.name in line and message in line, line
+
+
+def test_files_that_are_no_networks(tmp_path):
+    assert "no such file" in answer("evaluate", tmp_path / "missing.safetensors")[1]
+    path = masking.save(tmp_path / "masks.safetensors", _masks())
+    assert "no compact network" in answer("evaluate", path)[1]
