@@ -165,7 +165,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         drawn |= set(ways["name"])
     for record in records.each(results_dir, dataset):
         name = record["params"]["name"]
-        if name in drawn and record["kind"] == "finetune":
+        if name in drawn and (record["kind"], record["status"]) == ("finetune", "done"):
             drawn.remove(name)
             figures[f"sparsity-{name}"] = sparsity(record["layers"], name)
     folder = resolve(results_dir) / "figures" / dataset

@@ -123,8 +123,10 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("explib", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError(f"its meta data are a {type(meta).__name__}")
             return {name: file.get_tensor(name) for name in file.keys()}, meta
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 

@@ -3,6 +3,7 @@
 A set of masks is a dict from the name of a conv to a bool (F, C) tensor, True where a kernel stays.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +112,24 @@ def load(path: str | Path) -> tuple[Masks, dict]:
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "masks":
         raise ValueError(f"{path}: holds no masks; give a file that masks.save wrote")
-    return {name: _unpack(tensors[name], shape) for name, shape in meta["shapes"].items()}, meta
+    shapes = _shapes(path, meta, tensors)
+    return {name: _unpack(tensors[name], shape) for name, shape in shapes.items()}, meta
+
+
+def _shapes(path, meta: dict, tensors: dict, suffix: str = "") -> dict[str, list[int]]:
+    """The shapes (F, C) that a file states for its masks; ValueError unless it holds their bits."""
+    shapes = meta.get("shapes")
+    if not isinstance(shapes, dict):
+        raise ValueError(f"{path}: lacks the shapes of its masks; save it anew")
+    for name, shape in shapes.items():
+        sizes = shape if isinstance(shape, list) else []
+        if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"{path}: {name} has a mask of shape {shape!r}; give [F, C]")
+        bits = tensors.get(name + suffix)
+        wanted = (math.ceil(math.prod(sizes) / 8),)
+        if bits is None or bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
+            raise ValueError(f"{path}: lacks the {math.prod(sizes)} bits of {name}; save it anew")
+    return shapes
 
 
 def _pack(mask: torch.Tensor) -> torch.Tensor:
@@ -153,9 +171,9 @@ def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict
     if meta.get("kind") != "compact":
         raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
     masks = {}
-    for name, shape in meta["shapes"].items():
-        if f"{name}.weight.positions" not in tensors or f"{name}.weight" not in tensors:
-            raise ValueError(f"{path}: lacks the kernels or positions of {name}; save it anew")
+    for name, shape in _shapes(path, meta, tensors, ".weight.positions").items():
+        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].ndim == 0:
+            raise ValueError(f"{path}: lacks the kernels of {name}; save it anew")
         mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
         kernels = tensors[f"{name}.weight"]
         if int(mask.sum()) != len(kernels):

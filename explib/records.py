@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,10 +18,11 @@ import torchvision
 
 import explib
 from explib.files import ROOT, resolve, write_json
-from explib.params import Params
+from explib.params import Params, from_mapping
 
 SCHEMA = 1
 KINDS = ("baseline", "finetune")
+STATES = ("done", "diverged")
 
 
 def provenance(device: str = "cpu") -> dict:
@@ -77,10 +79,10 @@ def write(record: dict, results_dir: str | Path = "results") -> Path:
 
 
 def read(path: str | Path) -> dict:
-    """One record. ValueError names the file and what it lacks."""
+    """One record. ValueError names the file, and what it lacks or what in it cannot be."""
     try:
-        record = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        record = json.loads(Path(path).read_text(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); restore or delete it") from None
     needed = ("schema", "kind", "params", "macs", "weights", "accuracy", "history", "hardware")
     missing = [k for k in needed if not isinstance(record, dict) or k not in record]
@@ -88,7 +90,62 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path}: not a record, lacks {', '.join(missing)}; restore or delete it")
     if record["schema"] != SCHEMA or record["kind"] not in KINDS:
         raise ValueError(f"{path}: schema {record['schema']}, kind {record['kind']!r} is unknown")
+    try:
+        _check(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; restore or delete it") from None
     return record
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no number")
+
+
+def _check(record: dict) -> None:
+    """ValueError names what in a record cannot be: somebody may have edited it by hand."""
+    done = record.setdefault("status", "done") == "done"
+    if record["status"] not in STATES:
+        raise ValueError(f"status: {record['status']!r} is unknown; known: {', '.join(STATES)}")
+    for part in ("params", "hardware", "macs", "weights", "accuracy"):
+        _mapping(part, record[part])
+    from_mapping(record["params"])
+    for name in ("device", "name"):
+        if not isinstance(record["hardware"].get(name), str):
+            raise ValueError(f"hardware.{name}: {record['hardware'].get(name)!r}; give text")
+    for part in ("macs", "weights"):
+        _numbers(part, record[part], ("dense", "left"))
+    shares = [name for name in ("sparsity", "nominal_sparsity") if name in record]
+    _numbers("record", record, shares, 1)
+    tuned = ("dense", "before") if record["kind"] == "finetune" else ()
+    top1 = (*tuned, "last", "best") if done else ()  # there is none after no epoch
+    _numbers("accuracy", record["accuracy"], top1, 100)
+    for part, names, most in (
+        ("history", ("top1",), 100),
+        ("layers", ("kernels", "nominal", "pruned", "macs_dense", "macs"), math.inf),
+    ):
+        rows = record.get(part, [])
+        if not isinstance(rows, list):
+            raise ValueError(f"{part}: is a {type(rows).__name__}; give a list")
+        for number, row in enumerate(rows):
+            _mapping(f"{part}[{number}]", row)
+            _numbers(f"{part}[{number}]", row, names, most)
+    last = record["history"][-1]["top1"] if done and record["history"] else None
+    if last is not None and record["accuracy"]["last"] != last:
+        raise ValueError(f"accuracy.last: {record['accuracy']['last']}, its last epoch had {last}")
+
+
+def _mapping(place: str, value) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: is a {type(value).__name__}; give a mapping")
+
+
+def _numbers(place: str, found: dict, names: Iterable[str], most: float = math.inf) -> None:
+    """ValueError unless each of the names is a number from 0 to `most`."""
+    for name in names:
+        value = found.get(name)
+        if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
+            wanted = "a number, 0 or more" if most == math.inf else f"a number from 0 to {most}"
+            raise ValueError(f"{place}.{name}: {value!r}; give {wanted}")
 
 
 def each(results_dir: str | Path = "results", dataset: str = "cifar10") -> Iterator[dict]:
@@ -117,7 +174,7 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
             **defaults,  # of parameters that are younger than the record
             **record["params"],
             "kind": record["kind"],
-            "status": record.get("status", "done"),
+            "status": record["status"],
             "macs_dense": record["macs"]["dense"],
             "macs": record["macs"]["left"],
             "published_m": record["macs"].get("published_m"),

@@ -15,7 +15,8 @@ from explib import masks as masking
 from explib.data import Data, load_data
 from explib.files import load_tensors, locked, resolve, save_tensors, write_json
 from explib.masks import Masks
-from explib.params import PLACES, ParamError, Params
+from explib.models import load_weights
+from explib.params import PLACES, ParamError, Params, from_mapping
 from explib.study import Dense, choose_masks, counts, dense_path, fresh, load_dense, save_masks
 
 
@@ -141,7 +142,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
             continue
         if state and stage == state["stage"]:
             resume = state
-            dense.model.load_state_dict(state["model"])
+            load_weights(dense.model, state["model"], str(path))
         elif names:
             run.masks.update(choose_masks(params, dense, names))
             if not params.fade_epochs:
@@ -236,7 +237,7 @@ def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -
 
 def _same(params: Params, saved: dict, path: Path) -> None:
     """ParamError if the files in job_dir are of a run with other parameters."""
-    if Params(**saved).digest != params.digest:
+    if from_mapping(saved, str(path)).digest != params.digest:
         own = params.asdict()
         name = next(k for k in own if k not in PLACES and saved.get(k) != own[k])
         raise ParamError(
@@ -266,6 +267,9 @@ def _load_state(path: Path, params: Params) -> dict | None:
     if not path.is_file():
         return None
     tensors, state = load_tensors(path)
+    missing = [name for name in ("params", "stage", "epoch", "run") if name not in state]
+    if missing:
+        raise ValueError(f"{path}: no state of a run, lacks {missing[0]}; delete it to start over")
     _same(params, state["params"], path)
     for part in ("model", "momentum", "masks"):
         own = {k: v for k, v in tensors.items() if k.startswith(f"{part}.")}

@@ -94,8 +94,13 @@ def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
     """
     path = resolve(path)
     state, masks, meta = masking.load_compact(path)
-    if meta.get("arch") not in models.ARCHS:
+    if meta.get("arch") not in list(models.ARCHS):
         raise ValueError(f"{path}: is a {meta.get('arch')!r}; known: {', '.join(models.ARCHS)}")
+    classes = meta.get("num_classes")
+    if type(classes) is not int or not 1 <= classes <= 1_000_000:
+        raise ValueError(
+            f"{path}: num_classes is {classes!r}; give how many classes it tells apart"
+        )
     model = models.build(meta["arch"], meta.get("num_classes"))
     masking.check(model, masks, str(path))
     return models.load_weights(model, state, str(path)).eval(), masks, meta

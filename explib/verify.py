@@ -21,6 +21,8 @@ TOLERANCE = 0.05
 def verify(path: str | Path, data_dir: str = "") -> tuple[float, float]:
     """Top-1 in per cent of a shipped network, recorded and measured now."""
     model, _, meta = load_network(path)
+    if lacking := [k for k in ("dataset", "normalization", "top1") if k not in meta]:
+        raise ValueError(f"{path}: does not say its {lacking[0]}; give a network that a run left")
     params = Params(
         arch=meta["arch"],
         dataset=meta["dataset"],

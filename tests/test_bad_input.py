@@ -13,8 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from explib import masks as masking
-from explib import models, runs, study
+from explib import models, records, runs, study
 from explib.__main__ import cli
+from explib.files import load_tensors, save_tensors
 from explib.params import Params
 from tests.conftest import TINY, make_folders
 
@@ -238,6 +239,29 @@ def test_files_that_are_no_masks(good, tmp_path):
     refused(good, 1, "not a readable safetensors file", resume_mask=str(path))
 
 
+# what a file of masks says of itself instead, and what the answer has to say
+MASKS_META = {
+    "no shapes": ({"shapes": None}, "lacks the shapes of its masks"),
+    "a shape that is no list": ({"shapes": {"conv1": 3}}, "conv1 has a mask of shape 3"),
+    "a shape of words": ({"shapes": {"conv1": ["a", "b"]}}, "conv1 has a mask of shape ['a', 'b']"),
+    "a negative shape": ({"shapes": {"conv1": [-16, -3]}}, "conv1 has a mask of shape [-16, -3]"),
+    "a shape beyond memory": ({"shapes": {"conv1": [10**9] * 2}}, "lacks the 10000000000000000"),
+    "a mask that is not there": ({"shapes": {"conv9": [16, 3]}}, "lacks the 48 bits of conv9"),
+    "another kind": ({"kind": "compact"}, "holds no masks"),
+    "a list": ([], "its meta data are a list"),
+    "nothing": (None, "its meta data are a NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS_META)
+def test_masks_that_are_not_what_they_say(good, tmp_path, case):
+    changes, message = MASKS_META[case]
+    path = masking.save(tmp_path / "masks.safetensors", _masks())
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, meta | changes if isinstance(changes, dict) else changes)
+    refused(good, 1, message, resume_mask=str(path))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -308,34 +332,106 @@ def test_a_validation_split_of_everything(good):
         ("{", "not JSON"),
         ("[]", "not a record, lacks schema"),
         ('{"schema": 1, "kind": "finetune"}', "not a record, lacks params"),
-        ("schema 2", "schema 2, kind 'finetune' is unknown"),
-        ("kind x", "schema 1, kind 'x' is unknown"),
+        ("[" * 100_000, "not JSON"),
+        ('{"schema": NaN}', "NaN is no number"),
     ],
+    ids=lambda text: text[:20],
 )
-def test_records_edited_by_hand(good, content, message):
-    runs.finetune(good)
-    (path,) = records_of(good)
-    record = json.loads(path.read_text())
-    if content.startswith(("schema", "kind")):
-        key, value = content.split()
-        content = json.dumps(record | {key: int(value) if key == "schema" else value})
+def test_files_that_are_no_records(good, content, message):
+    path = study.resolve(good.results_dir) / "records/digits/a.json"
+    path.parent.mkdir(parents=True)
     path.write_text(content)
     status, line = answer("tables", "--results_dir", good.results_dir, "--dataset", "digits")
-    assert status == 1 and f"{path.name}: " in line and message in line, line
+    assert status == 1 and "a.json: " in line and message in line, line
+
+
+# where a record is edited, what is put there, and what the answer has to say
+EDITS = [
+    ("schema", 2, "schema 2, kind 'finetune' is unknown"),
+    ("kind", "x", "schema 1, kind 'x' is unknown"),
+    ("status", "perfect", "status: 'perfect' is unknown; known: done, diverged"),
+    ("params", [], "params: is a list; give a mapping"),
+    ("params.lr", "fast", "lr: 'fast' is a str; give float"),
+    ("params.eppochs", 3, "unknown parameter 'eppochs'; did you mean 'epochs'?"),
+    ("hardware", None, "hardware: is a NoneType; give a mapping"),
+    ("hardware.name", None, "hardware.name: None; give text"),
+    ("macs.left", "few", "macs.left: 'few'; give a number, 0 or more"),
+    ("weights.dense", -1, "weights.dense: -1; give a number, 0 or more"),
+    ("sparsity", 1.5, "record.sparsity: 1.5; give a number from 0 to 1"),
+    ("accuracy", 93.0, "accuracy: is a float; give a mapping"),
+    ("accuracy.last", None, "accuracy.last: None; give a number from 0 to 100"),
+    ("accuracy.best", 101, "accuracy.best: 101; give a number from 0 to 100"),
+    ("accuracy.before", True, "accuracy.before: True; give a number"),
+    ("accuracy.last", 99.5, "accuracy.last: 99.5, its last epoch had "),
+    ("history", {}, "history: is a dict; give a list"),
+    ("history", [3], "history[0]: is a int; give a mapping"),
+    ("history", [{"top1": "93"}], "history[0].top1: '93'; give a number from 0 to 100"),
+    ("layers", [{"kernels": 3}], "layers[0].nominal: None; give a number"),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.safetensors", "no such file"),
-        ("masks.safetensors", "no compact network"),
-        ("unknown.safetensors", "is a 'lenet'"),
-    ],
+    ("place", "value", "message"), EDITS, ids=[e[0] + "-" + e[2] for e in EDITS]
 )
-def test_networks_to_evaluate(good, tmp_path, name, message):
-    masking.save(tmp_path / "masks.safetensors", _masks())
-    model = study.fresh(good).model
-    unknown = {"arch": "lenet", "num_classes": 10, "dataset": "digits", "top1": 1.0}
-    masking.save_compact(tmp_path / "unknown.safetensors", model, {}, unknown)
-    status, line = answer("evaluate", tmp_path / name)
-    assert status == 1 and message in line, line
+def test_records_edited_by_hand(good, tmp_path, place, value, message):
+    made = {"status": "done", "hardware": {"device": "cpu", "name": "abacus", "threads": 1}}
+    made |= {"macs": {"dense": 9, "left": 4}, "weights": {"dense": 9, "left": 4}}
+    made |= {"accuracy": {"dense": 93.0, "before": 20.0, "last": 92.0, "best": 92.0}}
+    made |= {"schema": 1, "kind": "finetune", "params": good.asdict(), "layers": []}
+    path = records.write(made | {"history": [{"top1": 92.0}]}, good.results_dir)
+    command = ("tables", "--results_dir", good.results_dir, "--dataset", "digits")
+    assert answer(*command)[0] == 0
+    record = json.loads(path.read_text())
+    inside, *rest = place.split(".")
+    if rest:
+        record[inside][rest[0]] = value
+    else:
+        record[inside] = value
+    path.write_text(json.dumps(record))
+    status, line = answer(*command)
+    assert status == 1 and f"{path.name}: " in line and message in line, line
+    assert line.endswith(("restore or delete it", "is unknown"))
+
+
+def test_a_state_that_is_no_state_of_a_run(good, tmp_path):
+    save_tensors(tmp_path / "job/state.safetensors", {}, {"params": good.asdict()})
+    refused(good, 1, "no state of a run, lacks stage", job_dir=str(tmp_path / "job"))
+    meta = {"params": {"eppochs": 1}, "stage": 0, "epoch": 1, "run": {}}
+    save_tensors(tmp_path / "job/state.safetensors", {}, meta)
+    refused(good, 2, "unknown parameter 'eppochs'", job_dir=str(tmp_path / "job"))
+    same = good.replace(job_dir=str(tmp_path / "job"))
+    meta |= {"params": same.asdict(), "run": {"top1": {}, "history": [], "wall_s": 0.0}}
+    save_tensors(tmp_path / "job/state.safetensors", {"model.x": torch.ones(1)}, meta)
+    refused(good, 1, "does not fit the network: lacks conv1.weight", job_dir=same.job_dir)
+
+
+# what a network says of itself instead, and what the answer has to say
+NETWORKS = {
+    "of an unknown arch": ({"arch": "lenet"}, "is a 'lenet'; known: vgg_16_bn"),
+    "whose arch is a list": ({"arch": []}, "is a []; known: vgg_16_bn"),
+    "of no classes": ({"num_classes": None}, "num_classes is None; give how many"),
+    "of negative classes": ({"num_classes": -5}, "num_classes is -5; give how many"),
+    "of other classes": ({"num_classes": 7}, "linear.weight is (10, 64), not (7, 64)"),
+    "without masks": ({"shapes": 3}, "lacks the shapes of its masks"),
+    "from nowhere": ({"dataset": None}, "does not say its dataset"),
+    "of unknown accuracy": ({"top1": None}, "does not say its top1"),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_networks_to_evaluate(good, tmp_path, case):
+    changes, message = NETWORKS[case]
+    usual = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
+    path = tmp_path / "network.safetensors"
+    masking.save_compact(path, study.fresh(good).model, {}, usual | {"top1": 10.0})
+    assert answer("evaluate", path)[0] == 0
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, {k: v for k, v in (meta | changes).items() if v is not None})
+    status, line = answer("evaluate", path)
+    assert status == 1 and path.name in line and message in line, line
+
+
+def test_files_that_are_no_networks(tmp_path):
+    assert "no such file" in answer("evaluate", tmp_path / "missing.safetensors")[1]
+    path = masking.save(tmp_path / "masks.safetensors", _masks())
+    assert "no compact network" in answer("evaluate", path)[1]

@@ -1,5 +1,7 @@
 """What the records allow is drawn, and nothing that is no result."""
 
+import json
+
 from explib import figures, records
 from tests.test_tables import record
 
@@ -50,6 +52,16 @@ def test_a_run_that_diverged_is_in_no_figure(tmp_path):
     assert not any(name.startswith(("curves", "sparsity", "criteria")) for name in names)
     axes = figures.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
     assert not [line for line in axes.lines if line.get_marker() == "*"]
+
+
+def test_nor_is_its_sparsity_drawn_for_that_of_a_finished_run(tmp_path):
+    record(tmp_path, seed=1)
+    built = {path.name: path.read_bytes() for path in figures.build(tmp_path)}
+    path = record(tmp_path, status="diverged", seed=0)
+    lost = json.loads(path.read_text())
+    lost["layers"][0]["pruned"] = 48
+    path.write_text(json.dumps(lost))
+    assert {path.name: path.read_bytes() for path in figures.build(tmp_path)} == built
 
 
 def test_published_cuts_are_drawn_beside_the_true_ones():
