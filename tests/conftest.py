@@ -48,6 +48,20 @@ def public() -> study.Dense:
     return study.load_dense(params)
 
 
+TINY = Params(
+    epochs=2,
+    batch_size=32,
+    limit_train=64,
+    limit_test=40,
+    bn_images=32,
+    device="cpu",
+    precision="fp32",
+    compile="off",
+    threads=1,
+)
+"""A run of a second with `resnet_8`, bit for bit the same every time."""
+
+
 def make_data(train: int = 48, test: int = 20, size: int = 8, flip: bool = True) -> Data:
     """Random images of ten classes."""
     generator = torch.Generator().manual_seed(7)

@@ -17,7 +17,7 @@ from explib import models, records, runs, study
 from explib.__main__ import cli
 from explib.files import load_tensors, save_tensors
 from explib.params import Params
-from tests.conftest import make_folders
+from tests.conftest import TINY, make_folders
 
 CONVS = ["conv1", *(f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2))]
 DEEP = "epochs: " + "[" * 3000
@@ -80,18 +80,7 @@ PARAMETERS = {
 def good(tmp_path, resnet_8, monkeypatch):
     """A configuration that runs, its dense network in its place, and `tmp_path` to stand in."""
     monkeypatch.chdir(tmp_path)
-    params = Params(
-        results_dir=str(tmp_path / "results"),
-        epochs=1,
-        batch_size=32,
-        limit_train=64,
-        limit_test=40,
-        bn_images=32,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-        threads=1,
-    )
+    params = TINY.replace(results_dir=str(tmp_path / "results"), epochs=1)
     network = study.fresh(params)
     meta = {"arch": "resnet_56", "num_classes": 10}
     masking.save_compact(study.dense_path(params), network.model, {}, meta, torch.float32)

@@ -18,19 +18,11 @@ from explib import finetune as tuning
 from explib import runs
 from explib.files import ROOT, load_tensors, resolve
 from explib.params import Params
+from tests.conftest import TINY
 from tests.test_runs import untimed
 
 KILLS = 10  # of each schedule, at least
-PARAMS = Params(
-    limit_train=128,
-    limit_test=40,
-    batch_size=32,
-    bn_images=32,
-    device="cpu",
-    precision="fp32",
-    compile="off",
-    threads=1,
-)
+PARAMS = TINY.replace(limit_train=128)
 LIVES = """
 import functools, json, os, random, signal, sys, time
 import torch

@@ -250,7 +250,7 @@ class TestJobDir:
 
 @pytest.mark.parametrize("field", PLACES)
 def test_places_do_not_change_the_digest(field):
-    value = {"threads": 3, "data_url": "https://elsewhere"}.get(field, "elsewhere")
+    value = {"threads": 3, "workers": 3, "data_url": "https://elsewhere"}.get(field, "elsewhere")
     assert Params(**{field: value}).digest == Params().digest
 
 
@@ -258,7 +258,7 @@ def test_places_do_not_change_the_digest(field):
     "field", [f.name for f in dataclasses.fields(Params) if f.name not in PLACES]
 )
 def test_everything_else_changes_the_digest(field):
-    base = Params(dataset="cifar10")
+    base = Params(dataset="imagenet" if field == "image_size" else "cifar10")
     now = getattr(base, field)
     others = {
         **{name: next(c for c in choices if c != now) for name, choices in CHOICES.items()},

@@ -17,7 +17,7 @@ from explib import masks as masking
 from explib.data import load_data
 from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import ParamError, Params, from_yaml
-from tests.conftest import make_folders
+from tests.conftest import TINY, make_folders
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 KEYS = {
@@ -30,18 +30,7 @@ NAMES = ["conv1", *(f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2))]
 
 @pytest.fixture
 def params(tmp_path, resnet_8):
-    return Params(
-        results_dir=str(tmp_path / "results"),
-        epochs=2,
-        batch_size=32,
-        limit_train=64,
-        limit_test=40,
-        bn_images=32,
-        device="cpu",
-        precision="fp32",
-        compile="off",
-        threads=1,
-    )
+    return TINY.replace(results_dir=str(tmp_path / "results"))
 
 
 @pytest.fixture

@@ -124,7 +124,8 @@ def test_jupyter_listens_to_this_machine_only_and_keeps_its_token():
     from jupyter_server.serverapp import ServerApp
 
     done = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1].endswith("/jupyter lab notebooks/00_baseline.ipynb")
+    (command,) = [line for line in done.stdout.splitlines() if "jupyter" in line]
+    assert command.endswith("/jupyter lab notebooks/00_baseline.ipynb")
     app = ServerApp()
     assert app.ip == "localhost" and not app.allow_remote_access and not app.allow_origin
     assert len(IdentityProvider(parent=app).token) >= 32
