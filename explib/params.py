@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import types
 from dataclasses import dataclass
@@ -131,6 +132,14 @@ class Params:
         for field in ("job_dir", "results_dir", "data_dir", "resume", "resume_mask"):
             if "\0" in getattr(self, field):
                 raise ParamError(f"{field}: has a NUL byte; give a path")
+        for field in (
+            "job_dir",
+            "results_dir",
+        ):  # written to: an absolute path says that it is meant
+            if os.path.normpath(getattr(self, field)).split(os.sep)[0] == "..":
+                raise ParamError(
+                    f"{field}: {getattr(self, field)!r} leaves the project; give an absolute path"
+                )
         if not re.fullmatch(r"[A-Za-z0-9._+-]*", self.name) or set(self.name) == {"."}:
             raise ParamError(f"name: {self.name!r}; give letters, digits and . _ + - only")
         if not re.fullmatch(r"(https?://\S+)?", self.data_url):

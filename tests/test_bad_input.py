@@ -55,6 +55,8 @@ PARAMETERS = {
     "a wrong number of rates": ('compress_rate: "[0.5]*3"', "3 rates for 7 convs of resnet_56"),
     "steps that descend": ('lr_decay_step: "25,15"', "lr_decay_step: '25,15' is not ascending"),
     "a name that is a path": ('name: "../../x"', "name: '../../x'; give letters"),
+    "a folder outside": ('job_dir: "../../x"', "job_dir: '../../x' leaves the project; give an"),
+    "results outside": ("results_dir: a/../../x", "results_dir: 'a/../../x' leaves the project"),
     "a name that is a command": ('name: "; rm -rf ~"', "name: '; rm -rf ~'; give letters"),
     "an address of another kind": ("data_url: ftp://x", "data_url: 'ftp://x'; give an address"),
     "normalized digits": ("normalization: cifar10", "normalization: 'cifar10' is not for dataset"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from explib import finetune as tuning
 from explib import runs
@@ -23,13 +24,14 @@ from tests.test_runs import untimed
 KILLS = 10  # of each schedule, at least
 PARAMS = TINY.replace(limit_train=128)
 LIVES = """
-import json, os, random, signal, sys, time
+import functools, json, os, random, signal, sys, time
 import torch
 from explib import data, models, runs
 from explib.params import Params
 
 torch.set_num_threads(1)  # no threads before a fork
 models.ARCHS["resnet_56"] = models.Arch(lambda num_classes: models.resnet.build(num_classes, 8))
+runs._save_network = functools.partial(runs._save_network, dtype=torch.float32)  # every bit
 chance, changes, wanted = random.Random(0), json.loads(sys.argv[1]), int(sys.argv[2])
 
 def life(params, seconds):
@@ -48,6 +50,7 @@ def life(params, seconds):
     return True
 
 whole = Params(**changes)
+data.load_data(whole)  # and with it what that imports, which takes longer than the run
 began = time.monotonic()
 assert not life(whole, 300)
 took = time.monotonic() - began
@@ -89,11 +92,12 @@ def test_killed_at_random_moments_it_ends_as_if_left_alone(tmp_path, resnet_8, s
     for run in broken:
         folder = resolve(run["job_dir"])
         assert untimed(json.loads((folder / "record.json").read_text())) == untimed(wanted)
-        for name in ("masks.safetensors", "model.safetensors"):  # weights in fp16, but bit for bit
+        for name in ("masks.safetensors", "model.safetensors"):
             assert (folder / name).read_bytes() == (whole / name).read_bytes()
         left = {path.name for path in folder.iterdir() if path.name != ".lock"}
         assert left == {"params.json", "record.json", "masks.safetensors", "model.safetensors"}
-    assert load_tensors(whole / "model.safetensors")[0]
+    weights = load_tensors(whole / "model.safetensors")[0]
+    assert weights["conv1.weight"].dtype == torch.float32
 
 
 class TestWhatHappensToTheDisk:
