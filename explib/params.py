@@ -132,10 +132,8 @@ class Params:
         for field in ("job_dir", "results_dir", "data_dir", "resume", "resume_mask"):
             if "\0" in getattr(self, field):
                 raise ParamError(f"{field}: has a NUL byte; give a path")
-        for field in (
-            "job_dir",
-            "results_dir",
-        ):  # written to: an absolute path says that it is meant
+        for field in ("job_dir", "results_dir"):
+            # written to: an absolute path says that it is meant
             if os.path.normpath(getattr(self, field)).split(os.sep)[0] == "..":
                 raise ParamError(
                     f"{field}: {getattr(self, field)!r} leaves the project; give an absolute path"
