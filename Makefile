@@ -16,7 +16,8 @@ study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 	@printf '\nThe study is in\n' && ls results/tables/digits/* results/figures/digits/* results/notebooks/digits/*
 
 test: .venv/ready  ## lint and tests
-	$(BIN)/ruff check && $(BIN)/ruff format --check && $(BIN)/pytest
+	$(BIN)/ruff check && $(BIN)/ruff format --check
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; installs it on Debian
 	@command -v chromium >/dev/null || { test -x /usr/bin/apt-get && { test $$(id -u) = 0 || command -v sudo >/dev/null; }; } || \
@@ -25,7 +26,7 @@ test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; inst
 	$(BIN)/pytest -m browser tests/test_browser.py
 
 audit: .venv/ready  ## known vulnerabilities of the packages installed, where the database can be reached
-	$(BIN)/pytest -m audit -rs tests/test_security.py
+	$(BIN)/pytest -m 'audit or not browser' -rs tests/test_security.py
 
 reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours without a GPU
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'

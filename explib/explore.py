@@ -154,15 +154,15 @@ def layer_mask(
     scores.set_title(f"{network}, {layer}: scores")
 
     kinds, place = level.unique(return_inverse=True)
-    every = torch.bincount(place.flatten(), minlength=len(kinds))
-    stay = torch.bincount(place[keep], minlength=len(kinds))
+    every = torch.bincount(place.flatten(), minlength=len(kinds)).numpy()
+    stay = torch.bincount(place[keep], minlength=len(kinds)).numpy()
     levels.bar(kinds.numpy(), every, color=PALE, width=0.85)
     levels.bar(kinds.numpy(), stay, color=BLUE, width=0.85)
     levels.set(xlabel="level", ylabel="kernels")
     levels.set_title("Levels: all (grey), left (blue)")
     levels.xaxis.get_major_locator().set_params(integer=True)
 
-    mask.imshow(keep, cmap=ListedColormap(["white", BLUE]), vmin=0, vmax=1, aspect="auto",
+    mask.imshow(keep.numpy(), cmap=ListedColormap(["white", BLUE]), vmin=0, vmax=1, aspect="auto",
                 interpolation="nearest")  # fmt: skip
     mask.set(xlabel="input channel", ylabel="filter")
     mask.set_title(f"Mask: {int(keep.sum()):,} of {keep.numel():,} kernels stay")
@@ -186,7 +186,7 @@ def layer_mask(
 def _map(figure, axes, values, label: str, colours: str, most) -> None:
     """An (F, C) picture with white at zero."""
     most = float(most) or 1.0
-    image = axes.imshow(values, cmap=colours, vmin=-most, vmax=most, aspect="auto",
+    image = axes.imshow(values.numpy(), cmap=colours, vmin=-most, vmax=most, aspect="auto",
                         interpolation="nearest")  # fmt: skip
     axes.set(xlabel="input channel", ylabel="filter")
     axes.grid(visible=False)

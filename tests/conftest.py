@@ -22,6 +22,8 @@ PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 
 
 def pytest_collection_modifyitems(items):
+    # Workers take whole files: the longest one first, lest it is what all wait for in the end
+    items.sort(key=lambda item: item.path.name != "test_workflow.py")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

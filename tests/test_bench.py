@@ -12,6 +12,8 @@ from explib.data import normalize
 from explib.params import Params
 from explib.pruners import number_to_prune
 
+# The plain loop has the usual number of workers, on however small a machine
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")
 TINY = {"batch_size": 16, "distill": 0.0, "lr": 0.01, "device": "cpu"}
 
 

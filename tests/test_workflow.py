@@ -1,7 +1,6 @@
 """Many runs: Snakemake with the real notebooks, two jobs at once, twice at once, killed, submitted.
 
-Each Snakemake process starts in some seconds, each job in it in some more; EXPLIB_KILLS=20 kills
-the workflow more often than the few times that fit into every run of the tests.
+One of the two notebooks prunes its network in one shot, the other layer by layer.
 """
 
 import json
@@ -22,7 +21,7 @@ import pytest
 from explib.files import ROOT
 from explib.params import PLACES
 
-KILLS = int(os.environ.get("EXPLIB_KILLS", 6))
+KILLS = 20
 TINY = {
     "epochs": 3,
     "batch_size": 32,
@@ -34,6 +33,14 @@ TINY = {
     "threads": 1,
 }
 NOTEBOOKS = ["03_finetune-resnet_56-A", "03_finetune-resnet_56-B"]
+LAYERWISE = """
+name: resnet_56-B
+arch: resnet_56
+dataset: digits
+pruning_way: B
+schedule: layerwise
+compress_rate: "[0.0]*52+[0.5]*3"
+"""
 TIMED = {"seconds", "images_per_s", "wall_s", "created", *PLACES}
 COMMITTED = {"git_commit", "git_dirty"}  # somebody may commit while the tests run
 
@@ -47,7 +54,11 @@ class Folder:
     def __post_init__(self):
         self.path.mkdir()
         self.results = self.path / "results"
-        for name in ("Snakefile", "notebooks", "params"):
+        configurations = self.path / "params/digits"
+        configurations.mkdir(parents=True)
+        (configurations / "resnet_56-B.yaml").write_text(LAYERWISE)
+        linked = ("params/digits/resnet_56-A.yaml", "params/digits/resnet_56-baseline.yaml")
+        for name in ("Snakefile", "notebooks", "params/profiles", *linked):
             (self.path / name).symlink_to(ROOT / name)
         self.environment = {
             "PYTHONPATH": str(ROOT),
@@ -128,7 +139,7 @@ def test_a_workflow_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp
     folder, chance = Folder(tmp_path / "project"), random.Random(6)
     for _ in range(KILLS):
         process = folder.start("local", "--cores", "2")
-        time.sleep(chance.uniform(0, 0.4 * whole[2]))
+        time.sleep(chance.uniform(0, 0.3 * whole[2]))
         os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
