@@ -38,14 +38,17 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
+    if len(runs):
+        few, many = runs["trained"].min(), runs["trained"].max()
+        epochs = f"{few} to {many}" if few < many else f"{few}"
     for _, run in runs[::-1].iterrows():
-        key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
+        key = tables.way_of(run)
         style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
         axes.errorbar(
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
             color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if shown else "measured here (hollow: L1 survivors)",
+            label=None if shown else f"measured here, {epochs} epochs (hollow: L1 survivors)",
         )  # fmt: skip
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
@@ -92,29 +95,37 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     runs = _best_of(frame, arch, usual)
     if len(runs) < 2:
         return None
-    rates = list(dict.fromkeys(runs["compress_rate"]))
-    figure, axes = _figure(6.8, 1.3 + 0.42 * len(runs))
-    runs = runs.assign(cut=100 * (1 - runs["macs"] / runs["macs_dense"]))
-    runs = runs.sort_values(["compress_rate", "last"], key=lambda c: c if c.name == "last" else
-                            c.map(rates.index))  # fmt: skip
-    labels = []
-    for y, (_, run) in enumerate(runs.iterrows()):
-        key = (run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else "")
-        axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                      color=WAY_COLOURS[key[0]], capsize=3)  # fmt: skip
-        axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
-                      textcoords="offset points", ha="center")  # fmt: skip
-        labels.append(
-            f"{WAY_NAMES[key]}\n{run['epochs']} epochs, n={run['n']}, −{run['cut']:.1f} %"
-        )
-    for dense in sorted(set(runs["dense"].round(2))):
-        axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
-        axes.annotate(f"dense {dense:.2f}", (dense, -0.55), xytext=(-4, 0), ha="right",
-                      textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="top-1 at the last epoch, %", ylim=(-0.7, len(labels) - 0.3))
-    axes.set_title(f"{NAMES[arch]}: who should go, who should stay")
-    axes.margins(x=0.12)
+    runs = runs.assign(
+        cut=100 * (1 - runs["macs"] / runs["macs_dense"]),
+        rates=[tables.named_rates(arch, rates) for rates in runs["compress_rate"]],
+    )
+    panels = [alike.sort_values("last") for _, alike in runs.groupby("rates")]
+    heights = [len(alike) + 0.6 for alike in panels]
+    figure, every = _figure(6.8, 0.9 + 0.42 * sum(heights) + 0.3 * len(panels), len(panels),
+                            sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
+    for axes, alike in zip(every[:, 0], panels, strict=True):
+        labels = []
+        for y, (_, run) in enumerate(alike.iterrows()):
+            way = tables.way_of(run)
+            axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
+                          color=WAY_COLOURS[way[0]], capsize=3)  # fmt: skip
+            axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
+                          textcoords="offset points", ha="center")  # fmt: skip
+            seeds = "one seed" if run["n"] == 1 else f"{run['n']} seeds"
+            labels.append(
+                f"{WAY_NAMES[way]}\n{run['trained']} epochs, {seeds}, −{run['cut']:.1f} %"
+            )
+        for dense in sorted(set(alike["dense"].round(2))):
+            axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
+            axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
+                          textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(ylim=(-0.8, len(labels) - 0.3))
+        rates = alike["rates"].iloc[0]
+        cut = f" at the published cut of {rates} %" if rates.replace(".", "").isdigit() else ""
+        axes.set_title(f"{NAMES[arch]}{cut}")
+        axes.margins(x=0.12)
+    axes.set(xlabel="top-1 at the last epoch, %")
     return figure
 
 

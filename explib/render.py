@@ -25,6 +25,11 @@ WAY_NAMES = {
 }
 
 
+def hardware(name: str) -> str:
+    """A processor's or accelerator's name without the words that tell nothing."""
+    return re.sub(r"\((?:R|TM)\)| (?:Processor|CPU)\b", "", name)
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     """A Markdown table, numbers to the right."""
     rule = ["---:" if _is_number(table[column]) else "---" for column in table.columns]

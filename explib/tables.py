@@ -5,6 +5,7 @@ epochs, then the one with most seeds. Runs that diverged, or that used only a pa
 no results.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from explib import flops, records
 from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
 from explib.params import PLACES, Params, parse_rates
-from explib.render import NAMES, NOT_MEASURED, fill, to_html, to_markdown
+from explib.render import NAMES, NOT_MEASURED, WAY_NAMES, fill, hardware, to_html, to_markdown
 
 CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
@@ -33,6 +34,7 @@ CAPTIONS = {
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
 _COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
+_RATES = ["arch", "compress_rate"]
 _SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
 _USUAL = {**_SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
 
@@ -152,7 +154,7 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
         "epochs": str(run["trained"]),
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
-        "hardware": run["hardware"],
+        "hardware": hardware(run["hardware"]),
     }
 
 
@@ -167,29 +169,51 @@ def _cut(left: float, dense: float) -> float:
 
 
 def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
-    """All ways and criteria side by side where one of comparison was run at the same rates."""
+    """All ways and criteria side by side where one of comparison was run at the same rates.
+
+    By network, rates and epochs, the best one first. Differences to the two criteria that know no
+    score are means over the seeds both sides have, with a paired t-test.
+    """
     runs = groups(frame, usual)
     if runs.empty or runs["pruning_way"].isin(["A", "B"]).all():
         return pd.DataFrame()
+    runs = runs.assign(rates=[named_rates(*pair) for pair in runs[_RATES].values])
     lines = [
         {
             "network": NAMES[run["arch"]],
-            "rates": run["compress_rate"],
-            "criterion": run["pruning_way"],
-            "survivors": run["survivors"] if run["pruning_way"] in "AB" else "",
-            "against random kernels": _against(run, runs),
+            "published cut %": run["rates"],
+            "criterion": WAY_NAMES[way_of(run)],
+            "against random kernels": _against(run, runs, "random"),
+            "against L1 kernels": _against(run, runs, "l1"),
             **{k: v for k, v in _line(run, None).items() if k not in ("network", "way")},
         }
-        for _, run in runs.iterrows()
+        for _, run in runs.sort_values(
+            ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
+        ).iterrows()
     ]
-    return pd.DataFrame(lines).sort_values(["network", "rates", "criterion", "survivors"])
+    return pd.DataFrame(lines)
 
 
-def _against(run: pd.Series, runs: pd.DataFrame) -> str:
-    """Mean difference to random kernels over the seeds both have, with a paired t-test."""
+def way_of(run: pd.Series) -> tuple[str, str]:
+    """(pruning way, survivors) as in WAY_NAMES: only ways A and B choose survivors."""
+    return run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else ""
+
+
+@functools.cache
+def named_rates(arch: str, compress_rate: str) -> str:
+    """The published cut in per cent that belongs to a network's rates, else the rates."""
+    rows = published()["rows"]
+    for _, row in rows[rows["arch"] == arch].iterrows():
+        if parse_rates(row["compress_rate"]) == parse_rates(compress_rate):
+            return f"{row['cut_pct']:.1f}"
+    return compress_rate
+
+
+def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
+    """Mean difference to a criterion over the seeds both have, with a paired t-test."""
     same = ["arch", "compress_rate", "trained", "hardware"]
-    others = runs[(runs["pruning_way"] == "random") & (runs[same] == run[same]).all(axis=1)]
-    if others.empty or run["pruning_way"] == "random":
+    others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
+    if others.empty or run["pruning_way"] == way:
         return ""
     other = others.iloc[0]["by_seed"]
     seeds = sorted(set(run["by_seed"]) & set(other))
@@ -222,14 +246,14 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "network": NAMES[run["arch"]],
-                "rates": run["compress_rate"],
-                "way": f"{run['pruning_way']}, {run['survivors']}",
+                "published cut %": named_rates(*run[_RATES]),
+                "way": WAY_NAMES[way_of(run)],
                 "changed": ", ".join(changed),
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
                 "before fine-tuning": f"{run['before']:.2f}",
                 "epochs": str(run["trained"]),
-                "hardware": run["hardware"],
+                "hardware": hardware(run["hardware"]),
             }
         )
     return pd.DataFrame(lines)
@@ -260,7 +284,7 @@ def baselines(frame: pd.DataFrame) -> pd.DataFrame:
             "epochs": str(len(run["history"])) if run["history"] else "none, loaded",
             "MACs M": f"{run['macs_dense'] / 1e6:.2f}",
             "weights M": f"{run['weights_dense'] / 1e6:.3f}",
-            "hardware": run["hardware"],
+            "hardware": hardware(run["hardware"]),
         }
         for _, run in frame[(frame["kind"] == "baseline") & (frame["status"] == "done")].iterrows()
     ]

@@ -122,8 +122,8 @@ def test_criteria_stand_side_by_side_once_there_are_some(tmp_path):
     record(tmp_path, 90.0, pruning_way="random")
     made = tables.make(tmp_path, "cifar10")["criteria"]
     assert made[["criterion", "last epoch"]].values.tolist() == [
-        ["B", "92.00 (n=1)"],
-        ["random", "90.00 (n=1)"],
+        ["B, random survivors", "92.00 (n=1)"],
+        ["random kernels", "90.00 (n=1)"],
     ]
 
 
@@ -172,7 +172,7 @@ def test_no_records_make_no_tables(tmp_path):
 
 
 class TestCriteria:
-    def test_differences_to_random_kernels_are_paired_by_seed(self, tmp_path):
+    def test_differences_are_paired_by_seed(self, tmp_path):
         for seed, (ours, other) in enumerate(((91.0, 90.0), (93.0, 91.0), (92.0, 89.0))):
             record(tmp_path, ours, seed=seed)
             record(tmp_path, other, seed=seed, pruning_way="random")
@@ -180,15 +180,30 @@ class TestCriteria:
         record(tmp_path, 91.5, pruning_way="l1")
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
         # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641, of 2 degrees of freedom
-        assert found.loc["B", "against random kernels"] == "+2.00 (p = 0.074, n=3)"
-        assert found.loc["l1", "against random kernels"] == "+1.50 (n=1)"
-        assert found.loc["random", "against random kernels"] == ""
+        ours, l1, random = (
+            found.loc[name] for name in ("B, random survivors", "L1 kernels", "random kernels")
+        )
+        assert ours["against random kernels"] == "+2.00 (p = 0.074, n=3)"
+        assert l1["against random kernels"] == "+1.50 (n=1)"
+        assert random["against random kernels"] == ""
+        assert ours["against L1 kernels"] == "-0.50 (n=1)" and l1["against L1 kernels"] == ""
 
     def test_other_epochs_are_not_compared(self, tmp_path):
         record(tmp_path, 91.0, epochs=5)
         record(tmp_path, 90.0, epochs=4, pruning_way="random")
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
-        assert found.loc["B", "against random kernels"] == ""
+        assert found.loc["B, random survivors", "against random kernels"] == ""
+
+    def test_the_best_stands_first_at_the_cut_that_was_published(self, tmp_path):
+        record(tmp_path, 90.0, pruning_way="random")
+        record(tmp_path, 91.0, pruning_way="l1")
+        record(tmp_path, 80.0, pruning_way="l1", compress_rate="[0.5]")
+        found = tables.make(tmp_path, "cifar10")["criteria"]
+        assert found[["published cut %", "criterion"]].values.tolist() == [
+            ["53.5", "L1 kernels"],
+            ["53.5", "random kernels"],
+            ["[0.5]", "L1 kernels"],
+        ]
 
 
 class TestSensitivity:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from explib.files import resolve
-from explib.render import NAMES, WAY_NAMES
+from explib.render import NAMES, WAY_NAMES, hardware
 
 
 def training(results_dir: str | Path = "results") -> pd.DataFrame:
@@ -15,7 +15,7 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
     lines = []
     for path in sorted((resolve(results_dir) / "bench").glob("training-*.json")):
         record = json.loads(path.read_text())
-        hardware = record["provenance"]["hardware"]["name"]
+        machine = hardware(record["provenance"]["hardware"]["name"])
         speed = {(r["network"], r.get("task"), r["loop"]): r for r in record["rows"]}
         for (network, task, loop), plain in speed.items():
             ours = speed.get((network, task, "ours"))
@@ -29,7 +29,7 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
                         "ratio": f"{ours['images_per_s'] / plain['images_per_s']:.2f}",
                         "precision": ours["precision"],
                         "batch": str(ours["batch_size"]),
-                        "hardware": hardware,
+                        "hardware": machine,
                     }
                 )
     return pd.DataFrame(lines)
@@ -70,7 +70,7 @@ def processes(results_dir: str | Path = "results") -> pd.DataFrame:
             "processes": str(row["processes"]),
             "images/s": f"{row['images_per_s']:.0f}",
             "of linear growth": f"{row['efficiency']:.2f}",
-            "hardware": record["provenance"]["hardware"]["name"],
+            "hardware": hardware(record["provenance"]["hardware"]["name"]),
         }
         for row in record["rows"]
     )
