@@ -1,5 +1,6 @@
 """The figures that the records allow: runs against each other, and against what was published."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from explib import records, tables
+from explib.bench import plots as bench
 from explib.files import resolve
 from explib.plots import BLUE, GREY, RED, WAY_COLOURS, _figure, _style, curves, save, sparsity
 from explib.render import NAMES, WAY_NAMES
@@ -144,6 +146,12 @@ _SEE = {
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Compare only rows with as many epochs.",
+    "controls": "how much of the weights' magnitude a criterion leaves says how good its network "
+    "is before fine-tuning. Each line joins the three published cuts. If a score knew more than "
+    "the magnitudes of what it keeps, its line would lie above the black one, random kernels of "
+    "the same magnitudes.",
+    "recipes": "each recipe is one change away from ours (orange).",
+    "training": "the plain loop and ours, by turns in one run.",
     "sparsity": "bars that end below their mark did not meet their rate.",
     "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
     "a published cut as claimed (hollow) with the true one of the same row.",
@@ -155,6 +163,18 @@ def what_to_see(name: str) -> str:
     return _SEE[name.split("-")[0]]
 
 
+def _benchmarks(folder: Path) -> dict[str, Figure]:
+    """The figures of what was measured apart from whole runs, where it was."""
+    draw = {"controls": bench.controls, "recipes": bench.recipes}
+    draw |= {path.stem: bench.training_speed for path in sorted(folder.glob("training-*.json"))}
+    found = {name: folder / f"{name}.json" for name in draw}
+    return {
+        name: draw[name](json.loads(path.read_text()))
+        for name, path in found.items()
+        if path.is_file()
+    }
+
+
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.each(results_dir, dataset))
@@ -163,6 +183,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
         figures["published_vs_true"] = published_vs_true()
+        figures |= _benchmarks(resolve(results_dir) / "bench")
     done = frame[frame["status"] == "done"] if not frame.empty else frame
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:

@@ -16,7 +16,7 @@ from typing import get_args, get_origin, get_type_hints
 import yaml
 
 ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
-WAYS = ("A", "B", "random", "l1", "bn")
+WAYS = ("A", "B", "random", "l1", "bn", "matched")
 CHOICES = {
     "arch": ARCHS,
     "dataset": ("digits", "cifar10", "imagenet"),
@@ -82,7 +82,7 @@ class Params:
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
-    pruning_way: str = "B"  # A, B; for comparison random, l1, bn, or filters of as many MACs
+    pruning_way: str = "B"  # A, B; for comparison random, l1, bn, matched, filters
     compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
     survivors: str = "random"  # who stays in a redundant set: random (published) or l1
     groups: int = 13  # number of level groups

@@ -17,7 +17,10 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
 )  # fmt: skip
 PALE = "#D9D9D9"  # what was there before
-WAY_COLOURS = {"A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK}
+WAY_COLOURS = {
+    "A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK,
+    "matched": BLACK,
+}  # fmt: skip
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",

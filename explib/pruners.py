@@ -15,6 +15,7 @@ from explib.expectation import delta_e, levels
 from explib.models import Conv, find_convs
 from explib.params import WAYS, ParamError, keep_floor, spread_rates
 
+_ALIKE = 16  # kernels next to each other by norm, among which `matched` draws anew
 _EPSILON = 1e-9  # 0.7 * 10 is 7, and ceil(0.3 * 10) is 3, whatever binary fractions say
 
 
@@ -41,7 +42,8 @@ def prune_layer(
 
     weight: (F, C, K, K). rate: share of kernels to prune. way: `A` (BatchNorm priority, needs
     gamma, the (F,) scale of the conv's BatchNorm), `B` (full-layer), or of comparison `random`,
-    `l1` (smallest L1 norm first), `bn` (filters of lowest |gamma| first, their kernels at random).
+    `l1` (smallest L1 norm first), `bn` (filters of lowest |gamma| first, their kernels at random),
+    `matched` (kernels at random, as many of every L1 norm as way B prunes: what of B is no score).
     floor: ceil(floor * m) of each redundant set of m kernels stay; A and B may therefore prune
     fewer than int(rate * F * C) unless strict_rate goes on into the survivors, in the same order.
     survivors: who stays in a set, `random` or the kernels of largest `l1` norm. generator: a CPU
@@ -59,9 +61,14 @@ def prune_layer(
     delta = delta_e(weight, bias, layer)  # also checks the weights for every way
     filters, channels = delta.shape
     n = number_to_prune(rate, delta.numel())
+    if way == "matched":
+        keep = prune_layer(
+            weight, rate, floor=floor, groups=groups, bias=bias, strict_rate=strict_rate,
+            generator=generator, layer=layer,
+        )  # fmt: skip
+        return _among_alike(keep, _by_norm(weight), generator)
     if way == "l1" or survivors == "l1":
-        norm = weight.detach().abs().sum((2, 3), dtype=torch.float64).flatten().cpu()
-        order = norm.argsort(stable=True).numpy()
+        order = _by_norm(weight)
     else:
         order = torch.randperm(delta.numel(), generator=generator).numpy()
 
@@ -85,6 +92,21 @@ def prune_layer(
         floor = 0.0
     keep = _first_in_sets(place.ravel(), order, n, floor, strict_rate)
     return torch.from_numpy(keep.reshape(filters, channels)).to(weight.device)
+
+
+def _by_norm(weight: torch.Tensor) -> np.ndarray:
+    """All kernels of a conv (flat), smallest L1 norm first."""
+    norm = weight.detach().abs().sum((2, 3), dtype=torch.float64).flatten().cpu()
+    return norm.argsort(stable=True).numpy()
+
+
+def _among_alike(keep: torch.Tensor, order: np.ndarray, generator) -> torch.Tensor:
+    """A mask with as many of every _ALIKE neighbours in `order` as `keep` has, at random places."""
+    chance = torch.randperm(keep.numel(), generator=generator).numpy()
+    drawn = np.lexsort((chance, np.arange(order.size) // _ALIKE))
+    mask = np.empty(order.size, bool)
+    mask[order] = keep.cpu().numpy().ravel()[order[drawn]]
+    return torch.from_numpy(mask).view(keep.shape).to(keep.device)
 
 
 def _ranks(values: torch.Tensor, layer: str) -> np.ndarray:

@@ -18,6 +18,7 @@ WAY_NAMES = {
     ("bn", ""): "kernels of lowest-γ filters",
     ("A", "random"): "A, random survivors",
     ("B", "random"): "B, random survivors",
+    ("matched", ""): "random kernels of the norms B keeps",
     ("A", "l1"): "A, L1 survivors",
     ("B", "l1"): "B, L1 survivors",
     ("l1", ""): "L1 kernels",

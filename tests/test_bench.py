@@ -78,17 +78,27 @@ def test_the_table_has_a_line_for_each_pair(tmp_path):
     assert tables.training(tmp_path / "none").empty
 
 
+def control(cut, way, survivors, top1, kept=50.0):
+    return {
+        "arch": "resnet_56", "cut_pct": cut, "pruning_way": way, "survivors": survivors,
+        "top1": top1, "top1_as_was": [10.0], "norm_kept_pct": kept,
+    }  # fmt: skip
+
+
 def test_controls_have_a_column_for_each_cut(tmp_path):
     rows = [
-        {"cut_pct": 53.5, "pruning_way": "B", "survivors": "l1", "top1": [80.0, 82.0, 84.0]},
-        {"cut_pct": 71.9, "pruning_way": "B", "survivors": "l1", "top1": [50.0, 50.0, 50.0]},
-        {"cut_pct": 53.5, "pruning_way": "random", "survivors": "", "top1": [20.0]},
+        control(53.5, "B", "l1", [80.0, 82.0, 84.0]),
+        control(60.5, "B", "l1", [70.0]),
+        control(71.9, "B", "l1", [50.0, 50.0, 50.0], 62.44),
+        control(53.5, "random", "", [20.0]),
     ]
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench/controls.json").write_text(json.dumps({"rows": rows}))
     chance, ours = tables.controls(tmp_path).fillna("").to_dict("records")
-    assert (chance["criterion"], chance["cut 53.5 %"]) == ("random kernels", "20.00")
-    assert (ours["cut 53.5 %"], ours["cut 71.9 %"]) == ("82.00 ± 2.00", "50.00 ± 0.00")
+    assert (chance["criterion"], chance["lowest cut"]) == ("random kernels", "20.00")
+    assert (ours["lowest cut"], ours["highest cut"]) == ("82.00 ± 2.00", "50.00 ± 0.00")
+    assert ours["there, statistics as they were"] == "10.00"
+    assert (ours["squared weights left %"], chance["highest cut"]) == ("62.4", "")
 
 
 class TestFigures:
@@ -100,6 +110,15 @@ class TestFigures:
         (axes,) = plots.training_speed(record).axes
         texts = [text.get_text().strip() for text in axes.texts]
         assert texts == ["plain loop 200", "ours 500, 2.5 times"]
+
+    def test_controls_join_the_cuts_of_a_criterion(self):
+        rows = [
+            control(71.9, "B", "l1", [50.0], 60.0),
+            control(53.5, "B", "l1", [80.0, 82.0], 80.0),
+        ]
+        (axes,) = plots.controls({"rows": rows}).axes
+        (line,) = axes.lines
+        assert line.get_xydata().tolist() == [[60.0, 50.0], [80.0, 81.0]]
 
     def test_recipes_are_sorted(self):
         rows = [{"recipe": name, "last": top1} for name, top1 in (("a", 80.0), ("ours", 85.0))]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from explib import controls, runs
 from explib.params import Params
@@ -17,8 +18,22 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     monkeypatch.setattr(controls, "RESULT", tmp_path / "controls.json")
     rows = controls.measure(small, seeds=2)
     assert len(rows) == 3 * len(controls.CRITERIA)
-    assert [len(row["top1"]) for row in rows[:8]] == [2, 2, 2, 2, 2, 2, 1, 1]
-    assert all(0 <= value <= 100 for row in rows for value in row["top1"])
-    kernels = {row["macs_left"] for row in rows if row["pruning_way"] in ("B", "random", "l1")}
-    assert len(kernels) == 1  # equal kernels pruned per layer
+    assert [len(row["top1"]) for row in rows[:9]] == [2, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert all(0 <= value <= 100 for row in rows for value in row["top1"] + row["top1_as_was"])
+    kernels = [row for row in rows if row["pruning_way"] in ("B", "random", "l1", "matched")]
+    assert len({row["macs_left"] for row in kernels}) == 1  # equal kernels pruned per layer
+    kept = {(row["pruning_way"], row["survivors"]): row["norm_kept_pct"] for row in rows}
+    assert kept["random", ""] < kept["B", "random"] < kept["B", "l1"] < kept["l1", ""]
+    assert abs(kept["matched", ""] - kept["B", "random"]) < 2
     assert json.loads((tmp_path / "controls.json").read_text())["rows"] == rows
+    monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
+    assert controls.measure(small) == rows
+
+
+def test_the_norm_kept_is_a_mean_over_convs(net):
+    with torch.no_grad():
+        net[3].weight.fill_(1.0)
+        net[6].weight.zero_()[:, 0] = 2.0
+    masks = {"3": torch.zeros(6, 8, dtype=torch.bool), "6": torch.ones(8, 6, dtype=torch.bool)}
+    masks["3"][:, :2] = True  # a quarter of it, and all of the other
+    assert controls.norm_kept(net, masks) == pytest.approx((25 + 100) / 2)

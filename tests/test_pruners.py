@@ -128,7 +128,7 @@ class TestNumbers:
     def test_n_whatever_binary_fractions_say(self, rate, kernels, n):
         assert number_to_prune(rate, kernels) == n
 
-    @given(layers(), shares, st.sampled_from(["B", "random", "l1", "bn"]))
+    @given(layers(), shares, st.sampled_from(["B", "random", "l1", "bn", "matched"]))
     def test_n_is_reached_where_there_is_no_floor(self, given, rate, way):
         weight, gamma = given
         mask = prune_layer(weight, float(rate), way, gamma=gamma, generator=seeded())
@@ -155,7 +155,7 @@ class TestNumbers:
 
 
 class TestChance:
-    @pytest.mark.parametrize("way", ["A", "B", "random", "bn"])
+    @pytest.mark.parametrize("way", ["A", "B", "random", "bn", "matched"])
     def test_equal_seeds_equal_masks_and_other_seeds_others(self, way):
         weight, gamma = layer(12, 11)
         masks = [
@@ -218,6 +218,23 @@ class TestCriteria:
         weight, _ = layer(2, 4)
         mask = prune_layer(weight, 0.5, "bn", gamma=torch.tensor([-5.0, 1.0]))
         assert (~mask).sum(1).tolist() == [0, 4]
+
+    def test_matched_takes_as_many_of_every_norm_as_way_b(self):
+        weight, _ = layer(12, 12)
+        ours = prune_layer(weight, 0.6, "B", floor=0.2, generator=seeded())
+        mask = prune_layer(weight, 0.6, "matched", floor=0.2, generator=seeded())
+        order = weight.abs().sum((2, 3)).flatten().argsort()
+        blocks = [kept.flatten()[order].view(9, 16).sum(1) for kept in (ours, mask)]
+        assert torch.equal(*blocks) and not torch.equal(ours, mask)
+
+    def test_matched_draws_evenly_among_kernels_alike(self):
+        weight = torch.arange(1.0, 17.0).view(4, 4, 1, 1)  # one neighbourhood
+        kept = sum(
+            prune_layer(weight, 0.5, "matched", generator=seeded(seed)).double()
+            for seed in range(2000)
+        )
+        # 8 of 16 stay: mean 1000, standard deviation 22
+        assert (kept - 1000).abs().max() < 100
 
 
 class TestPermutation:

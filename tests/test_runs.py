@@ -176,7 +176,7 @@ class TestFinetune:
         first, second = (masking.load(path)[0] for path in paths)
         assert not equal(first, second)
 
-    @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn"])
+    @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn", "matched"])
     def test_every_way_runs(self, trained, way):
         params = trained.replace(pruning_way=way, name=f"way-{way}", epochs=1, strict_rate=True)
         found = runs.finetune(params)

@@ -1,9 +1,10 @@
 """Figures of the benchmarks: their records in, a matplotlib Figure out."""
 
+
 from matplotlib.figure import Figure
 
-from explib.plots import BLUE, GREY, ORANGE, _figure, _style
-from explib.render import NAMES
+from explib.plots import BLUE, GREY, ORANGE, WAY_COLOURS, _figure, _style
+from explib.render import NAMES, WAY_NAMES
 
 
 @_style
@@ -43,4 +44,28 @@ def recipes(record: dict) -> Figure:
     axes.set(xlabel=f"top-1 on {record['pruned']['validation']:,} validation images, %")
     axes.margins(x=0.1)
     axes.set_title(f"{record['pruned']['epochs']} epochs under masks, by recipe")
+    return figure
+
+
+@_style
+def controls(record: dict) -> Figure:
+    """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
+    archs = list(dict.fromkeys(row["arch"] for row in record["rows"]))
+    figure, every = _figure(7, 4.8 * len(archs), len(archs), squeeze=False)
+    for axes, arch in zip(every[:, 0], archs, strict=True):
+        for key, name in WAY_NAMES.items():
+            rows = [r for r in record["rows"] if (r["pruning_way"], r["survivors"]) == key]
+            rows = sorted((r for r in rows if r["arch"] == arch), key=lambda r: r["norm_kept_pct"])
+            if not rows:
+                continue
+            x, y = (
+                [r["norm_kept_pct"] for r in rows],
+                [sum(r["top1"]) / len(r["top1"]) for r in rows],
+            )
+            hollow = {"markerfacecolor": "white"} if key[1] == "l1" else {}
+            axes.plot(x, y, "o-", color=WAY_COLOURS[key[0]], linewidth=1, **hollow, label=name)
+        axes.set(xlabel="squared weights left, %, mean over convs",
+                 ylabel="top-1 before fine-tuning, %")  # fmt: skip
+        axes.set_title(f"{NAMES[arch]}: what survives is worth its magnitude")
+        axes.legend(fontsize=8.5, loc="upper left")
     return figure

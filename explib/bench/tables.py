@@ -77,15 +77,30 @@ def processes(results_dir: str | Path = "results") -> pd.DataFrame:
 
 
 def controls(results_dir: str | Path = "results") -> pd.DataFrame:
-    """Top-1 in per cent of every criterion before fine-tuning, a column for each published cut."""
+    """Top-1 in per cent of every criterion before fine-tuning, a column for each published cut.
+
+    At the highest one also with BatchNorm statistics as they were before pruning, and the per cent
+    of squared weights that pruning leaves.
+    """
     path = resolve(results_dir) / "bench/controls.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     lines = {}
-    for row in rows:
-        name = WAY_NAMES[row["pruning_way"], row["survivors"]]
-        values = row["top1"]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        column = f"cut {row['cut_pct']:.1f} %"
-        line = lines.setdefault(name, {"criterion": name, "seeds": str(len(values))})
-        line[column] = f"{statistics.mean(values):.2f}{spread}"
-    return pd.DataFrame([lines[name] for name in WAY_NAMES.values() if name in lines])
+    for arch in NAMES:
+        own = [row for row in rows if row["arch"] == arch]
+        cuts = sorted({row["cut_pct"] for row in own})
+        for row in own:
+            name = WAY_NAMES[row["pruning_way"], row["survivors"]]
+            line = {"network": NAMES[arch], "criterion": name, "seeds": str(len(row["top1"]))}
+            line = lines.setdefault((arch, name), line)
+            cut = ("lowest cut", "middle cut", "highest cut")[cuts.index(row["cut_pct"])]
+            line[cut] = _mean(row["top1"])
+            if cut == "highest cut":
+                line["there, statistics as they were"] = _mean(row["top1_as_was"])
+                line["squared weights left %"] = f"{row['norm_kept_pct']:.1f}"
+    order = [(arch, name) for arch in NAMES for name in WAY_NAMES.values()]
+    return pd.DataFrame([lines[key] for key in order if key in lines])
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
