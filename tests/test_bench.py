@@ -78,10 +78,10 @@ def test_the_table_has_a_line_for_each_pair(tmp_path):
     assert tables.training(tmp_path / "none").empty
 
 
-def control(cut, way, survivors, top1, kept=50.0):
+def control(cut, way, survivors, top1, kept=50.0, changed=""):
     return {
         "arch": "resnet_56", "cut_pct": cut, "pruning_way": way, "survivors": survivors,
-        "top1": top1, "top1_as_was": [10.0], "norm_kept_pct": kept,
+        "changed": changed, "top1": top1, "top1_as_was": [10.0], "norm_kept_pct": kept,
     }  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def test_controls_have_a_column_for_each_cut(tmp_path):
         control(60.5, "B", "l1", [70.0]),
         control(71.9, "B", "l1", [50.0, 50.0, 50.0], 62.44),
         control(53.5, "random", "", [20.0]),
+        control(71.9, "B", "l1", [55.0], changed="groups 1"),
     ]
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench/controls.json").write_text(json.dumps({"rows": rows}))
@@ -99,6 +100,9 @@ def test_controls_have_a_column_for_each_cut(tmp_path):
     assert (ours["lowest cut"], ours["highest cut"]) == ("82.00 ± 2.00", "50.00 ± 0.00")
     assert ours["there, statistics as they were"] == "10.00"
     assert (ours["squared weights left %"], chance["highest cut"]) == ("62.4", "")
+    usual, one = tables.settings(tmp_path).to_dict("records")
+    assert usual["B, L1 survivors"] == "50.00 ± 0.00"
+    assert (one["setting"], one["B, L1 survivors"]) == ("groups 1", "55.00")
 
 
 class TestFigures:

@@ -17,6 +17,10 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     monkeypatch.setattr(controls, "published", lambda: {"rows": rates})
     monkeypatch.setattr(controls, "RESULT", tmp_path / "controls.json")
     rows = controls.measure(small, seeds=2)
+    settings = [row for row in rows if row["changed"]]
+    assert len(settings) == 2 * len(controls.SETTINGS)
+    assert {row["cut_pct"] for row in settings} == {71.9}
+    rows = [row for row in rows if not row["changed"]]
     assert len(rows) == 3 * len(controls.CRITERIA)
     assert [len(row["top1"]) for row in rows[:9]] == [2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert all(0 <= value <= 100 for row in rows for value in row["top1"] + row["top1_as_was"])
@@ -25,9 +29,10 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     kept = {(row["pruning_way"], row["survivors"]): row["norm_kept_pct"] for row in rows}
     assert kept["random", ""] < kept["B", "random"] < kept["B", "l1"] < kept["l1", ""]
     assert abs(kept["matched", ""] - kept["B", "random"]) < 2
-    assert json.loads((tmp_path / "controls.json").read_text())["rows"] == rows
+    written = json.loads((tmp_path / "controls.json").read_text())["rows"]
+    assert written == rows + settings
     monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
-    assert controls.measure(small) == rows
+    assert controls.measure(small) == written
 
 
 def test_the_norm_kept_is_a_mean_over_convs(net):

@@ -1,6 +1,5 @@
 """Figures of the benchmarks: their records in, a matplotlib Figure out."""
 
-
 from matplotlib.figure import Figure
 
 from explib.plots import BLUE, GREY, ORANGE, WAY_COLOURS, _figure, _style
@@ -50,11 +49,12 @@ def recipes(record: dict) -> Figure:
 @_style
 def controls(record: dict) -> Figure:
     """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
-    archs = list(dict.fromkeys(row["arch"] for row in record["rows"]))
+    usual = [row for row in record["rows"] if not row["changed"]]
+    archs = list(dict.fromkeys(row["arch"] for row in usual))
     figure, every = _figure(7, 4.8 * len(archs), len(archs), squeeze=False)
     for axes, arch in zip(every[:, 0], archs, strict=True):
         for key, name in WAY_NAMES.items():
-            rows = [r for r in record["rows"] if (r["pruning_way"], r["survivors"]) == key]
+            rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]
             rows = sorted((r for r in rows if r["arch"] == arch), key=lambda r: r["norm_kept_pct"])
             if not rows:
                 continue

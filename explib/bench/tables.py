@@ -82,11 +82,9 @@ def controls(results_dir: str | Path = "results") -> pd.DataFrame:
     At the highest one also with BatchNorm statistics as they were before pruning, and the per cent
     of squared weights that pruning leaves.
     """
-    path = resolve(results_dir) / "bench/controls.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    lines = {}
+    rows, lines = _control_rows(results_dir), {}
     for arch in NAMES:
-        own = [row for row in rows if row["arch"] == arch]
+        own = [row for row in rows if row["arch"] == arch and not row["changed"]]
         cuts = sorted({row["cut_pct"] for row in own})
         for row in own:
             name = WAY_NAMES[row["pruning_way"], row["survivors"]]
@@ -99,6 +97,24 @@ def controls(results_dir: str | Path = "results") -> pd.DataFrame:
                 line["squared weights left %"] = f"{row['norm_kept_pct']:.1f}"
     order = [(arch, name) for arch in NAMES for name in WAY_NAMES.values()]
     return pd.DataFrame([lines[key] for key in order if key in lines])
+
+
+def settings(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Top-1 in per cent of way B before fine-tuning with other settings, at the highest cut."""
+    rows, lines = _control_rows(results_dir), {}
+    cuts = {row["arch"]: row["cut_pct"] for row in rows if row["changed"]}
+    for row in rows:
+        if row["pruning_way"] == "B" and row["cut_pct"] == cuts.get(row["arch"]):
+            line = {"network": NAMES[row["arch"]], "published cut %": str(row["cut_pct"])}
+            line |= {"setting": row["changed"] or "as usual"}
+            line = lines.setdefault((row["arch"], row["changed"]), line)
+            line[WAY_NAMES["B", row["survivors"]]] = _mean(row["top1"])
+    return pd.DataFrame(lines.values())
+
+
+def _control_rows(results_dir: str | Path) -> list[dict]:
+    path = resolve(results_dir) / "bench/controls.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def _mean(values: list[float]) -> str:
