@@ -50,7 +50,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
             color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if shown else f"measured here, {epochs} epochs (hollow: L1 survivors)",
+            label=None if shown else f"measured, {epochs} epochs (hollow: L1 survivors)",
         )  # fmt: skip
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
@@ -62,7 +62,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         )  # fmt: skip
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
-    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))
+    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
     axes.margins(x=0.09, y=0.08)
     return figure
 

@@ -15,10 +15,10 @@ NAMES = {
 # (way, survivors), from chance to structure
 WAY_NAMES = {
     ("random", ""): "random kernels",
-    ("bn", ""): "kernels of lowest-γ filters",
+    ("bn", ""): "lowest-γ filters",
     ("A", "random"): "A, random survivors",
     ("B", "random"): "B, random survivors",
-    ("matched", ""): "random kernels of the norms B keeps",
+    ("matched", ""): "random, B's norms",
     ("A", "l1"): "A, L1 survivors",
     ("B", "l1"): "B, L1 survivors",
     ("l1", ""): "L1 kernels",
