@@ -31,6 +31,11 @@ def hardware(name: str) -> str:
     return re.sub(r"\((?:R|TM)\)| (?:Processor|CPU)\b", "", name)
 
 
+def machine(name: str) -> str:
+    """A processor's name as part of a file name: `amd-epyc`."""
+    return re.sub(r"\W+", "-", hardware(name).split("(")[0].strip().lower())
+
+
 def to_markdown(table: pd.DataFrame) -> str:
     """A Markdown table, numbers to the right."""
     rule = ["---:" if _is_number(table[column]) else "---" for column in table.columns]

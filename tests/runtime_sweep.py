@@ -10,6 +10,7 @@ from explib import runtime
 
 SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
 BATCHES = (1, 2, 7, 8, 15, 17, 33)
+BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03}
 
 
 class Odd(nn.Module):
@@ -44,7 +45,7 @@ def sweep(batches=BATCHES) -> int:
     for height, width in SIZES:
         torch.manual_seed(height)
         model, example = Odd().eval(), torch.zeros(1, 3, height, width)
-        for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 0.03)):
+        for dtype, bound in BOUNDS.items():
             for threads in (1, 3):
                 fast = runtime.compile(model, example, dtype=dtype, threads=threads)
                 assert fast.report["fallbacks"] == [], fast.report

@@ -19,7 +19,7 @@ from explib.files import ROOT
 from explib.params import Params
 from explib.runtime import build, graph, plan
 from explib.study import load_network
-from tests.runtime_sweep import BATCHES, SIZES, sweep
+from tests.runtime_sweep import BATCHES, BOUNDS, SIZES, sweep
 
 SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
 SIDES = dict.fromkeys(models.ARCHS, 32) | {"resnet_50": 64}
@@ -27,9 +27,6 @@ needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
 )
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
-half = pytest.mark.skipif(
-    not (shutil.which("c++") and build.has_half(build.library())), reason="no fp16 here"
-)
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -87,24 +84,26 @@ def test_the_shipped_network_has_the_same_top1_on_every_test_image(cifar10_root)
     assert seen == 10_000 and abs(100 * correct / seen - meta["top1"]) <= 0.05
 
 
-@half
-def test_fp16_keeps_the_accuracy_of_the_shipped_network(cifar10_root):
+@pytest.mark.parametrize("dtype", build.TYPES[1:])
+def test_16_bits_keep_the_accuracy_of_the_shipped_network(cifar10_root, dtype):
+    if not build.computes(build.library(), dtype):
+        pytest.skip(f"this processor does not compute in {dtype}")
     data = load_data(
         Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
     )
-    correct = {}
-    for dtype in (torch.float32, torch.float16):
-        fast = runtime.load(SHIPPED, dtype=dtype)
-        assert fast.report["dtype"] == str(dtype).removeprefix("torch.")
+    correct = []
+    for chosen in (torch.float32, dtype):
+        fast = runtime.load(SHIPPED, dtype=chosen)
+        assert fast.report["dtype"] == str(chosen).removeprefix("torch.")
         found = [(fast(x).argmax(1) == y).sum() for x, y in eval_batches(data.test, data)]
-        correct[dtype] = int(sum(found))
-    assert abs(correct[torch.float16] - correct[torch.float32]) <= 5  # of 10,000
+        correct.append(int(sum(found)))
+    assert abs(correct[1] - correct[0]) <= 5  # of 10,000
 
 
 def test_sizes_that_fit_no_tile_at_any_batch():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where there is no fp16
-        assert sweep() == len(SIZES) * 2 * 2 * len(BATCHES)
+        warnings.simplefilter("ignore")  # where there is no fp16 or bf16
+        assert sweep() == len(SIZES) * len(BOUNDS) * 2 * len(BATCHES)
 
 
 def run_sweep(flags: str, *batches: int, **variables: str) -> subprocess.CompletedProcess:
@@ -122,8 +121,16 @@ def test_the_same_source_serves_narrower_vectors(flags):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads gcc's sanitizer")
-def test_nothing_is_read_or_written_out_of_bounds():
-    target = "-mavx2 -mfma" if platform.machine() == "x86_64" else "-march=native"
+@pytest.mark.parametrize(
+    ("target", "batches"),
+    [("-mavx2 -mfma", [*range(1, 34, 4), 2, 8, 16, 32]), ("-march=native", [9, 16, 33])],
+    ids=["every batch", "16 bits"],
+)
+def test_nothing_is_read_or_written_out_of_bounds(target, batches):
+    if platform.machine() != "x86_64":
+        target = "-march=native"
+    if len(batches) == 3 and not any(build.computes(build.library(), t) for t in build.TYPES[1:]):
+        pytest.skip("this processor computes in float32 only")
     found = [
         subprocess.run(
             ["c++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True
@@ -134,7 +141,7 @@ def test_nothing_is_read_or_written_out_of_bounds():
         pytest.skip("the compiler has no sanitizers")
     done = run_sweep(
         f"{target} -O1 -fsanitize=address,undefined -fno-sanitize-recover=all",
-        *range(1, 34, 4), 2, 8, 16, 32,
+        *batches,
         LD_PRELOAD=":".join(found), ASAN_OPTIONS="detect_leaks=0",
     )  # fmt: skip
     assert done.returncode == 0 and "compared" in done.stdout, done.stderr[-2000:]
@@ -216,11 +223,12 @@ def test_a_compiler_that_refuses_is_reported_in_one_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_without_fp16_it_is_float32_and_says_why(monkeypatch, net):
-    monkeypatch.setattr(build, "has_half", lambda library: False)
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_without_its_16_bits_it_is_float32_and_says_why(monkeypatch, net, name):
+    monkeypatch.setattr(build, "computes", lambda library, dtype: dtype == torch.float32)
     images = torch.randn(2, 3, 8, 8)
-    with pytest.warns(UserWarning, match="does not compute in float16; using float32"):
-        fast = runtime.compile(lively(net), images, dtype=torch.float16)
+    with pytest.warns(UserWarning, match=f"does not compute in {name}; using float32"):
+        fast = runtime.compile(lively(net), images, dtype=getattr(torch, name))
     assert fast.report["dtype"] == "float32" and error(net, fast, images) < 1e-5
 
 

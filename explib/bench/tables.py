@@ -9,6 +9,8 @@ import pandas as pd
 from explib.files import resolve
 from explib.render import NAMES, WAY_NAMES, hardware
 
+SIXTEEN_BITS = ("engine bf16", "engine fp16")
+
 
 def training(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images/s of the plain loop and ours on every machine measured, and their ratio."""
@@ -36,29 +38,38 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
 
 
 def speed(results_dir: str | Path = "results") -> pd.DataFrame:
-    """Images per second of the record that explib.runtime.bench writes, and the speed-ups.
+    """Images per second of the records that explib.runtime.bench writes, and the speed-ups.
 
-    The engine in fp32 against torch in fp32, in fp16 against torch in bf16.
+    The engine in fp32 against torch in fp32, in its fastest type against torch in bf16.
     """
-    path = resolve(results_dir) / "bench/runtime.json"
     lines = []
-    for row in json.loads(path.read_text())["networks"] if path.is_file() else []:
-        found = row["images_per_s"]
-        line = {
-            "network": NAMES[row["arch"]],
-            "MACs cut %": f"{row['cut_pct']:.1f}",
-            "batch": str(row["batch"]),
-            **{name: f"{value:.0f}" for name, value in found.items()},
-        }
-        for dense, engine in (
-            ("eager fp32", "engine fp32"),
-            ("compiled fp32", "engine fp32"),
-            ("compiled bf16", "engine fp16"),
-        ):
-            if dense in found and engine in found:
-                line[f"{engine} / {dense}"] = f"{found[engine] / found[dense]:.1f}"
-        lines.append(line)
+    for path in sorted((resolve(results_dir) / "bench").glob("runtime-*.json")):
+        record = json.loads(path.read_text())
+        name = record["provenance"]["hardware"]["name"]
+        lines += [_speed_line(row, name) for row in record["networks"]]
     return pd.DataFrame(lines)
+
+
+def _speed_line(row: dict, name: str) -> dict:
+    found = row["images_per_s"]
+    line = {
+        "network": NAMES[row["arch"]],
+        "MACs cut %": f"{row['cut_pct']:.1f}",
+        "batch": str(row["batch"]),
+        **{name: f"{found[name]:.0f}" for name in found if name not in SIXTEEN_BITS},
+    }
+    short = max((name for name in SIXTEEN_BITS if name in found), key=found.get, default="")
+    if short:
+        line["engine 16 bits"] = f"{found[short]:.0f} {short.removeprefix('engine ')}"
+    fp32 = found.get("engine fp32", 0)
+    for dense, engine, label in (
+        ("eager fp32", fp32, "engine fp32 / eager fp32"),
+        ("compiled fp32", fp32, "engine fp32 / compiled fp32"),
+        ("compiled bf16", max(fp32, found.get(short, 0)), "engine, best / compiled bf16"),
+    ):
+        if dense in found and engine:
+            line[label] = f"{engine / found[dense]:.1f}"
+    return line | {"hardware": hardware(name)}
 
 
 def processes(results_dir: str | Path = "results") -> pd.DataFrame:

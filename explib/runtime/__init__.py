@@ -59,14 +59,15 @@ def compile(
     """A network made ready for inference with its surviving kernels (those with a non-zero weight).
 
     example_input: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
-    float32, or float16 where the processor computes in it (sums are float16 too; else a warning
-    says why it is float32). threads: torch's number of threads by default; fixed from here on.
+    float32, or where the processor computes in them float16 (sums are float16 too) or bfloat16
+    (sums are float32, and so are batches too small to fill its vectors); elsewhere a warning says
+    why it is float32. threads: torch's number of threads by default; fixed from here on.
     Nodes the engine has no kernel for, and everything where there is no C++ compiler, run in torch
     with a warning; with fallback=False they raise NotImplementedError and NoCompiler. The model is
     not changed, and later changes of it have no effect.
     """
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"dtype: {dtype}; give torch.float32 or torch.float16")
+    if dtype not in build.TYPES:
+        raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
     if not isinstance(example_input, torch.Tensor) or example_input.dtype != torch.float32:
         raise TypeError("example_input: give a torch.float32 tensor (N, C, H, W)")
     threads = threads or torch.get_num_threads()
@@ -85,10 +86,10 @@ def compile(
     lacking = [op.why for op in ops if op.kind == "torch"]
     if lacking and not fallback:
         raise NotImplementedError(f"{lacking[0]}; compile with fallback=True to run it in torch")
-    half = dtype == torch.float16
-    if half and not build.has_half(library):
-        warnings.warn("this processor does not compute in float16; using float32", stacklevel=2)
-        half, report["dtype"] = False, "float32"
+    if not build.computes(library, dtype):
+        name = report["dtype"]
+        warnings.warn(f"this processor does not compute in {name}; using float32", stacklevel=2)
+        dtype, report["dtype"] = torch.float32, "float32"
     for why in lacking:
         warnings.warn(f"{why}; it runs in torch", stacklevel=2)
     convs = [op.module.weight.detach() for op in ops if op.kind == "conv"]
@@ -98,7 +99,7 @@ def compile(
         "kernels_dense": sum(weight[:, :, 0, 0].numel() for weight in convs),
         "fallbacks": lacking,
     }
-    run = _assemble(traced, ops, alias, half, threads)
+    run = _assemble(traced, ops, alias, dtype, threads)
     return Compiled(run, example_input.shape[1:], report)
 
 
@@ -114,7 +115,11 @@ def load(path: str | Path, **options) -> Compiled:
 
 
 def _assemble(
-    traced: fx.GraphModule, ops: list[graph.Op], alias: dict[str, str], half: bool, threads: int
+    traced: fx.GraphModule,
+    ops: list[graph.Op],
+    alias: dict[str, str],
+    dtype: torch.dtype,
+    threads: int,
 ) -> Callable:
     """Native networks of consecutive ops, and torch between them, as one function."""
 
@@ -156,7 +161,7 @@ def _assemble(
         outputs = [op.name for op in group if op.name in later | result]
         inputs = {name: shapes[name] for op in group for name in op.inputs if name not in names}
         fused = graph.fuse(group, set(outputs))
-        steps.append(native(Network(fused, inputs, outputs, half=half, threads=threads)))
+        steps.append(native(Network(fused, inputs, outputs, dtype=dtype, threads=threads)))
 
     def run(images: torch.Tensor):
         values = {entry.name: images, **own}

@@ -1,7 +1,7 @@
 """How fast networks run: dense torch, the engine, and a physically smaller network.
 
-`python -m explib.runtime.bench` writes results/bench/runtime.json: images per second, each the
-median of repeated calls, all of them in one process on the same threads. Networks pruned at the
+`python -m explib.runtime.bench` writes results/bench/runtime-MACHINE.json: images per second, each
+the median of repeated calls, all of them in one process on the same threads. Networks pruned at the
 published rates have random weights: speed depends on which kernels survive, not on their values.
 """
 
@@ -23,13 +23,17 @@ from explib.masks import Masks
 from explib.models import find_convs
 from explib.params import parse_rates
 from explib.records import provenance
+from explib.render import machine
 from explib.runtime import build, graph
 
-RECORD = ROOT / "results/bench/runtime.json"
 NETWORKS = {"resnet_56": "resnet_56-71", "vgg_16_bn": "vgg_16_bn-70"}  # labels of published rates
 DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 DENSE = ("eager fp32", "compiled fp32", "compiled bf16")
-ENGINE = ("engine fp32", "engine fp16")
+ENGINE = {
+    "engine fp32": torch.float32,
+    "engine bf16": torch.bfloat16,
+    "engine fp16": torch.float16,
+}
 BATCHES = (128, 1)
 
 
@@ -88,12 +92,13 @@ def dense_speeds(
 def engine_speeds(model: nn.Module, images: torch.Tensor, seconds: float = 1.0) -> dict[str, float]:
     """Images per second of a masked network in the engine, in the types this machine has."""
     speeds = {}
-    for name, dtype in zip(ENGINE, (torch.float32, torch.float16), strict=True):
+    for name, dtype in ENGINE.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
             fast = runtime.compile(model, images[:1], dtype=dtype)
         wanted = str(dtype).removeprefix("torch.")
-        if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted):
+        small = dtype == torch.bfloat16 and len(images) < 16  # computed in float32
+        if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted) and not small:
             speeds[name] = images_per_s(fast, images, seconds)
     return speeds
 
@@ -210,4 +215,5 @@ if __name__ == "__main__":
         print(row["arch"], "batch", row["batch"])
         for name, speed in row["images_per_s"].items():
             print(f"  {name:16s} {speed:10.1f} images/s")
-    print(write_json(RECORD, record))
+    name = machine(record["provenance"]["hardware"]["name"])
+    print(write_json(ROOT / f"results/bench/runtime-{name}.json", record))

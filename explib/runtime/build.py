@@ -5,13 +5,17 @@ import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from explib import native
 from explib.native import NoCompiler
 
-__all__ = ["NoCompiler", "has_half", "instructions", "library"]
+__all__ = ["TYPES", "NoCompiler", "computes", "instructions", "library"]
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _P, _I = ctypes.c_void_p, ctypes.c_int
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the engine may compute in, as the C++ numbers them."""
 
 
 def library() -> ctypes.CDLL:
@@ -36,12 +40,12 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-def has_half(lib: ctypes.CDLL) -> bool:
-    """Whether the library computes in fp16."""
-    return bool(lib.explib_half())
+def computes(lib: ctypes.CDLL, dtype: torch.dtype) -> bool:
+    """Whether the library computes in this one of TYPES."""
+    return bool(lib.explib_computes(TYPES.index(dtype)))
 
 
 def instructions(lib: ctypes.CDLL) -> str:
     """The library's vectors, for reports."""
-    half = " with fp16" if has_half(lib) else ""
-    return f"{8 * lib.explib_vector_bytes()}-bit vectors{half}"
+    more = [str(t).removeprefix("torch.") for t in TYPES[1:] if computes(lib, t)]
+    return f"{8 * lib.explib_vector_bytes()}-bit vectors" + "".join(f", {name}" for name in more)

@@ -28,28 +28,37 @@ struct ConvBlock {
     const int32_t *start, *index;
 };
 
+template <class V, int TH, int TW>
+FORCED inline void start_from(V bias, V (&acc)[TH][TW]) {
+    repeat<TH>([&](auto r) FORCED { repeat<TW>([&](auto c) FORCED { acc[r][c] = bias; }); });
+}
+
 template <class T, int TH, int TW>
 FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
                           typename Types<T>::V (&acc)[TH][TW]) {
     USE_TYPES;
     const int64_t first =
         (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
-    const V bias = splat<T>(T(a.bias[f]));
-    repeat<TH>([&](auto r) FORCED {
-        repeat<TW>([&](auto c) FORCED {
-            const int64_t at = first + (int64_t(r) * a.out_width + c) * LANES;
-            V value = acc[r][c] + bias;
-            if (a.other) value += *(const V*)(a.other + at);
-            *(V*)(a.out + at) = a.relu ? rectified(value) : value;
+    const auto each = [&](auto change) FORCED {
+        repeat<TH>([&](auto r) FORCED {
+            const int64_t row = first + int64_t(r) * a.out_width * LANES;
+            repeat<TW>([&](auto c) FORCED { change(acc[r][c], row, c * LANES); });
         });
-    });
+    };
+    if (a.other)
+        each([&](V& sum, int64_t row, int at) FORCED { sum += load(a.other + row + at); });
+    if (a.relu)
+        each([&](V& sum, int64_t row, int at)
+                 FORCED { store(a.out + row + at, rectified(sum)); });
+    else
+        each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
 }
 
 // One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are
 // loaded once per kernel and go to all outputs they belong to; those outside the image are left
 // out.
 template <class T, int K, int S, int TH, int TW>
-void conv_tile(const ConvBlock<T>& a, int y, int x) {
+void conv_tile(const ConvBlock<T> a, int y, int x) {
     USE_TYPES;
     constexpr int P = K / 2, IH = (TH - 1) * S + K, IW = (TW - 1) * S + K;
     constexpr int SETS = TH * TW >= 8 ? 1 : 8 / (TH * TW);  // enough sums to hide their latency
@@ -60,21 +69,24 @@ void conv_tile(const ConvBlock<T>& a, int y, int x) {
     const int64_t origin = int64_t(top) * a.width + left;
     for (int f = 0; f < a.filters; ++f) {
         V acc[SETS][TH][TW] = {};
+        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
-            const int64_t base = a.index[k] * plane + origin;
+            const Source<T> source(a.in, a.index + k * Source<T>::channels, plane * LANES);
             repeat<IH>([&](auto i) FORCED {
                 if ((i < P && !first_row) || (i >= IH - P && !last_row)) return;
+                const auto row = source.from((origin + int64_t(i) * a.width) * LANES);
                 repeat<IW>([&](auto j) FORCED {
                     if ((j < P && !first_col) || (j >= IW - P && !last_col)) return;
-                    const V pixel = *(const V*)(a.in + (base + int64_t(i) * a.width + j) * LANES);
+                    const auto pixel = row[j * LANES];
                     repeat<K>([&](auto ky) FORCED {
                         constexpr int dy = i - ky;
                         if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
                             repeat<K>([&](auto kx) FORCED {
                                 constexpr int dx = j - kx;
                                 if constexpr (dx >= 0 && dx % S == 0 && dx / S < TW)
-                                    sum[dy / S][dx / S] += pixel * broadcast<T>(w + ky * K + kx);
+                                    sum[dy / S][dx / S] = add_product<T>(sum[dy / S][dx / S],
+                                                                         pixel, w + ky * K + kx);
                             });
                     });
                 });
@@ -97,15 +109,17 @@ void conv_tile(const ConvBlock<T>& a, int y, int x) {
 
 // Any kernel, stride and padding: the same tile with its borders tested pixel by pixel
 template <class T, int TH, int TW>
-void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
+void conv_tile_any(const ConvBlock<T> a, int y, int x) {
     USE_TYPES;
     const int K = a.kernel;
     for (int f = 0; f < a.filters; ++f) {
-        V acc[TH][TW] = {};
+        V acc[TH][TW];
+        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc);
         for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
-            const T* in = a.in + a.index[k] * block_plane(a.height, a.width) * LANES;
+            const Source<T> source(a.in, a.index + k * Source<T>::channels,
+                                   block_plane(a.height, a.width) * LANES);
             for (int tap = 0; tap < K * K; ++tap) {
-                const V w = broadcast<T>(a.weight + int64_t(k) * K * K + tap);
+                const int32_t* w = a.weight + int64_t(k) * K * K + tap;
                 const int top = y * a.stride - a.pad + tap / K,
                           left = x * a.stride - a.pad + tap % K;
                 repeat<TH>([&](auto r) FORCED {
@@ -114,8 +128,8 @@ void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
                     repeat<TW>([&](auto c) FORCED {
                         const int col = left + c * a.stride;
                         if (col >= 0 && col < a.width)
-                            acc[r][c] +=
-                                *(const V*)(in + (int64_t(row) * a.width + col) * LANES) * w;
+                            acc[r][c] = add_product<T>(
+                                acc[r][c], source[(int64_t(row) * a.width + col) * LANES], w);
                     });
                 });
             }
@@ -125,7 +139,7 @@ void conv_tile_any(const ConvBlock<T>& a, int y, int x) {
 }
 
 // The last tile of a row or column ends with it and may overlap the one before
-template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>&, int, int)>
+template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>, int, int)>
 void tiles(const ConvBlock<T>& a) {
     for (int y = 0; y < a.out_height; y += TH)
         for (int x = 0; x < a.out_width; x += TW)
@@ -156,21 +170,22 @@ template <class T>
 void linear_block(const T* in, T* out, const Op& op, int channels, int features) {
     USE_TYPES;
     constexpr int GROUP = 8;
-    const T* weight = (const T*)op.weight;
+    using Scalar = typename Types<T>::Scalar;
+    const Scalar* weight = (const Scalar*)op.weight;
     for (int f = 0; f < features; f += GROUP) {
         V acc[GROUP];
-        const T* rows[GROUP];
+        const Scalar* rows[GROUP];
         for (int g = 0; g < GROUP; ++g) {
             const int feature = std::min(f + g, features - 1);
-            acc[g] = splat<T>(T(op.bias[feature]));
+            acc[g] = splat(Scalar(op.bias[feature]));
             rows[g] = weight + int64_t(feature) * channels;
         }
         for (int c = 0; c < channels; ++c) {
-            const V x = *(const V*)(in + int64_t(c) * LANES);
+            const V x = load(in + int64_t(c) * LANES);
             repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
         }
         for (int g = 0; g < GROUP && f + g < features; ++g)
-            *(V*)(out + int64_t(f + g) * LANES) = op.relu ? rectified(acc[g]) : acc[g];
+            store(out + int64_t(f + g) * LANES, op.relu ? rectified(acc[g]) : acc[g]);
     }
 }
 
@@ -178,6 +193,7 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features)
 template <class T>
 class Blocks {
     using V = typename Types<T>::V;
+    using Scalar = typename Types<T>::Scalar;
     static constexpr int LANES = Types<T>::lanes;
     const Plan& plan;
     std::vector<int64_t> starts;  // of the slots, in scalars
@@ -216,18 +232,22 @@ class Blocks {
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
-        if (op.kind == CONV)
+        if (op.kind == CONV) {
+            constexpr bool pairs = Source<T>::channels == 2;
             return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out,
                                   o.channels, a.height, a.width, o.height, o.width, op.kernel,
-                                  op.stride, op.pad, op.relu, (const int32_t*)op.weight, op.bias,
-                                  op.start, op.index});
+                                  op.stride, op.pad, op.relu,
+                                  (const int32_t*)(pairs ? op.pair_weight : op.weight), op.bias,
+                                  pairs ? op.pair_start : op.start,
+                                  pairs ? op.pair_index : op.index});
+        }
         if (op.kind == LINEAR) return linear_block<T>(in, out, op, a.channels, o.channels);
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
         const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
         for (int c = 0; c < channels; ++c) {
-            const V* x = (const V*)in + c * from;
-            V* y = (V*)out + c * to;
+            const T* x = in + c * from * LANES;
+            T* y = out + c * to * LANES;
             switch (op.kind) {
                 case LOAD:
                     for (int start = 0; start < pixels; start += 64)
@@ -235,57 +255,59 @@ class Blocks {
                             const float* image =
                                 ins[op.other] + ((first + lane) * channels + c) * pixels;
                             for (int i = start; i < std::min(pixels, start + 64); ++i)
-                                ((T*)(y + i))[lane] = lane < live ? T(image[i]) : T(0);
+                                y[int64_t(i) * LANES + lane] = T(lane < live ? image[i] : 0.f);
                         }
                     break;
                 case STORE:
                     for (int lane = 0; lane < live; ++lane) {
                         float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
                         for (int i = 0; i < pixels; ++i)
-                            image[i] = float(((const T*)(x + i))[lane]);
+                            image[i] = float(x[int64_t(i) * LANES + lane]);
                     }
                     break;
                 case MAXPOOL:
                 case AVGPOOL:
                     for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q) {
+                        for (int q = 0; q < o.width; ++q, y += LANES) {
                             const auto [r0, r1] = window(op, r, a.height);
                             const auto [c0, c1] = window(op, q, a.width);
-                            V value = op.kind == MAXPOOL ? x[r0 * a.width + c0] : V{};
+                            const bool most = op.kind == MAXPOOL;
+                            V value = most ? load(x + (r0 * a.width + c0) * LANES) : V{};
                             for (int i = r0; i < r1; ++i)
                                 for (int j = c0; j < c1; ++j) {
-                                    const V pixel = x[i * a.width + j];
-                                    value =
-                                        op.kind == MAXPOOL ? larger(value, pixel) : value + pixel;
+                                    const V pixel = load(x + (i * a.width + j) * LANES);
+                                    value = most ? larger(value, pixel) : value + pixel;
                                 }
-                            *y++ = op.kind == MAXPOOL ? value
-                                                      : value * T(pool_scale(op, r1 - r0, c1 - c0));
+                            const Scalar scale(pool_scale(op, r1 - r0, c1 - c0));
+                            store(y, most ? value : value * scale);
                         }
                     break;
                 case SUBSAMPLE: {
                     const int source = c - op.before;
                     const bool padded = source < 0 || source >= a.channels;
-                    x = (const V*)in + source * from;
+                    x = in + source * from * LANES;
                     for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q)
-                            *y++ = padded ? V{} : x[r * op.stride * a.width + q * op.stride];
+                        for (int q = 0; q < o.width; ++q, y += LANES) {
+                            const int64_t at = (r * a.width + q) * op.stride * LANES;
+                            store(y, padded ? V{} : load(x + at));
+                        }
                     break;
                 }
                 case ADD:
                 case RELU: {
-                    const V* z =
-                        op.kind == ADD ? (const V*)data(memory, op.other) + c * from : nullptr;
-                    for (int i = 0; i < pixels; ++i) {
-                        const V value = z ? x[i] + z[i] : x[i];
-                        y[i] = op.relu ? rectified(value) : value;
+                    const T* z =
+                        op.kind == ADD ? data(memory, op.other) + c * from * LANES : nullptr;
+                    for (int64_t i = 0; i < int64_t(pixels) * LANES; i += LANES) {
+                        const V value = z ? load(x + i) + load(z + i) : load(x + i);
+                        store(y + i, op.relu ? rectified(value) : value);
                     }
                     break;
                 }
                 case COPY:
-                    std::memcpy(y, x, pixels * sizeof(V));
+                    std::memcpy(y, x, pixels * LANES * sizeof(T));
                     break;
                 case FLATTEN:
-                    std::memcpy((V*)out + int64_t(c) * pixels, x, pixels * sizeof(V));
+                    std::memcpy(out + int64_t(c) * pixels * LANES, x, pixels * LANES * sizeof(T));
                     break;
             }
         }

@@ -2,13 +2,15 @@
 //
 // Many images go in blocks (interleaved.h): each thread takes a block through the whole network, so
 // that it stays in its cache. Few go one by one (spatial.h). Scalars are float or, where the
-// processor multiplies it, _Float16.
+// processor multiplies them, _Float16 or bfloat16: that one in blocks only, with sums in float.
 #include <exception>
 
 #include "interleaved.h"
 #include "spatial.h"
 
 namespace {
+
+enum Type { FLOAT32, FLOAT16, BFLOAT16 };
 
 struct Network {
     virtual ~Network() = default;
@@ -26,7 +28,7 @@ template <class T>
 class Planned : public Network {
     const Plan plan;
     Blocks<T> by_block;
-    Images<T> by_image;
+    Images<typename Types<T>::Scalar> by_image;
 
   public:
     explicit Planned(Plan given) : plan(std::move(given)), by_block(plan), by_image(plan) {
@@ -88,19 +90,24 @@ void run_part(void* argument, int worker) {
 extern "C" {
 
 int explib_vector_bytes() { return VECTOR_BYTES; }
-int explib_half() { return HALF; }
+int explib_computes(int type) {
+    return type == FLOAT32 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
+}
 
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
-                 int n_slots, int halo, int threads, int half) try {
+                 int n_slots, int halo, int threads, int type) try {
     Plan plan{{ops, ops + n_ops},
               {tensors, tensors + n_tensors},
               {slots, slots + n_slots},
               halo,
               threads};
 #if HALF
-    if (half) return static_cast<Network*>(new Planned<_Float16>(std::move(plan)));
+    if (type == FLOAT16) return static_cast<Network*>(new Planned<_Float16>(std::move(plan)));
 #endif
-    return half ? nullptr : static_cast<Network*>(new Planned<float>(std::move(plan)));
+#if BRAIN
+    if (type == BFLOAT16) return static_cast<Network*>(new Planned<Brain>(std::move(plan)));
+#endif
+    return type == FLOAT32 ? static_cast<Network*>(new Planned<float>(std::move(plan))) : nullptr;
 } catch (const std::bad_alloc&) {
     return nullptr;
 }

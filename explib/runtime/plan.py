@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from explib.runtime.build import library
+from explib.runtime.build import TYPES, library
 from explib.runtime.graph import Op
 
 KINDS = (
@@ -25,8 +25,8 @@ class _Tensor(ctypes.Structure):
 
 class _Op(ctypes.Structure):
     _numbers = ("kind", "input", "other", "output", "kernel", "stride", "pad", "relu", "before")
-    _arrays = ("bias", "weight", "start", "index", "weight_by_channel", "start_by_channel",
-               "index_by_channel", "share")  # fmt: skip
+    _arrays = ("bias", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
+               "weight_by_channel", "start_by_channel", "index_by_channel", "share")  # fmt: skip
     _fields_ = [(n, ctypes.c_int32) for n in _numbers] + [(n, ctypes.c_void_p) for n in _arrays]
 
 
@@ -124,8 +124,8 @@ class Network:
     inputs: value -> shape without batch; outputs: values in the order of the results.
     """
 
-    def __init__(self, ops, inputs, outputs, *, half: bool, threads: int):
-        self.inputs, self.outputs, self.half, self.threads = inputs, outputs, half, threads
+    def __init__(self, ops, inputs, outputs, *, dtype: torch.dtype, threads: int):
+        self.inputs, self.outputs, self.dtype, self.threads = inputs, outputs, dtype, threads
         self.shapes = {op.name: op.shape for op in ops} | inputs
         self._library = library()
         self._keep: list[np.ndarray] = []
@@ -140,7 +140,7 @@ class Network:
             (_Op * len(made))(*made), len(made),
             (_Tensor * len(tensors))(*tensors), len(tensors),
             (_Slot * len(slots))(*(_Slot(*shape) for shape in slots)), len(slots),
-            halo, threads, int(half),
+            halo, threads, TYPES.index(dtype),
         )  # fmt: skip
         if not self._handle:
             raise MemoryError("no memory for the network's plan")
@@ -188,12 +188,12 @@ class Network:
         return self._op(op.kind, source, other, index[op.name], **more)
 
     def _scalars(self, values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float16 if self.half else np.float32)
+        return values.astype(np.float16 if self.dtype == torch.float16 else np.float32)
 
     def _words(self, values: np.ndarray) -> np.ndarray:
         """Each value as a 32-bit word: a float, or the same half twice."""
         values = self._scalars(values)
-        return np.repeat(values, 2, axis=-1) if self.half else values
+        return np.repeat(values, 2, axis=-1) if values.dtype == np.float16 else values
 
     def _kernels(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         """The kernels (F, C, K, K) that are not all zeros, by filter and by channel."""
@@ -210,7 +210,8 @@ class Network:
         counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
         starts = np.concatenate([[0], counts.cumsum()])
         flat = weight.reshape(filters, channels, -1)
-        return {
+        pairs = _pairs(flat, keep) if self.dtype == torch.bfloat16 else {}
+        return pairs | {
             "weight": self._words(flat[f, c]),
             "start": total.astype(np.int32),
             "index": c.astype(np.int32),
@@ -219,6 +220,28 @@ class Network:
             "index_by_channel": f[order].astype(np.int32),
             "share": share.astype(np.int32),
         }
+
+
+def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """The kernels of `keep`, two of a filter at once: weight (F, C, taps) as pairs of bfloat16.
+
+    Where their number is odd the last one has itself for a partner, with weights of zero.
+    """
+    starts, channels, words = [0], [], []
+    for filter_weight, kept in zip(weight, keep, strict=True):
+        own = kept.nonzero()[0]
+        values = filter_weight[own]
+        if len(own) % 2:
+            own, values = np.append(own, own[-1]), np.append(values, 0 * values[-1:], 0)
+        starts.append(starts[-1] + len(own) // 2)
+        channels.append(own)
+        words.append(values.reshape(-1, 2, weight.shape[2]).swapaxes(1, 2))
+    pairs = torch.from_numpy(np.concatenate(words)).bfloat16().view(torch.int16)
+    return {
+        "pair_weight": pairs.numpy(),
+        "pair_start": np.array(starts, np.int32),
+        "pair_index": np.concatenate(channels).astype(np.int32),
+    }
 
 
 def _halo(op: Op) -> int:

@@ -8,21 +8,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from explib.files import ROOT
-from explib.plots import BLUE, GREY, ORANGE, RED, SKY, _figure, _style, save
-from explib.render import NAMES
-from explib.runtime.bench import DENSE, ENGINE, RECORD, crossover
+from explib.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, _figure, _style, save
+from explib.render import NAMES, hardware, machine
+from explib.runtime.bench import DENSE, ENGINE, crossover
 
 COLOURS = {
     "eager fp32": GREY,
     "compiled fp32": SKY,
     "compiled bf16": BLUE,
     "engine fp32": ORANGE,
-    "engine fp16": RED,
+    "engine bf16": RED,
+    "engine fp16": GREEN,
 }
-AGAINST = {"engine fp32": "compiled fp32", "engine fp16": "compiled bf16"}
+AGAINST = {
+    "engine fp32": "compiled fp32",
+    "engine bf16": "compiled bf16",
+    "engine fp16": "compiled bf16",
+}
 WIDTHS = {
     "fp32": ("eager fp32", "compiled fp32", "engine fp32"),
-    "16 bits": ("compiled bf16", "engine fp16"),
+    "16 bits": ("compiled bf16", "engine bf16", "engine fp16"),
 }
 KINDS = {"dense": "dense, torch", "kernels": "kernels pruned, engine", "filters": "filters, torch"}
 MARKERS = {"dense": "s", "kernels": "o", "filters": "^"}
@@ -54,11 +59,12 @@ def speeds(rows: list[dict]) -> Figure:
 
 
 @_style
-def by_density(rows: list[dict], dense: dict[str, float]) -> Figure:
+def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Figure:
     """Speed-up over dense torch against the density of kernels; rows of bench.by_density.
 
     dense: images per second by the names of bench.DENSE; of those, the compiled network of the
-    same width of numbers is the one to beat, or the eager one where no other was measured.
+    same width of numbers is the one to beat, or the eager one where no other was measured. where:
+    the machine, for the title.
     """
     figure, axes = _figure(6.5, 4.2)
     density = np.array([row["density"] for row in rows])
@@ -85,16 +91,16 @@ def by_density(rows: list[dict], dense: dict[str, float]) -> Figure:
         axis.set_ticks(ticks)
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    axes.set_title("What a lower density buys")
+    axes.set_title(_titled("What a lower density buys", where))
     axes.legend(fontsize=8.5)
     return figure
 
 
 @_style
-def accuracy_vs_speed(rows: list[dict]) -> Figure:
+def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
-    Of each network its fastest way in fp32, and in 16 bits.
+    Of each network its fastest way in fp32, and in 16 bits. where: the machine, for the title.
     """
     figure, axes = _figure(7, 4.6)
     shown = set()
@@ -124,20 +130,28 @@ def accuracy_vs_speed(rows: list[dict]) -> Figure:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("Accuracy against measured speed")
+    axes.set_title(_titled("Accuracy against measured speed", where))
     axes.legend(fontsize=8.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.margins(x=0.16, y=0.14)
     return figure
 
 
+def _titled(title: str, where: str) -> str:
+    return f"{title}, {where}" if where else title
+
+
 def build(record: dict) -> None:
     """Draw the figures of a record of explib.runtime.bench into results/figures/cifar10."""
     dense = record["networks"][0]["images_per_s"]
-    folder = ROOT / "results/figures/cifar10"
-    save(speeds(record["networks"]), folder / "speed")
-    save(by_density(record["density"], dense), folder / "speed_vs_density")
-    save(accuracy_vs_speed(record["shipped"]), folder / "accuracy_vs_speed")
+    name = record["provenance"]["hardware"]["name"]
+    for title, figure in {
+        "speed": speeds(record["networks"]),
+        "speed_vs_density": by_density(record["density"], dense, hardware(name)),
+        "accuracy_vs_speed": accuracy_vs_speed(record["shipped"], hardware(name)),
+    }.items():
+        save(figure, ROOT / f"results/figures/cifar10/{title}-{machine(name)}")
 
 
 if __name__ == "__main__":
-    build(json.loads(RECORD.read_text()))
+    for path in (ROOT / "results/bench").glob("runtime-*.json"):
+        build(json.loads(path.read_text()))

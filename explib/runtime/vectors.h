@@ -1,4 +1,5 @@
-// The compiler's own vectors (GCC, Clang), as wide as the target's.
+// The compiler's own vectors (GCC, Clang), as wide as the target's. Only for the product of pairs of
+// bfloat16, which it has no word for, each target's intrinsics.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,15 @@
 #else
 #define HALF 0
 #endif
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#define BRAIN 1
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#define BRAIN 1
+#else
+#define BRAIN 0
+#endif
 #define FORCED __attribute__((always_inline))
 
 namespace {
@@ -32,11 +42,32 @@ constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
 
 template <class T>
 struct Types {
+    using Scalar = T;  // of sums, and of what is computed outside of convs
     static constexpr int lanes = VECTOR_BYTES / sizeof(T);
     typedef T V __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef T Loose __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(sizeof(T))));
     typedef int32_t Words __attribute__((vector_size(VECTOR_BYTES), may_alias));
 };
+// a bfloat16 in memory: the upper half of a float
+struct Brain {
+    uint16_t bits;
+    Brain() = default;
+    explicit Brain(float value) {  // to the nearest, ties to even; NaN stays NaN
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+        bits = uint16_t(value == value ? rounded : 0x7fc0);
+    }
+    explicit operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+template <>
+struct Types<Brain> : Types<float> {};
+
 #define USE_TYPES                                    \
     using V [[maybe_unused]] = typename Types<T>::V; \
     constexpr int LANES [[maybe_unused]] = Types<T>::lanes
@@ -66,6 +97,95 @@ FORCED inline typename Types<T>::V splat(T value) {
     }
     return broadcast<T>(&word);
 }
+
+template <class T>
+FORCED inline typename Types<T>::V load(const T* at) {
+    return *(const typename Types<T>::V*)at;
+}
+
+template <class T>
+FORCED inline void store(T* at, typename Types<T>::V value) {
+    *(typename Types<T>::V*)at = value;
+}
+
+// What a kernel multiplies: a pixel of the channel at[0]. `plane` is a channel's size in scalars.
+template <class T>
+struct Source {
+    static constexpr int channels = 1;
+    const T* first;
+    Source(const T* in, const int32_t* at, int64_t plane) : first(in + at[0] * plane) {}
+    explicit Source(const T* first) : first(first) {}
+    FORCED Source from(int64_t at) const { return Source(first + at); }
+    FORCED typename Types<T>::V operator[](int64_t at) const { return load(first + at); }
+};
+
+template <class T>
+FORCED inline typename Types<T>::V add_product(typename Types<T>::V sum, typename Types<T>::V pixel,
+                                               const int32_t* word) {
+    return sum + pixel * broadcast<T>(word);
+}
+
+#if BRAIN
+// Two kernels of a filter at once: the pixels of two channels side by side, a word of two weights
+#if defined(__AVX512BF16__)
+using Pixels = __m512i;
+FORCED inline Pixels side_by_side(const Brain* a, const Brain* b) {
+    const __m512i order = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(
+        _mm512_castsi256_si512(_mm256_load_si256((const __m256i*)a)), order,
+        _mm512_castsi256_si512(_mm256_load_si256((const __m256i*)b)));
+}
+FORCED inline Types<float>::V add_products(Types<float>::V sum, Pixels x, const int32_t* word) {
+    return (Types<float>::V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x,
+                                             (__m512bh)_mm512_set1_epi32(*word));
+}
+template <>
+FORCED inline Types<float>::V load(const Brain* at) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)at));
+    return (Types<float>::V)_mm512_slli_epi32(wide, 16);
+}
+template <>
+FORCED inline void store(Brain* at, Types<float>::V value) {
+    _mm256_store_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+#else
+using Pixels = bfloat16x8_t;
+FORCED inline Pixels side_by_side(const Brain* a, const Brain* b) {
+    const uint16x4_t x = vld1_u16(&a->bits), y = vld1_u16(&b->bits);
+    return vreinterpretq_bf16_u16(vcombine_u16(vzip1_u16(x, y), vzip2_u16(x, y)));
+}
+FORCED inline Types<float>::V add_products(Types<float>::V sum, Pixels x, const int32_t* word) {
+    const bfloat16x8_t weights = vreinterpretq_bf16_s32(vdupq_n_s32(*word));
+    return (Types<float>::V)vbfdotq_f32((float32x4_t)sum, x, weights);
+}
+template <>
+FORCED inline Types<float>::V load(const Brain* at) {
+    return (Types<float>::V)vshll_n_u16(vld1_u16(&at->bits), 16);
+}
+template <>
+FORCED inline void store(Brain* at, Types<float>::V value) {
+    vst1_bf16((bfloat16_t*)at, vcvt_bf16_f32((float32x4_t)value));
+}
+#endif
+
+template <>
+struct Source<Brain> {
+    static constexpr int channels = 2;
+    const Brain *first, *second;
+    Source(const Brain* in, const int32_t* at, int64_t plane)
+        : first(in + at[0] * plane), second(in + at[1] * plane) {}
+    Source(const Brain* first, const Brain* second) : first(first), second(second) {}
+    FORCED Source from(int64_t at) const { return Source(first + at, second + at); }
+    FORCED Pixels operator[](int64_t at) const { return side_by_side(first + at, second + at); }
+};
+
+template <class T>
+FORCED inline Types<float>::V add_product(Types<float>::V sum, Pixels pixels, const int32_t* word) {
+    return add_products(sum, pixels, word);
+}
+#endif
 
 template <class V>
 FORCED inline V rectified(V x) {
