@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from explib import records, tables
+from explib import expectation, plots, records, study, tables
 from explib.bench import plots as bench
 from explib.files import resolve
+from explib.params import from_mapping
 from explib.plots import BLUE, GREY, RED, WAY_COLOURS, _figure, _style, curves, save, sparsity
 from explib.render import NAMES, WAY_NAMES
 
@@ -152,6 +153,10 @@ _SEE = {
     "the same magnitudes.",
     "recipes": "each recipe is one change away from ours (orange).",
     "training": "the plain loop and ours, by turns in one run.",
+    "scores": "most kernels of a layer lie near 0, where they neither pass on nor invert the mean "
+    "of their input; the long tails are the few that do.",
+    "levels": "a dark column is one large redundant set: to the mean, any kernel in it may stand "
+    "for the others.",
     "sparsity": "bars that end below their mark did not meet their rate.",
     "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
     "a published cut as claimed (hollow) with the true one of the same row.",
@@ -175,6 +180,19 @@ def _benchmarks(folder: Path) -> dict[str, Figure]:
     }
 
 
+def _scores(params: dict) -> dict[str, Figure]:
+    """The scores and levels of the dense network that a run started from, where it is there."""
+    params = from_mapping(params)
+    if not study.dense_path(params).is_file():
+        return {}
+    delta = study.scores(params, study.load_dense(params))
+    level = {name: expectation.levels(values, params.groups) for name, values in delta.items()}
+    return {
+        f"scores-{params.arch}": plots.scores(delta, NAMES[params.arch]),
+        f"levels-{params.arch}": plots.levels(level, NAMES[params.arch]),
+    }
+
+
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.each(results_dir, dataset))
@@ -195,8 +213,12 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
             figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(alike)
         ways = runs[runs["pruning_way"].isin(["A", "B"])]  # the others meet their rates
         drawn |= set(ways["name"])
+    scored = set()
     for record in records.each(results_dir, dataset):
-        name = record["params"]["name"]
+        name, arch = record["params"]["name"], record["params"]["arch"]
+        if record["kind"] == "finetune" and arch not in scored:
+            scored.add(arch)
+            figures |= _scores(record["params"] | {"results_dir": str(results_dir)})
         if name in drawn and (record["kind"], record["status"]) == ("finetune", "done"):
             drawn.remove(name)
             figures[f"sparsity-{name}"] = sparsity(record["layers"], name)

@@ -81,7 +81,7 @@ def linear_relation(delta_e, ratio, r2: float, title: str) -> Figure:
 
 
 @_style
-def scores(delta_by_layer: dict) -> Figure:
+def scores(delta_by_layer: dict, name: str = "") -> Figure:
     """Distribution of δ_E in each layer: median, middle half, and 1 to 99 per cent."""
     names = list(delta_by_layer)
     figure, axes = _figure(max(6.5, 0.16 * len(names) + 1.5), 4)
@@ -95,14 +95,14 @@ def scores(delta_by_layer: dict) -> Figure:
               markeredgecolor=BLACK, markeredgewidth=0.6)  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="expectation scaling factor $\\delta_E$")
-    axes.set_title("Scores by layer")
+    axes.set_title(f"Scores by layer: {name}" if name else "Scores by layer")
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
     _layer_ticks(axes, names)
     return figure
 
 
 @_style
-def levels(levels_by_layer: dict) -> Figure:
+def levels(levels_by_layer: dict, name: str = "") -> Figure:
     """Share of each layer's kernels in each level, as a heat map."""
     names = list(levels_by_layer)
     found = [np.asarray(v).ravel() for v in levels_by_layer.values()]
@@ -115,7 +115,7 @@ def levels(levels_by_layer: dict) -> Figure:
         linewidths=0.4, linecolor="white", yticklabels=_thinned(names, 40),
     )  # fmt: skip
     axes.set(xlabel="level")
-    axes.set_title("Levels by layer")
+    axes.set_title(f"Levels by layer: {name}" if name else "Levels by layer")
     axes.tick_params(axis="y", labelsize=7, rotation=0)
     axes.tick_params(axis="x", rotation=0)
     return figure

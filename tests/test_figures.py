@@ -2,7 +2,12 @@
 
 import json
 
-from explib import figures, records
+import numpy as np
+import pytest
+import torch
+
+from explib import figures, models, records
+from explib import masks as masking
 from tests.test_tables import record
 
 
@@ -35,6 +40,23 @@ def test_build_draws_what_the_records_allow(tmp_path):
         "sparsity-made-up",
         "accuracy_vs_cut-resnet_56",
         "accuracy_vs_cut-vgg_16_bn",
+    }
+
+
+def test_scores_and_levels_are_those_of_the_network_that_runs_started_from(tmp_path):
+    record(tmp_path)
+    model = models.build("resnet_56", 10)
+    meta = {"arch": "resnet_56", "num_classes": 10, "normalization": "cifar10"}
+    path = tmp_path / "checkpoints/cifar10/resnet_56.safetensors"
+    masking.save_compact(path, model, {}, meta, torch.float32)
+    params = records.read_all(tmp_path)[0]["params"]
+    found = figures._scores(params)
+    assert set(found) == {"scores-resnet_56", "levels-resnet_56"}
+    medians = found["scores-resnet_56"].axes[0].lines[0].get_ydata()
+    second = model.layer1[0].conv1.weight.detach().sum((2, 3)).numpy()
+    assert medians[1] == pytest.approx(np.median(second), abs=1e-6)
+    assert {"scores-resnet_56", "levels-resnet_56"} <= {
+        path.stem for path in figures.build(tmp_path, "cifar10")
     }
 
 
