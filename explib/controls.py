@@ -1,9 +1,10 @@
 """Is the score better than chance, before anything is fine-tuned? `python -m explib.controls`.
 
 Every criterion prunes the same network at the same rates, and way B also with other settings; the
-test set is evaluated with BatchNorm statistics as they were, and re-estimated. Cheap, so that it
-can have several seeds: minutes on two cores. Networks named on the command line
-(`resnet_56 vgg_16_bn`) are measured one after another; what the record has already is not
+test set is evaluated with BatchNorm statistics re-estimated, and at the highest cut also as they
+were. Cheap, so that it can have several seeds: minutes on two cores, in the engine that runs what
+is left. Networks named on the command line (`resnet_56 vgg_16_bn`) are measured one after another,
+each into a record of its own, results/bench/controls-ARCH.json; what that has already is not
 measured again.
 """
 
@@ -13,7 +14,7 @@ import sys
 
 import torch
 
-from explib import evaluation, flops, study
+from explib import evaluation, flops, runtime, study
 from explib import masks as masking
 from explib.data import load_data
 from explib.files import ROOT, write_json
@@ -22,7 +23,7 @@ from explib.params import Params
 from explib.records import provenance
 from explib.tables import published
 
-RESULT = ROOT / "results/bench/controls.json"
+FOLDER = ROOT / "results/bench"
 STARTS = {
     "resnet_56": {
         "arch": "resnet_56",
@@ -50,13 +51,15 @@ SETTINGS = [{"groups": n} for n in (1, 3, 5, 25, 100)] + [{"keep_floor": f} for 
 def measure(start: dict, seeds: int = 3) -> list[dict]:
     """One row a criterion or setting and cut, appended to the record; returns all of its rows.
 
-    changed: the setting, "" for the usual ones. top1 and top1_as_was: per cent for each mask seed,
-    with BatchNorm statistics re-estimated and as they were; norm_kept_pct: `norm_kept`, mean over
-    seeds; macs_left.
+    changed: the setting, "" for the usual ones. top1: per cent for each mask seed, with BatchNorm
+    statistics re-estimated, and at the highest cut in top1_as_was as they were; norm_kept_pct:
+    `norm_kept`, mean over seeds; macs_left.
     """
-    rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
-    data = load_data(Params(**start))
-    for cut, way, survivors, changed in _plan(start["arch"]):
+    path = FOLDER / f"controls-{start['arch']}.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    data, plan = load_data(Params(**start)), _plan(start["arch"])
+    highest = max(cut["cut_pct"] for cut, *_ in plan)
+    for cut, way, survivors, changed in plan:
         row = {
             "arch": start["arch"],
             "cut_pct": cut["cut_pct"],
@@ -73,17 +76,19 @@ def measure(start: dict, seeds: int = 3) -> list[dict]:
             survivors=survivors,
             compress_rate=cut["compress_rate"],
         )
+        as_was = cut["cut_pct"] == highest and not changed
         chance = survivors == "random" and way not in ("l1", "filters")
         found = [
-            _before(params.replace(seed=seed, mask_seed=seed), data)
+            _before(params.replace(seed=seed, mask_seed=seed), data, as_was)
             for seed in range(seeds if chance else 1)
         ]
         row["top1"] = [one["top1"] for one in found]
-        row["top1_as_was"] = [one["top1_as_was"] for one in found]
+        if as_was:
+            row["top1_as_was"] = [one["top1_as_was"] for one in found]
         row["norm_kept_pct"] = statistics.mean(one["norm_kept_pct"] for one in found)
         row["macs_left"] = found[0]["macs_left"]
         rows.append(row)
-        write_json(RESULT, {"starts": STARTS, "rows": rows, "provenance": provenance()})
+        write_json(path, {"start": start, "rows": rows, "provenance": provenance()})
         mean = statistics.mean(row["top1"])
         said = f"{row['cut_pct']} % {way:8s} {row['survivors']:7s} {row['changed']:15s}"
         print(f"{said} {mean:6.2f}", flush=True)
@@ -100,21 +105,24 @@ def _plan(arch: str) -> list[tuple]:
     ]
 
 
-def _before(params: Params, data) -> dict:
+def _before(params: Params, data, as_was: bool) -> dict:
     """What pruning alone leaves of one network."""
     dense = study.load_dense(params)
     masks = study.choose_masks(params, dense)
     kept = norm_kept(dense.model, masks)
     masking.apply(dense.model, masks)
-    forward = evaluation.forward_of(dense.model, params, "cpu", 0)
-    as_was = evaluation.evaluate(dense.model, data, data.test, forward)
+    found = {"top1_as_was": _top1(dense.model, data)} if as_was else {}
     evaluation.reestimate_bn(dense.model, data, params.bn_images)
-    return {
-        "top1": evaluation.evaluate(dense.model, data, data.test, forward),
-        "top1_as_was": as_was,
+    return found | {
+        "top1": _top1(dense.model, data),
         "norm_kept_pct": kept,
         "macs_left": flops.macs(dense.model, dense.convs, masks)["left"],
     }
+
+
+def _top1(model: torch.nn.Module, data) -> float:
+    fast = runtime.compile(model, torch.zeros(1, *data.test.images.shape[1:]))
+    return evaluation.evaluate(model, data, data.test, fast)
 
 
 @torch.no_grad()

@@ -170,13 +170,15 @@ def what_to_see(name: str) -> str:
 
 def _benchmarks(folder: Path) -> dict[str, Figure]:
     """The figures of what was measured apart from whole runs, where it was."""
-    draw = {"controls": bench.controls, "recipes": bench.recipes}
-    draw |= {path.stem: bench.training_speed for path in sorted(folder.glob("training-*.json"))}
-    found = {name: folder / f"{name}.json" for name in draw}
+    draw = {
+        "controls-*": bench.controls,
+        "recipes": bench.recipes,
+        "training-*": bench.training_speed,
+    }
     return {
-        name: draw[name](json.loads(path.read_text()))
-        for name, path in found.items()
-        if path.is_file()
+        path.stem: figure(json.loads(path.read_text()))
+        for names, figure in draw.items()
+        for path in sorted(folder.glob(f"{names}.json"))
     }
 
 

@@ -94,7 +94,7 @@ def test_controls_have_a_column_for_each_cut(tmp_path):
         control(71.9, "B", "l1", [55.0], changed="groups 1"),
     ]
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/controls.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "bench/controls-resnet_56.json").write_text(json.dumps({"rows": rows}))
     chance, ours = tables.controls(tmp_path).fillna("").to_dict("records")
     assert (chance["criterion"], chance["lowest cut"]) == ("random kernels", "20.00")
     assert (ours["lowest cut"], ours["highest cut"]) == ("82.00 ± 2.00", "50.00 ± 0.00")

@@ -15,7 +15,7 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     runs.baseline(Params(**small, epochs=1, batch_size=32))
     rates = controls.published()["rows"].assign(compress_rate="[0.5]")
     monkeypatch.setattr(controls, "published", lambda: {"rows": rates})
-    monkeypatch.setattr(controls, "RESULT", tmp_path / "controls.json")
+    monkeypatch.setattr(controls, "FOLDER", tmp_path)
     rows = controls.measure(small, seeds=2)
     settings = [row for row in rows if row["changed"]]
     assert len(settings) == 2 * len(controls.SETTINGS)
@@ -23,13 +23,14 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     rows = [row for row in rows if not row["changed"]]
     assert len(rows) == 3 * len(controls.CRITERIA)
     assert [len(row["top1"]) for row in rows[:9]] == [2, 2, 2, 2, 2, 1, 1, 1, 1]
-    assert all(0 <= value <= 100 for row in rows for value in row["top1"] + row["top1_as_was"])
+    assert all(0 <= value <= 100 for row in rows for value in row["top1"])
+    assert {row["cut_pct"] for row in rows if "top1_as_was" in row} == {71.9}
     kernels = [row for row in rows if row["pruning_way"] in ("B", "random", "l1", "matched")]
     assert len({row["macs_left"] for row in kernels}) == 1  # equal kernels pruned per layer
     kept = {(row["pruning_way"], row["survivors"]): row["norm_kept_pct"] for row in rows}
     assert kept["random", ""] < kept["B", "random"] < kept["B", "l1"] < kept["l1", ""]
     assert abs(kept["matched", ""] - kept["B", "random"]) < 2
-    written = json.loads((tmp_path / "controls.json").read_text())["rows"]
+    written = json.loads((tmp_path / "controls-resnet_56.json").read_text())["rows"]
     assert written == rows + settings
     monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
     assert controls.measure(small) == written

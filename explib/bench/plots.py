@@ -50,22 +50,18 @@ def recipes(record: dict) -> Figure:
 def controls(record: dict) -> Figure:
     """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
     usual = [row for row in record["rows"] if not row["changed"]]
-    archs = list(dict.fromkeys(row["arch"] for row in usual))
-    figure, every = _figure(7, 4.8 * len(archs), len(archs), squeeze=False)
-    for axes, arch in zip(every[:, 0], archs, strict=True):
-        for key, name in WAY_NAMES.items():
-            rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]
-            rows = sorted((r for r in rows if r["arch"] == arch), key=lambda r: r["norm_kept_pct"])
-            if not rows:
-                continue
-            x, y = (
-                [r["norm_kept_pct"] for r in rows],
-                [sum(r["top1"]) / len(r["top1"]) for r in rows],
-            )
-            hollow = {"markerfacecolor": "white"} if key[1] == "l1" else {}
-            axes.plot(x, y, "o-", color=WAY_COLOURS[key[0]], linewidth=1, **hollow, label=name)
-        axes.set(xlabel="squared weights left, %, mean over convs",
-                 ylabel="top-1 before fine-tuning, %")  # fmt: skip
-        axes.set_title(f"{NAMES[arch]}: what survives is worth its magnitude")
-        axes.legend(fontsize=8.5, loc="upper left")
+    figure, axes = _figure(7, 4.8)
+    for key, name in WAY_NAMES.items():
+        rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]
+        if not rows:
+            continue
+        rows = sorted(rows, key=lambda row: row["norm_kept_pct"])
+        x = [row["norm_kept_pct"] for row in rows]
+        y = [sum(row["top1"]) / len(row["top1"]) for row in rows]
+        hollow = {"markerfacecolor": "white"} if key[1] == "l1" else {}
+        axes.plot(x, y, "o-", color=WAY_COLOURS[key[0]], linewidth=1, **hollow, label=name)
+    axes.set(xlabel="squared weights left, %, mean over convs",
+             ylabel="top-1 before fine-tuning, %")  # fmt: skip
+    axes.set_title(f"{NAMES[usual[0]['arch']]}: top-1 against the magnitude that survives")
+    axes.legend(fontsize=8.5, loc="upper left")
     return figure

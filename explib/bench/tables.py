@@ -124,8 +124,8 @@ def settings(results_dir: str | Path = "results") -> pd.DataFrame:
 
 
 def _control_rows(results_dir: str | Path) -> list[dict]:
-    path = resolve(results_dir) / "bench/controls.json"
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    paths = sorted((resolve(results_dir) / "bench").glob("controls-*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
 def _mean(values: list[float]) -> str:
