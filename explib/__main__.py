@@ -258,15 +258,17 @@ def batch(files, seeds, seconds, results_dir):
 @click.option("--data_dir", "--data-dir", "data_dir", default="", help="folder of the data")
 @click.option("--json", "as_json", is_flag=True, help="for programs")
 def evaluate(network, data_dir, as_json):
-    """Top-1 accuracy of a NETWORK of the study (a compact safetensors file) on its test images."""
+    """Top-1 accuracy of a NETWORK of the study (a compact safetensors file) on its test images.
+
+    In fp32 in torch, and in the engine in each type that this processor computes in.
+    """
 
     def work():
         from explib.verify import verify
 
-        recorded, now = verify(network, data_dir)
-        return {"network": network, "recorded": recorded, "top1": now}
+        return {"network": network} | verify(network, data_dir)
 
-    _run(work, as_json, lambda found: f"{found['top1']:.2f} % (recorded: {found['recorded']:.2f})")
+    _run(work, as_json, lambda found: _columns([found]))
 
 
 @cli.command()

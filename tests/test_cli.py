@@ -70,6 +70,7 @@ def test_the_whole_way(folder):
     network = f"{record['params']['job_dir']}/model.safetensors"
     found = json.loads(call("evaluate", network, "--json"))
     assert found["recorded"] == record["accuracy"]["last"]
+    assert found["network"] == network and 0 <= found["torch"] <= 100
     written = json.loads(call("tables", "--results_dir", folder, "--dataset", "digits", "--json"))
     assert any(path.endswith(".csv") for path in written)
 

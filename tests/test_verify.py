@@ -37,14 +37,17 @@ def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
         study.load_network(tmp_path / "x.safetensors")
 
 
-def test_a_wrong_claim_is_found(shipped, capsys):
+def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
     path, _, _ = shipped
     assert verify.main([str(path)]) == 1
-    recorded, now = verify.verify(path)
-    assert recorded == 99.0 and 0 <= now < 60  # an untrained network
+    found = verify.verify(path)
+    assert found["recorded"] == 99.0 and 0 <= found["torch"] < 60  # an untrained network
+    assert set(found) - {"recorded", "torch"} == {str(t)[6:] for t in verify._engine_types()}
+    assert all(abs(found[name] - found["torch"]) < 1 for name in found if name != "recorded")
     _, masks, meta = masking.load_compact(path)
     model, _, _ = study.load_network(path)
     meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
-    masking.save_compact(path, model, masks, {**meta, "top1": now})
+    masking.save_compact(path, model, masks, {**meta, "top1": found["torch"]})
+    monkeypatch.setattr(verify, "_engine_types", lambda: [torch.float32])
     assert verify.main([str(path)]) == 0
     assert "1 networks, the worst off by 0.00" in capsys.readouterr().out
