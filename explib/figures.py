@@ -147,10 +147,9 @@ _SEE = {
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Compare only rows with as many epochs.",
-    "controls": "how much of the weights' magnitude a criterion leaves says how good its network "
-    "is before fine-tuning. Each line joins the three published cuts. If a score knew more than "
-    "the magnitudes of what it keeps, its line would lie above the black one, random kernels of "
-    "the same magnitudes.",
+    "controls": "each line joins the three published cuts of a criterion. If a score knew more "
+    "than the magnitudes of what it keeps, its line would lie above the black one, random kernels "
+    "of the magnitudes that way B keeps; below it, the score does harm.",
     "recipes": "each recipe is one change away from ours (orange).",
     "training": "the plain loop and ours, by turns in one run.",
     "scores": "most kernels of a layer lie near 0, where they neither pass on nor invert the mean "
