@@ -56,8 +56,9 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
         beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
+        name = key[0] if key[0] in "AB" else WAY_NAMES[key]  # the star says which survivors
         axes.annotate(
-            f"{WAY_NAMES[key]} {run['last']:.2f}", (cut, run["last"]), color=WAY_COLOURS[key[0]],
+            f"{name} {run['last']:.2f}", (cut, run["last"]), color=WAY_COLOURS[key[0]],
             xytext=(-10 if beside else 10, -3), ha="right" if beside else "left", fontsize=8.5,
             textcoords="offset points",
         )  # fmt: skip
