@@ -75,10 +75,10 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
         if against not in dense or engine not in rows[0]["images_per_s"]:
             continue
         speed = np.array([row["images_per_s"][engine] for row in rows])
-        where = crossover(rows, engine, dense[against])
+        even = crossover(rows, engine, dense[against])
         least = (speed / dense[against]).min()
         label = f"{engine} over {against}: " + (
-            f"even at {where:.2f}" if where else f"at least {least:.1f}"
+            f"even at {even:.2f}" if even else f"at least {least:.1f}"
         )
         axes.plot(density, speed / dense[against], "-o", color=COLOURS[engine], markersize=4,
                   label=label)  # fmt: skip
@@ -100,32 +100,35 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
 def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
-    Of each network its fastest way in fp32, and in 16 bits. where: the machine, for the title.
+    Of each network its fastest way in fp32, and in 16 bits. Those are named that no other of their
+    kind and architecture beats clearly; the rest is pale. where: the machine, for the title.
     """
     figure, axes = _figure(7, 4.6)
     shown = set()
-    for row in rows:
-        for bits, names in WIDTHS.items():
-            found = {
-                name: row["images_per_s"][name] for name in names if name in row["images_per_s"]
-            }
-            if row["kind"] == "dense":  # what torch makes of it; the engine is for pruned ones
-                found = {k: v for k, v in found.items() if k in DENSE}
-            if not found:
-                continue
-            speed = max(found.values())
-            label = f"{KINDS[row['kind']]}, {bits}"
+    for bits in WIDTHS:
+        points = [(row, speed) for row in rows if (speed := _fastest(row, bits))]
+        for row, speed in points:
+            best = not any(
+                (more > -0.1 and fast > 1.1 * speed) or (more > 0.5 and fast > 0.9 * speed)
+                for other, fast in points
+                if (other["arch"], other["kind"]) == (row["arch"], row["kind"])
+                for more in [other["top1"] - row["top1"]]
+            )
+            label = f"{KINDS[row['kind']]}, {bits}" if best else None
+            how = {"markersize": 8} if best else {"markersize": 5, "alpha": 0.3}
             axes.plot(speed, row["top1"], MARKERS[row["kind"]], color=KIND_COLOURS[row["kind"]],
-                      markersize=8, markerfacecolor=None if bits == "fp32" else "white",
+                      markerfacecolor=None if bits == "fp32" else "white", **how,
                       label=None if label in shown else label)  # fmt: skip
             shown.add(label)
-            if bits != "fp32":  # the same network, named once
+            if bits != "fp32" or not best:  # the same network, named once
                 continue
-            title = row["name"].removeprefix(f"{row['arch']}-")
-            title = f"{title}, −{row['cut_pct']:.0f} %" if row["cut_pct"] else "dense"
-            axes.annotate(title, (speed, row["top1"]), fontsize=7.5,
-                          xytext=(0, 7), textcoords="offset points", ha="center",
-                          color="#444444")  # fmt: skip
+            cut = f", −{row['cut_pct']:.0f} %" if row["cut_pct"] else ""
+            name = row["name"].removeprefix(f"{row['arch']}-") if row["cut_pct"] else "dense"
+            title = f"{NAMES[row['arch']]}\n{name}{cut}"
+            above = row["kind"] == "dense"  # the rest lies below
+            axes.annotate(title, (speed, row["top1"]), fontsize=7.5, color="#444444", ha="center",
+                          xytext=(0, 7 if above else -7), va="bottom" if above else "top",
+                          textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -134,6 +137,12 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     axes.legend(fontsize=8.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.margins(x=0.16, y=0.14)
     return figure
+
+
+def _fastest(row: dict, bits: str) -> float | None:
+    """Images per second of a row of bench.shipped in one of WIDTHS; of dense networks in torch."""
+    names = [name for name in WIDTHS[bits] if row["kind"] != "dense" or name in DENSE]
+    return max((row["images_per_s"][n] for n in names if n in row["images_per_s"]), default=None)
 
 
 def _titled(title: str, where: str) -> str:
