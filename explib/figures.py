@@ -34,8 +34,12 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     # names to the right of their crosses, of close ones around them in turn
     around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
     for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
-        right = (others["cut_pct"] - other["cut_pct"]).between(0.01, 3)
-        crowded = right & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
+        right = (others["cut_pct"] - other["cut_pct"]).between(0, 3)
+        crowded = (
+            right
+            & (others["name"] != other["name"])
+            & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
+        )
         offset, side = around[i % 4 if crowded.any() else 0]
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
