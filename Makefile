@@ -39,7 +39,7 @@ tables: .venv/ready  ## every table and figure, and those of the README, from th
 report: tables  ## the study as one HTML page, results/report.html: seconds
 	$(BIN)/python -m explib.report
 
-verify: .venv/ready  ## the shipped networks' accuracy, measured anew: a minute
+verify: .venv/ready  ## the shipped networks' accuracy, measured anew, in torch and in the engine: minutes
 	$(BIN)/python -m explib.verify
 
 lab: .venv/ready  ## JupyterLab on the first notebook
