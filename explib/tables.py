@@ -31,6 +31,7 @@ CAPTIONS = {
     "training": "Training and evaluation, the plain loop and ours",
     "processes": "One run in several processes",
     "speed": "Images per second, dense in torch and in the engine",
+    "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
@@ -316,6 +317,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "training": bench.training(results_dir) if usual else pd.DataFrame(),
         "processes": bench.processes(results_dir) if usual else pd.DataFrame(),
         "speed": bench.speed(results_dir) if usual else pd.DataFrame(),
+        "exactness": bench.exactness(results_dir) if usual else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 

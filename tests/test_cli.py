@@ -69,8 +69,9 @@ def test_the_whole_way(folder):
     assert "last" in call("finetune", *words)  # done already: shown, not computed again
     network = f"{record['params']['job_dir']}/model.safetensors"
     found = json.loads(call("evaluate", network, "--json"))
-    assert found["recorded"] == record["accuracy"]["last"]
-    assert found["network"] == network and 0 <= found["torch"] <= 100
+    assert {row["recorded"] for row in found} == {record["accuracy"]["last"]}
+    assert found[0]["way"] == "torch fp32" and found[0]["network"] == network
+    assert all(0 <= row["top1"] <= 100 for row in found)
     written = json.loads(call("tables", "--results_dir", folder, "--dataset", "digits", "--json"))
     assert any(path.endswith(".csv") for path in written)
 

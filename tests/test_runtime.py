@@ -100,6 +100,44 @@ def test_16_bits_keep_the_accuracy_of_the_shipped_network(cifar10_root, dtype):
     assert abs(correct[1] - correct[0]) <= 5  # of 10,000
 
 
+@pytest.mark.parametrize("dtype", build.TYPES[1:])
+def test_undecided_images_get_the_scores_of_float32(net, dtype):
+    images = torch.randn(64, 3, 32, 32)
+    example = images[:1]
+    short, full = (runtime.compile(net, example, dtype=t) for t in (dtype, torch.float32))
+    if short.report["dtype"] == "float32":
+        pytest.skip(f"this processor does not compute in {dtype}")
+    wanted, exact = short(images), full(images)
+    best = wanted.topk(2, 1).values
+    apart = best[:, 0] - best[:, 1]
+    margin = float(apart.median())
+    fast = runtime.compile(net, example, dtype=dtype, recheck=margin)
+    near, found = apart < margin, fast(images)
+    assert 0 < near.sum() < 64 and fast.report["recheck"] == margin
+    assert torch.equal(found[~near], wanted[~near])
+    torch.testing.assert_close(found[near], exact[near], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(wanted[near], exact[near])
+
+
+def test_what_cannot_be_rechecked_is_said(net):
+    with pytest.raises(ValueError, match="recheck: -1; give 0 or more"):
+        runtime.compile(net, torch.zeros(1, 3, 32, 32), dtype=torch.bfloat16, recheck=-1)
+    features = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="for a network with scores"):
+        runtime.compile(features, torch.zeros(1, 3, 8, 8), dtype=torch.bfloat16, recheck=1)
+    exact = runtime.compile(net, torch.zeros(1, 3, 32, 32), recheck=1)
+    assert exact.report["dtype"] == "float32" and "recheck" not in exact.report
+
+
+def test_scores_in_16_bits_are_not_rounded_to_them(net):
+    if not build.computes(build.library(), torch.bfloat16):
+        pytest.skip("this processor does not compute in bfloat16")
+    scores = runtime.compile(net, torch.zeros(1, 3, 32, 32), dtype=torch.bfloat16)(
+        torch.randn(32, 3, 32, 32)
+    )
+    assert (scores != scores.bfloat16().float()).float().mean() > 0.5
+
+
 def test_sizes_that_fit_no_tile_at_any_batch():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where there is no fp16 or bf16

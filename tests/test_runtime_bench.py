@@ -80,6 +80,35 @@ def test_speeds_in_the_table_are_those_of_the_record(tmp_path):
     assert row["engine, best / compiled bf16"] == "2.5"
 
 
+def test_answers_in_the_table_are_counted_from_the_record(tmp_path):
+    assert bench_tables.exactness(tmp_path).empty
+    (tmp_path / "bench").mkdir()
+
+    def row(network, way, top1, differ=0, rechecked_pct=0.0):
+        return dict(network=network, way=way, top1=top1, recorded=90.0, differ=differ,
+                    rechecked_pct=rechecked_pct)  # fmt: skip
+
+    rows = [row("a", "torch fp32", 90.0), row("b", "torch fp32", 91.0)]
+    rows += [row("a", "engine bf16", 90.05, 20), row("b", "engine bf16", 90.9, 30)]
+    rows += [row("a", "engine bf16, rechecked", 90.0, 1, 1.0)]
+    rows += [row("b", "engine bf16, rechecked", 91.01, 2, 2.0)]
+    made = {"rows": rows, "provenance": {"hardware": {"name": "AMD EPYC Processor"}}}
+    (tmp_path / "bench/accuracy-amd-epyc.json").write_text(json.dumps(made))
+    first, second = bench_tables.exactness(tmp_path).to_dict("records")
+    assert first["computed in"] == "engine bf16" and first["networks"] == "2"
+    assert (first["top-1 off by at most"], first["on the mean"]) == ("0.10", "-0.025")
+    assert (first["other answers, at most"], second["other answers, at most"]) == ("30", "2")
+    assert second["computed twice %"] == "1.5" and second["speed %"] == ""
+    shipped = [
+        {"images_per_s": {"engine bf16": 100.0, "engine bf16, rechecked": share}}
+        for share in (95.0, 90.0, 80.0)
+    ]
+    (tmp_path / "bench/runtime-amd-epyc.json").write_text(
+        json.dumps({"shipped": shipped, "networks": [], "provenance": made["provenance"]})
+    )
+    assert list(bench_tables.exactness(tmp_path)["speed %"]) == ["", "90"]
+
+
 def test_bars_show_the_speeds_and_a_missing_one_is_no_bar():
     rows = [NETWORK, NETWORK | {"batch": 1, "images_per_s": SPEEDS}]
     left, right = plots.speeds(rows).axes

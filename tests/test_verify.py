@@ -40,14 +40,20 @@ def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
 def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
     path, _, _ = shipped
     assert verify.main([str(path)]) == 1
-    found = verify.verify(path)
-    assert found["recorded"] == 99.0 and 0 <= found["torch"] < 60  # an untrained network
-    assert set(found) - {"recorded", "torch"} == {str(t)[6:] for t in verify._engine_types()}
-    assert all(abs(found[name] - found["torch"]) < 1 for name in found if name != "recorded")
+    rows = {row["way"]: row for row in verify.verify(path)}
+    torch_row = rows["torch fp32"]
+    assert torch_row["recorded"] == 99.0 and 0 <= torch_row["top1"] < 60  # an untrained network
+    assert set(verify._engine_types()) == {n for n in rows if "engine" in n and "," not in n}
+    assert rows["engine fp32"]["differ"] == rows["engine fp32"]["rechecked_pct"] == 0
+    for name in rows:
+        assert abs(rows[name]["top1"] - torch_row["top1"]) < 1
+        if "rechecked" in name:  # an untrained network is sure of nothing
+            assert rows[name]["rechecked_pct"] > 50
+            assert rows[name]["differ"] <= rows[name.removesuffix(", rechecked")]["differ"]
     _, masks, meta = masking.load_compact(path)
     model, _, _ = study.load_network(path)
     meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
-    masking.save_compact(path, model, masks, {**meta, "top1": found["torch"]})
-    monkeypatch.setattr(verify, "_engine_types", lambda: [torch.float32])
+    masking.save_compact(path, model, masks, {**meta, "top1": torch_row["top1"]})
+    monkeypatch.setattr(verify, "_engine_types", lambda: {"engine fp32": torch.float32})
     assert verify.main([str(path)]) == 0
-    assert "1 networks, the worst off by 0.00" in capsys.readouterr().out
+    assert "engine fp32: the worst of 1 off by 0.00, allowed 0.05" in capsys.readouterr().out

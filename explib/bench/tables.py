@@ -72,6 +72,44 @@ def _speed_line(row: dict, name: str) -> dict:
     return line | {"hardware": hardware(name)}
 
 
+def exactness(results_dir: str | Path = "results") -> pd.DataFrame:
+    """How the engine's answers on the test images differ from torch's, over the shipped networks.
+
+    Of the records that explib.verify writes; the speed, as a share of that without a second look,
+    of those of explib.runtime.bench.
+    """
+    lines = []
+    for path in sorted((resolve(results_dir) / "bench").glob("accuracy-*.json")):
+        record = json.loads(path.read_text())
+        rows = record["rows"]
+        exact = {row["network"]: row["top1"] for row in rows if row["way"] == "torch fp32"}
+        for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "torch fp32"):
+            own = [row for row in rows if row["way"] == way]
+            off = [row["top1"] - exact[row["network"]] for row in own]
+            share = _rechecked_speed(path.with_name(path.name.replace("accuracy", "runtime")), way)
+            lines.append(
+                {
+                    "computed in": way,
+                    "networks": str(len(own)),
+                    "top-1 off by at most": f"{max(map(abs, off)):.2f}",
+                    "on the mean": f"{statistics.mean(off):+.3f}",
+                    "other answers, at most": str(max(row["differ"] for row in own)),
+                    "computed twice %": f"{statistics.mean(r['rechecked_pct'] for r in own):.1f}",
+                    "speed %": share,
+                    "hardware": hardware(record["provenance"]["hardware"]["name"]),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _rechecked_speed(path: Path, way: str) -> str:
+    """The median speed with a second look, in per cent of that without; nothing if not measured."""
+    rows = json.loads(path.read_text())["shipped"] if path.is_file() else []
+    plain, found = way.removesuffix(", rechecked"), [row["images_per_s"] for row in rows]
+    shares = [s[way] / s[plain] for s in found if way != plain and way in s]
+    return f"{100 * statistics.median(shares):.0f}" if shares else ""
+
+
 def processes(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images/s of one run in several processes, and their share of a linear growth."""
     path = resolve(results_dir) / "bench/processes.json"

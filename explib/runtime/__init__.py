@@ -53,6 +53,7 @@ def compile(
     example_input: torch.Tensor,
     *,
     dtype: torch.dtype = torch.float32,
+    recheck: float = 0.0,
     threads: int | None = None,
     fallback: bool = True,
 ) -> Compiled:
@@ -61,7 +62,9 @@ def compile(
     example_input: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
     float32, or where the processor computes in them float16 (sums are float16 too) or bfloat16
     (sums are float32, and so are batches too small to fill its vectors); elsewhere a warning says
-    why it is float32. threads: torch's number of threads by default; fixed from here on.
+    why it is float32. recheck: of a classifier in 16 bits; images whose two highest scores are less
+    than this apart are computed once more in float32, so that rounding decides nothing.
+    threads: torch's number of threads by default; fixed from here on.
     Nodes the engine has no kernel for, and everything where there is no C++ compiler, run in torch
     with a warning; with fallback=False they raise NotImplementedError and NoCompiler. The model is
     not changed, and later changes of it have no effect.
@@ -71,6 +74,12 @@ def compile(
     if not isinstance(example_input, torch.Tensor) or example_input.dtype != torch.float32:
         raise TypeError("example_input: give a torch.float32 tensor (N, C, H, W)")
     threads = threads or torch.get_num_threads()
+    if recheck:
+        options = {"threads": threads, "fallback": fallback}
+        short, full = (
+            compile(model, example_input, dtype=t, **options) for t in (dtype, torch.float32)
+        )
+        return _rechecked(short, full, example_input, recheck)
     report = {"engine": "native", "dtype": str(dtype).removeprefix("torch."), "threads": threads}
     try:
         traced = graph.trace(model, example_input)
@@ -101,6 +110,32 @@ def compile(
     }
     run = _assemble(traced, ops, alias, dtype, threads)
     return Compiled(run, example_input.shape[1:], report)
+
+
+def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:
+    """The network `short`, with the scores of `full` for images that it finds hard to tell."""
+    scores = full(example)
+    if (
+        margin < 0
+        or not isinstance(scores, torch.Tensor)
+        or scores.ndim != 2
+        or scores.shape[1] < 2
+    ):
+        raise ValueError(
+            f"recheck: {margin}; give 0 or more, for a network with scores (N, classes)"
+        )
+    if short.report["dtype"] == "float32":
+        return full
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        scores = short(images)
+        first, second = scores.topk(2, 1).values.unbind(1)
+        close = ~(first - second >= margin)  # NaN, too
+        if close.any():
+            scores[close] = full(images[close])
+        return scores
+
+    return Compiled(run, example.shape[1:], short.report | {"recheck": margin})
 
 
 def load(path: str | Path, **options) -> Compiled:

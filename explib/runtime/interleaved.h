@@ -166,8 +166,10 @@ void conv_block(const ConvBlock<T>& a) {
     conv_sized<T, 1, 1>(a);
 }
 
+// scores: where the result goes, unrounded, if the network ends here; (live images, features)
 template <class T>
-void linear_block(const T* in, T* out, const Op& op, int channels, int features) {
+void linear_block(const T* in, T* out, const Op& op, int channels, int features, float* scores,
+                  int live) {
     USE_TYPES;
     constexpr int GROUP = 8;
     using Scalar = typename Types<T>::Scalar;
@@ -184,8 +186,12 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features)
             const V x = load(in + int64_t(c) * LANES);
             repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
         }
-        for (int g = 0; g < GROUP && f + g < features; ++g)
-            store(out + int64_t(f + g) * LANES, op.relu ? rectified(acc[g]) : acc[g]);
+        for (int g = 0; g < GROUP && f + g < features; ++g) {
+            const V value = op.relu ? rectified(acc[g]) : acc[g];
+            if (!scores) store(out + int64_t(f + g) * LANES, value);
+            for (int lane = 0; scores && lane < live; ++lane)
+                scores[int64_t(lane) * features + f + g] = float(value[lane]);
+        }
     }
 }
 
@@ -241,7 +247,10 @@ class Blocks {
                                   pairs ? op.pair_start : op.start,
                                   pairs ? op.pair_index : op.index});
         }
-        if (op.kind == LINEAR) return linear_block<T>(in, out, op, a.channels, o.channels);
+        if (op.kind == LINEAR) {
+            float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;
+            return linear_block<T>(in, out, op, a.channels, o.channels, scores, live);
+        }
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
         const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;

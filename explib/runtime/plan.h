@@ -13,7 +13,8 @@ struct Tensor {  // `channels` of a slot from `first` on
     int32_t slot, first, channels, height, width;
 };
 struct Op {
-    int32_t kind, in, other, out;  // tensors; -1: none. LOAD and STORE: `other` is the argument
+    // tensors; -1: none. LOAD, STORE, LINEAR: `other` is an argument, a LINEAR's that of its result
+    int32_t kind, in, other, out;
     int32_t kernel, stride, pad, relu;
     int32_t before;        // SUBSAMPLE: zero channels in front. AVGPOOL: whether padding counts
     const float* bias;     // (F,)

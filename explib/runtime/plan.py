@@ -132,8 +132,18 @@ class Network:
         found, slots, listed = places(ops, inputs, outputs)
         index = {name: i for i, name in enumerate(found)}
         made = [self._op("load", -1, i, index[name]) for i, name in enumerate(inputs)]
-        made += [self._native(op, index) for op in listed]
-        made += [self._op("store", index[name], i, -1) for i, name in enumerate(outputs)]
+        # a linear layer at the end writes its result itself, unrounded
+        used = {name for op in listed for name in op.inputs}
+        last = {op.name for op in listed if op.kind == "linear" and op.name not in used}
+        made += [
+            self._native(op, index, outputs.index(op.name) if op.name in last else -1)
+            for op in listed
+        ]
+        made += [
+            self._op("store", index[name], i, -1)
+            for i, name in enumerate(outputs)
+            if name not in last
+        ]
         halo = max((_halo(op) for op in ops if op.kind == "conv"), default=0)
         tensors = [_Tensor(p.slot, p.first, *p.shape) for p in found.values()]
         self._handle = self._library.explib_new(
@@ -173,8 +183,9 @@ class Network:
     def _op(self, kind: str, source: int, other: int, output: int, **more) -> _Op:
         return _Op(KINDS.index(kind), source, other, output, **more)
 
-    def _native(self, op: Op, index: dict[str, int]) -> _Op:
-        source, other = index[op.inputs[0]], index[op.inputs[1]] if len(op.inputs) > 1 else -1
+    def _native(self, op: Op, index: dict[str, int], result: int) -> _Op:
+        """result: the argument that the value goes to, or -1."""
+        source, other = index[op.inputs[0]], index[op.inputs[1]] if len(op.inputs) > 1 else result
         more = dict(kernel=op.kernel, stride=op.stride, pad=op.pad, relu=op.relu, before=op.before)
         if op.kind in ("conv", "linear"):
             layer, features = op.module, op.module.weight.shape[0]

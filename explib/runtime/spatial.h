@@ -167,7 +167,10 @@ class Images {
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
         if (op.kind == CONV) return conv(op, a, o, memory, extra, part, parts, barrier);
-        if (op.kind == LINEAR) return linear(op, a, o, in, out, extra, part, parts);
+        if (op.kind == LINEAR) {
+            float* scores = op.other >= 0 ? outs[op.other] + image * o.channels : nullptr;
+            return linear(op, a, o, in, out, scores, extra, part, parts);
+        }
         const int64_t from = plane(a.height, a.width), to = plane(o.height, o.width);
         const int wide = pitch(a.width), wide_out = pitch(o.width);
         const int channels = op.kind == FLATTEN ? a.channels : o.channels;
@@ -222,8 +225,8 @@ class Images {
         }
     }
 
-    void linear(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out, T* extra,
-                int part, int parts) {
+    void linear(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out, float* scores,
+                T* extra, int part, int parts) {
         using Loose = typename Types<T>::Loose;
         const int64_t from = plane(1, 1), to = plane(1, 1);
         T* x = extra + int64_t(part) * round_up(a.channels, LANES);
@@ -238,7 +241,11 @@ class Images {
             float sum = op.bias[f];
             for (; c < a.channels; ++c) sum += float(row[c]) * float(x[c]);
             for (int i = 0; i < LANES; ++i) sum += float(sums[i]);
-            out[f * to] = T(op.relu && sum < 0 ? 0 : sum);
+            if (op.relu && sum < 0) sum = 0;
+            if (scores)
+                scores[f] = sum;
+            else
+                out[f * to] = T(sum);
         }
     }
 
