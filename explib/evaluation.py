@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from explib import distributed
+from explib import distributed, runtime
 from explib.data import Data, eval_batches
 from explib.fused import fuse
+from explib.masks import Masks
 from explib.params import Params
+from explib.runtime import build, training
 from explib.splits import Folders, Split
 
 
@@ -58,25 +60,76 @@ COMPILE_FROM = 3_000_000
 fused passes are as fast on ResNet-56 and faster on VGG-16, at once."""
 
 
-def forward_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:
+SPARSE_FROM = 0.4
+"""Share of all kernels pruned from which training on a CPU leaves them out: at 0.5 the multiplied
+rest takes 0.7 of the time, at 0.7 half (explib.bench.training)."""
+
+
+def forward_of(
+    model: nn.Module, params: Params, device: str, images: int, masks: Masks | None = None
+) -> Callable:
     """The model as it runs fastest, in the run's precision: images in, fp32 logits out.
 
-    images: how many the run will train on, which decides whether compiling pays.
+    images: how many the run will train on, which decides whether compiling pays. masks: of kernels
+    that stay zero, and so need not be computed. The function's `how` says what was chosen.
+    ValueError where `compile: sparse` is not possible.
     """
     long = device == "cuda" and images >= COMPILE_FROM
     if params.compile == "on" or (params.compile == "auto" and long):
-        network = torch.compile(model, dynamic=False)
+        network, how = torch.compile(model, dynamic=False), "torch.compile"
+    elif sparse := _sparse(model, params, device, masks or {}):
+        network, how = sparse, "surviving kernels"
     elif params.compile == "auto" and device == "cpu":
         network = fuse(model)
+        how = "eager" if network is model else "fused passes"
     else:
-        network = model
+        network, how = model, "eager"
     enabled = precision_of(params, device) == "bf16"
 
     def forward(x):
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
             return network(x).float()
 
+    forward.how = how
     return forward
+
+
+def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.Module | None:
+    """The network of `runtime.training` where it is asked for, or likely faster and possible."""
+    asked = params.compile == "sparse"
+    if not masks or not (asked or (params.compile == "auto" and device == "cpu")):
+        return None
+    kernels = sum(m.weight[:, :, 0, 0].numel() for m in model.modules() if type(m) is nn.Conv2d)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    # AMX multiplies dense matrices in bf16 so fast that zeros cost little
+    matrices = precision_of(params, device) == "bf16" and torch.cpu._is_amx_tile_supported()
+    if not asked and (pruned < SPARSE_FROM * kernels or matrices):
+        return None
+    network = training.sparse(model, masks, params.side) if device == "cpu" else None
+    if asked and network is None:
+        raise ValueError(
+            "compile: 'sparse' needs a CPU, a C++ compiler, and a network that torch.fx traces and "
+            "whose masked convs are 3x3, padded by 1; use 'auto'"
+        )
+    return network
+
+
+def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:
+    """The unpruned network for distillation: images in, fp32 logits out, in evaluation mode.
+
+    On a CPU in the engine, in the run's precision, unless its processor multiplies matrices.
+    """
+    half = precision_of(params, device) == "bf16"
+    if device == "cpu" and params.compile in ("auto", "sparse"):
+        matrices = half and torch.cpu._is_amx_tile_supported()
+        example = torch.zeros(1, 3, params.side, params.side)
+        dtype = torch.bfloat16 if half else torch.float32
+        try:
+            if not matrices and build.computes(build.library(), dtype):
+                return runtime.compile(model, example, dtype=dtype, fallback=False)
+        except (runtime.NoCompiler, NotImplementedError):
+            pass  # then in torch
+    return forward_of(model, params, device, images)
 
 
 def evaluate(

@@ -27,7 +27,7 @@ CHOICES = {
     "lr_schedule": ("step", "cosine", "onecycle"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16"),
-    "compile": ("auto", "on", "off"),
+    "compile": ("auto", "on", "off", "sparse"),
 }
 # field: (lowest, highest, whether the lowest itself is allowed)
 RANGES = {
@@ -122,7 +122,7 @@ class Params:
     # The machine
     device: str = "auto"
     precision: str = "auto"  # auto: bf16 where the hardware has it
-    compile: str = "auto"  # torch.compile; auto: where the run is long enough to repay it
+    compile: str = "auto"  # on: torch.compile; sparse: surviving kernels only; auto: what pays
     threads: int = 0  # CPU threads; 0: all
     workers: int = 0  # processes that decode images of class folders; 0: one per core
 

@@ -91,6 +91,7 @@ class _Run:
     top1: dict[str, float] = field(default_factory=dict)  # dense, and before fine-tuning
     history: list[dict] = field(default_factory=list)
     wall_s: float = 0.0
+    how: str = ""  # the network ran in training
 
 
 def _begin(params: Params, network: Dense) -> tuple[str, Data]:
@@ -134,8 +135,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     teacher = None
     if pruning and params.distill:
         unpruned = copy.deepcopy(dense.model).eval()
-        teacher = evaluation.forward_of(unpruned, params, device, images)
-    forward = evaluation.forward_of(dense.model, params, device, images)
+        teacher = evaluation.teacher_of(unpruned, params, device, images)
     for stage, names in enumerate(stages):
         resume = None
         if state and stage < state["stage"]:
@@ -149,6 +149,9 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
                 masking.apply(dense.model, run.masks)
             evaluation.reestimate_bn(dense.model, data, params.bn_images)
             run.top1.setdefault("before", evaluation.evaluate(dense.model, data, data.test))
+        masks = {} if params.fade_epochs else run.masks  # fading kernels are not zero yet
+        forward = evaluation.forward_of(dense.model, params, device, images, masks)
+        run.how = forward.how
         label = params.name if len(stages) == 1 else f"{params.name} {stage + 1}/{len(stages)}"
         began = time.perf_counter() - run.wall_s
         epochs = tuning.train(
@@ -181,6 +184,7 @@ def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str)
     origin = records.provenance(device)
     hardware = origin.pop("hardware") | {
         "precision": evaluation.precision_of(params, device),
+        "trained_by": run.how,
         "processes": distributed.world(),
     }
     return {
