@@ -157,6 +157,7 @@ _SEE = {
     "of the magnitudes that way B keeps; below it, the score does harm.",
     "recipes": "each recipe is one change away from ours (orange).",
     "training": "the plain loop and ours, by turns in one run.",
+    "sparse_training": "what leaving out pruned kernels brings in training, by turns in one run.",
     "scores": "most kernels of a layer lie near 0, where they neither pass on nor invert the mean "
     "of their input; the long tails are the few that do.",
     "levels": "a dark column is one large redundant set: to the mean, any kernel in it may stand "
@@ -179,11 +180,14 @@ def _benchmarks(folder: Path) -> dict[str, Figure]:
         "recipes": bench.recipes,
         "training-*": bench.training_speed,
     }
-    return {
+    figures = {
         path.stem: figure(json.loads(path.read_text()))
         for names, figure in draw.items()
         for path in sorted(folder.glob(f"{names}.json"))
     }
+    for path in sorted(folder.glob("training-*.json")):
+        figures[f"sparse_{path.stem}"] = bench.sparse_training(json.loads(path.read_text()))
+    return figures
 
 
 def _scores(params: dict) -> dict[str, Figure]:

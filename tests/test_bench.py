@@ -76,6 +76,24 @@ def test_the_table_has_a_line_for_each_pair(tmp_path):
     (line,) = tables.training(tmp_path).to_dict("records")
     assert (line["network"], line["ratio"], line["hardware"]) == ("ResNet-56", "2.50", "abacus")
     assert tables.training(tmp_path / "none").empty
+    assert tables.sparse_training(tmp_path).empty  # measured on other machines only
+
+
+def test_training_by_sparsity_is_measured_shown_and_drawn(tmp_path, resnet_8, monkeypatch):
+    monkeypatch.setattr(training, "timed", lambda work: (work() or 0.5, None))
+    rows = list(training.by_sparsity("resnet_56", Params(**TINY), [0.5, 0.75], repeats=1))
+    assert [row["pruned_pct"] for row in rows] == [50, 75]
+    assert rows[0]["all_kernels"] == rows[0]["surviving_kernels"] == 16 / 0.5
+    rows[1]["surviving_kernels"] = 96.0
+    record = {"rows": [], "by_sparsity": rows, "provenance": {"hardware": {"name": "abacus"}}}
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/training-abacus.json").write_text(json.dumps(record))
+    lines = tables.sparse_training(tmp_path).to_dict("records")
+    assert [line["ratio"] for line in lines] == ["1.00", "3.00"]
+    assert lines[1]["kernels pruned %"] == "75" and lines[1]["hardware"] == "abacus"
+    axes = plots.sparse_training(record).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.0×", "3.0×"]
+    assert plots.sparse_training({"rows": []}) is None
 
 
 def control(cut, way, survivors, top1, kept=50.0, changed=""):

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from explib.plots import BLUE, GREY, ORANGE, WAY_COLOURS, _figure, _style
-from explib.render import NAMES, WAY_NAMES
+from explib.render import NAMES, WAY_NAMES, hardware
 
 
 @_style
@@ -26,6 +26,31 @@ def training_speed(record: dict) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="images/s")
     axes.set_title(f"On {record['provenance']['hardware']['name']}")
+    return figure
+
+
+@_style
+def sparse_training(record: dict) -> Figure | None:
+    """Images/s forward and backward against kernels pruned, all of them multiplied or the rest."""
+    rows = record.get("by_sparsity")
+    if not rows:
+        return None
+    figure, axes = _figure(6.8, 4.2)
+    for arch, marker in (("resnet_56", "o"), ("vgg_16_bn", "s")):
+        own = [row for row in rows if row["network"] == arch]
+        x = [row["pruned_pct"] for row in own]
+        for way, colour in (("all_kernels", GREY), ("surviving_kernels", ORANGE)):
+            axes.plot(x, [row[way] for row in own], f"{marker}-", color=colour, markersize=5,
+                      label=f"{NAMES[arch]}, {way.replace('_', ' ')}")  # fmt: skip
+        for row in own:
+            text = f"{row['surviving_kernels'] / row['all_kernels']:.1f}×"
+            axes.annotate(text, (row["pruned_pct"], row["surviving_kernels"]), fontsize=8.5,
+                          xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+    axes.set(xlabel="kernels pruned, %", ylabel="images per second, forward and backward")
+    axes.set_ylim(0)
+    axes.margins(y=0.12)
+    axes.set_title(f"Training, {hardware(record['provenance']['hardware']['name'])}")
+    axes.legend(fontsize=8.5, loc="upper left")
     return figure
 
 

@@ -37,6 +37,27 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def sparse_training(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Images/s of one batch forward and backward, over all kernels and over the surviving ones."""
+    lines = []
+    for path in sorted((resolve(results_dir) / "bench").glob("training-*.json")):
+        record = json.loads(path.read_text())
+        for row in record.get("by_sparsity", []):
+            lines.append(
+                {
+                    "network": NAMES[row["network"]],
+                    "kernels pruned %": f"{row['pruned_pct']:.0f}",
+                    "all kernels, images/s": f"{row['all_kernels']:.0f}",
+                    "surviving kernels, images/s": f"{row['surviving_kernels']:.0f}",
+                    "ratio": f"{row['surviving_kernels'] / row['all_kernels']:.2f}",
+                    "precision": row["precision"],
+                    "batch": str(row["batch_size"]),
+                    "hardware": hardware(record["provenance"]["hardware"]["name"]),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
 def speed(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of the records that explib.runtime.bench writes, and the speed-ups.
 

@@ -1,9 +1,10 @@
 """How fast this machine trains and evaluates: `python -m explib.bench.training`.
 
 Ours beside the loop that one would write first, by turns in one run: torchvision's transforms in a
-DataLoader of 8 workers, fp32, eager, SGD, weights masked anew after every step. Writes
-results/bench/training-DEVICE.json after every figure; needs CIFAR-10, about four minutes on two
-cores and under ten on a GPU. Of packages beyond PyTorch it uses those of explib only.
+DataLoader of 8 workers, fp32, eager, SGD, weights masked anew after every step. On a CPU also what
+leaving out pruned kernels brings. Writes results/bench/training-MACHINE.json after every figure;
+needs CIFAR-10, about six minutes on two cores and under ten on a GPU. Of packages beyond PyTorch it
+uses those of explib only.
 """
 
 import json
@@ -11,6 +12,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +27,15 @@ from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, Split, load_data
 from explib.files import ROOT, write_json
-from explib.models import build
+from explib.models import build, find_convs
 from explib.params import Params
 from explib.pruners import prune
 from explib.records import provenance
+from explib.render import machine
+from explib.runtime import training as sparse_training
 
 NETWORKS = ("resnet_56", "vgg_16_bn")
+PRUNED = (0.3, 0.5, 0.7, 0.9)
 
 
 class Pictures(Dataset):
@@ -120,7 +126,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     models["ours"].to(memory_format=torch.channels_last)
     params = params.replace(arch=arch, epochs=rounds + 1, nesterov=False, lr_schedule="step")
     images = 10**9 if params.compile == "on" else 0
-    forward = evaluation.forward_of(models["ours"], params, device, images)
+    forward = evaluation.forward_of(models["ours"], params, device, images, masks)
     epochs = tuning.train(models["ours"], on_device, params, masks, forward=forward)
     seconds, losses = defaultdict(list), {}
     for _ in range(rounds + 1):  # the first of each only warms up
@@ -147,6 +153,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
         "device": device,
         "precision": evaluation.precision_of(params, device),
         "compile": params.compile,
+        "trained_by": forward.how,
         "batch_size": params.batch_size,
     }
     return [
@@ -168,9 +175,51 @@ def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     model = build(arch, 10).to(device, memory_format=torch.channels_last)
     masks = prune(model, 0.5, "B") if masked else {}
     params = params.replace(arch=arch)
-    forward = evaluation.forward_of(model, params, device, 10**9 if params.compile == "on" else 0)
+    images = 10**9 if params.compile == "on" else 0
+    forward = evaluation.forward_of(model, params, device, images, masks)
     entries = [e for e, _ in tuning.train(model, data.to(device), params, masks, forward=forward)]
     return statistics.median(entry["images_per_s"] for entry in entries[1:])
+
+
+def by_sparsity(
+    arch: str, params: Params, shares: Sequence[float] = PRUNED, repeats: int = 7
+) -> Iterator[dict]:
+    """One batch forward and backward on a CPU, over all kernels and over the surviving ones.
+
+    By turns; a row for each share of the kernels that way B pruned in every conv but the first:
+    network, pruned_pct, precision, batch_size, all_kernels and surviving_kernels (images/s, median
+    of the repeats).
+    """
+    for share in shares:
+        torch.manual_seed(0)
+        model = build(arch, 10).to(memory_format=torch.channels_last).train()
+        masks = prune(model, {conv.name: share for conv in find_convs(model)[1:]}, "B")
+        masking.apply(model, masks)
+        ways = {
+            "all_kernels": evaluation.forward_of(model, params, "cpu", 0),
+            "surviving_kernels": evaluation.forward_of(
+                model, params.replace(compile="sparse"), "cpu", 0, masks
+            ),
+        }
+        images = torch.randn(params.batch_size, 3, 32, 32)
+        images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(0, 10, (params.batch_size,))
+        seconds = defaultdict(list)
+        for _ in range(repeats + 1):
+            for way, forward in ways.items():
+                taken, _ = timed(partial(_step, forward, images, labels))
+                seconds[way].append(taken)
+        yield {
+            "network": arch,
+            "pruned_pct": 100 * share,
+            "precision": evaluation.precision_of(params, "cpu"),
+            "batch_size": params.batch_size,
+            **{w: params.batch_size / statistics.median(s[1:]) for w, s in seconds.items()},
+        }
+
+
+def _step(forward: Callable, images: torch.Tensor, labels: torch.Tensor) -> None:
+    F.cross_entropy(forward(images), labels).backward()
 
 
 def _one_of_many(rank: int, arch: str, data: Data, params: Params, folder: str) -> None:
@@ -224,13 +273,22 @@ def main(params: Params | None = None, rounds: int = 3) -> Path:
     few = {} if torch.cuda.is_available() else {"limit_train": 2048, "limit_test": 2048}
     params = params or Params(dataset="cifar10", distill=0.0, lr=0.01, **few)
     device = evaluation.device_of(params)
-    path, rows = ROOT / f"results/bench/training-{device}.json", []
+    record = {"rows": [], "by_sparsity": [], "provenance": provenance(device)}
+    name = machine(record["provenance"]["hardware"]["name"])
+    path, rows = ROOT / f"results/bench/training-{name}.json", record["rows"]
     for row in measure(params, rounds):
         rows.append(row)
         speed = row["images_per_s"]
         name = f"{row['network']}, {row.get('task', 'train')}, {row['loop']}"
         print(f"{name:45s}", "failed" if speed is None else f"{speed:10.0f} images/s", flush=True)
-        write_json(path, {"rows": rows, "ratios": ratios(rows), "provenance": provenance(device)})
+        write_json(path, record | {"ratios": ratios(rows)})
+    for arch in NETWORKS if device == "cpu" and sparse_training.library() else ():
+        for row in by_sparsity(arch, params):
+            record["by_sparsity"].append(row)
+            name = f"{arch}, {row['pruned_pct']:.0f} % pruned, all and surviving kernels"
+            speeds = f"{row['all_kernels']:10.0f} {row['surviving_kernels']:10.0f} images/s"
+            print(f"{name:45s}", speeds, flush=True)
+            write_json(path, record | {"ratios": ratios(rows)})
     for name, value in ratios(rows).items():
         print(f"{name:45s} {value:10.2f}")
     return path
