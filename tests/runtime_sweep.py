@@ -2,11 +2,13 @@
 
 import sys
 import warnings
+from itertools import product
 
 import torch
 from torch import nn
 
 from explib import runtime
+from explib.runtime import training
 
 SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
 BATCHES = (1, 2, 7, 8, 15, 17, 33)
@@ -58,6 +60,35 @@ def sweep(batches=BATCHES) -> int:
     return compared
 
 
+def training_sweep() -> int:
+    """The same for training: conv, BatchNorm, ReLU and their gradients, in blocks of images."""
+    lib, compared = training.library(), 0
+    types = (torch.float32, torch.bfloat16)[: 1 + lib.training_halves()]
+    for size, dtype, stride, threads in product(SIZES, types, (1, 2), (1, 3)):
+        torch.manual_seed(0)
+        torch.set_num_threads(threads)
+        conv, norm = nn.Conv2d(5, 7, 3, stride, padding=1), nn.BatchNorm2d(7)
+        mask = torch.rand(7, 5) < 0.5
+        conv.weight.data *= mask[:, :, None, None]
+        images = torch.randn(2 * lib.training_lanes(), 5, *size, requires_grad=True)
+        wanted = torch.relu(norm(conv(images)))
+        out_size = tuple(wanted.shape[2:])
+        wanted.square().sum().backward()
+        gradient, images.grad = images.grad, None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            x = training.ToPlanes()(images)
+        own = training.Conv(conv, mask, size, out_size)(x)
+        found = training.FromPlanes(out_size)(training.Norm(norm, True, out_size)(own)).float()
+        found.square().sum().backward()
+        for one, other in ((found, wanted), (images.grad, gradient)):
+            error = float((one - other).abs().max() / other.abs().max().clamp(min=1e-3))
+            bound = 1e-3 if dtype == torch.float32 else 0.2  # a ReLU may fall the other way
+            assert error < bound, (size, dtype, stride, threads, error)
+            compared += 1
+    return compared
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    print(training_sweep(), "compared in training")
     print(sweep(tuple(map(int, sys.argv[1:])) or BATCHES), "compared")
