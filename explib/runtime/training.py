@@ -153,13 +153,13 @@ def _kernel_list(mask: torch.Tensor, half: bool) -> tuple[torch.Tensor, ...]:
 
 
 class Conv(nn.Module):
-    """A conv 3x3 of the network, padded by 1, over the kernels of its mask."""
+    """A conv of the network, 3x3 padded by 1 or 1x1, over the kernels of its mask."""
 
     def __init__(self, conv: nn.Conv2d, mask: torch.Tensor, size: Size, out_size: Size):
         """mask: bool (F, C); size and out_size: of the maps it takes and gives."""
         super().__init__()
         self.conv, self.size, self.out_size = conv, size, out_size
-        self.stride = conv.stride[0]
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
         self.lists = {
             (turned, half): _kernel_list(mask.T if turned else mask, half)
             for turned in (False, True)
@@ -181,10 +181,11 @@ class Conv(nn.Module):
             at = rows * (inner if turned else outer) + columns * (outer if turned else inner)
             self.offsets[turned, half, weight.stride()] = at.masked_fill_(rows < 0, -1)
         kernels = len(at) // (1 + half)
-        words = torch.empty(kernels * 9, dtype=torch.int32)
+        words = torch.empty(kernels * self.kernel**2, dtype=torch.int32)
         down, right = map(_INT64, weight.stride()[2:])
         library().training_pack(
-            *(_pointer(weight), _pointer(at), _INT64(kernels), down, right, 3, turned, half),
+            *(_pointer(weight), _pointer(at), _INT64(kernels), down, right),
+            *(self.kernel, turned, half),
             *(_pointer(words), threads),
         )
         filters = len(start) - 1
@@ -192,7 +193,8 @@ class Conv(nn.Module):
         y = _empty(x, filters, size)
         bias = torch.zeros(filters) if bias is None else bias.detach().float().contiguous()
         library().training_conv(
-            *(_pointer(x), _pointer(y), _shape(x, self.size), _shape(y, size), 3, stride),
+            *(_pointer(x), _pointer(y), _shape(x, self.size), _shape(y, size)),
+            *(self.kernel, stride),
             *map(_pointer, (words, bias, start, columns)),
             *(half, threads),
         )
@@ -214,7 +216,7 @@ class Conv(nn.Module):
         library().training_kernels(
             *(_pointer(dy), _pointer(x), _shape(dy, self.size), _shape(x, self.size)),
             *(_pointer(self.f), _pointer(self.c), _pointer(at), _INT64(len(at))),
-            *(_INT64(down), _INT64(right), _pointer(made), *_ends(x)),
+            *(self.kernel, _INT64(down), _INT64(right), _pointer(made), *_ends(x)),
         )
         return made
 
@@ -329,14 +331,14 @@ class Sparse(nn.Module):
 def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
     """A network that computes what the masked `model` does, from its surviving kernels.
 
-    It shares weights and modes. side: of the images, in pixels. None where the graph cannot be
-    traced, where nothing could be compiled, or where a mask is of a conv that is not 3x3, padded by
-    1.
+    It shares weights and modes. side: of the images, in pixels. Convs 3x3 padded by 1 and 1x1 run
+    so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in torch.
+    None where no masked conv is of these, the graph cannot be traced, or nothing could be compiled.
     """
     dense = fuse(model)
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None
-    if not all(_native(model.get_submodule(name)) for name in masks):
+    if not any(_native(model.get_submodule(name)) for name in masks):
         return None
     norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
     if any(not norm.affine or norm.running_mean is None for norm in norms):
@@ -437,10 +439,10 @@ def _same_on_planes(node, module) -> bool:
 
 
 def _native(conv: nn.Module) -> bool:
-    same = {"kernel_size": 3, "padding": 1, "dilation": 1}
     return (
         type(conv) is nn.Conv2d
-        and all(getattr(conv, field) == (value, value) for field, value in same.items())
+        and (conv.kernel_size, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+        and conv.dilation == (1, 1)
         and conv.stride[0] == conv.stride[1]
         and conv.groups == 1
         and conv.padding_mode == "zeros"
