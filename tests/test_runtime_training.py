@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from explib import evaluation, fused, masks, models, pruners
+from explib import evaluation, fused, masks, models, pruners, runtime
 from explib.params import Params
 from explib.runtime import training
 
@@ -212,6 +212,32 @@ def test_ops_of_any_network_run_on_planes_or_on_images(lanes):
         )
         if gradient.abs().max() > 1e-4:
             assert close(p.grad, gradient, 1e-4), name
+
+
+def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10)
+    chosen = pruners.prune(model, 0.7, "B", image_size=64)  # its first conv is 7x7
+    masks.hold(model, chosen)
+    plain = copy.deepcopy(model).double()
+    fast = runtime.sparse(model, chosen, 64)
+    kinds = [type(m) for m in fast.network.modules()]
+    assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
+    masks.hold(plain, chosen)
+    x, y = torch.randn(lanes, 3, 64, 64), torch.randint(0, 10, (lanes,))
+    losses = []
+    for own, network, images in ((model, fast, x), (plain, plain, x.double())):
+        optimizer = torch.optim.SGD(own.parameters(), 0.02, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(images), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-3) and losses[2] < losses[0]
+    assert masks.held(model, chosen)
 
 
 def test_what_it_cannot_do_is_none(resnet_8, monkeypatch):

@@ -1,7 +1,9 @@
-"""Inference with the surviving kernels only: what masks cut on paper, cut in seconds.
+"""Inference and training with the surviving kernels only: what masks cut on paper, cut in seconds.
 
 fast = runtime.compile(model, torch.zeros(1, 3, 32, 32))
 scores = fast(images)
+trained = runtime.sparse(model, masks, 32)
+loss = cross_entropy(trained(images), labels)
 """
 
 import copy
@@ -17,9 +19,10 @@ from explib import models
 from explib.runtime import build, graph
 from explib.runtime.build import NoCompiler
 from explib.runtime.plan import Network
+from explib.runtime.training import sparse
 from explib.study import load_network
 
-__all__ = ["Compiled", "NoCompiler", "compile", "load"]
+__all__ = ["Compiled", "NoCompiler", "compile", "load", "sparse"]
 
 
 class Compiled(nn.Module):
