@@ -95,6 +95,9 @@ def scores(delta_by_layer: dict, name: str = "") -> Figure:
               markeredgecolor=BLACK, markeredgewidth=0.6)  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(ylabel="expectation scaling factor $\\delta_E$")
+    spread = marks[:, 4] - marks[:, 0]
+    if spread.max() > 30 * spread.min() > 0:  # a straight scale would show the widest layers only
+        axes.set_yscale("symlog", linthresh=10 ** np.round(np.log10(spread.min())))
     axes.set_title(f"Scores by layer: {name}" if name else "Scores by layer")
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
     _layer_ticks(axes, names)

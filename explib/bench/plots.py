@@ -50,7 +50,7 @@ def sparse_training(record: dict) -> Figure | None:
     axes.set_ylim(0)
     axes.margins(y=0.12)
     axes.set_title(f"Training, {hardware(record['provenance']['hardware']['name'])}")
-    axes.legend(fontsize=8.5, loc="upper left")
+    axes.legend(fontsize=8.5, loc="best")
     return figure
 
 
@@ -88,5 +88,5 @@ def controls(record: dict) -> Figure:
     axes.set(xlabel="squared weights left, %, mean over convs",
              ylabel="top-1 before fine-tuning, %")  # fmt: skip
     axes.set_title(f"{NAMES[usual[0]['arch']]}: top-1 against the magnitude that survives")
-    axes.legend(fontsize=8.5, loc="upper left")
+    axes.legend(fontsize=8.5, loc="best")
     return figure
