@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from explib import distributed
+from explib import distributed, native
 from explib import masks as masking
 from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
 from explib.evaluation import accuracy
@@ -68,6 +68,8 @@ def train(
     masks = masks or {}
     fade = params.fade_epochs if masks else 0
     on_gpu = _on_gpu(data)
+    if not on_gpu:
+        native.keep_memory()
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(
         named.values(),

@@ -20,7 +20,7 @@ namespace {
 
 using V = Types<float>::V;
 constexpr int LANES = Types<float>::lanes;
-constexpr int64_t CACHE = 1 << 20;  // bytes that one thread's share of a gradient may walk over
+constexpr int64_t CACHE = 1 << 22;  // bytes that a thread walks over for each kernel
 
 extern "C" struct Planes {  // one activation
     int32_t blocks, channels, height, width;
@@ -142,10 +142,18 @@ V plane_product(const T* g, const T* x, int64_t pixels) {
     return sums[0];
 }
 
-inline float total(V v) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) v[i] += v[i + half];
-    return v[0];
+// The sum of a vector's lanes, by halves
+template <int N, class Lanes>
+FORCED inline float total(Lanes v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        typedef float Half __attribute__((vector_size(N / 2 * sizeof(float))));
+        Half low, high;
+        std::memcpy(&low, &v, sizeof(Half));
+        std::memcpy(&high, (const char*)&v + sizeof(Half), sizeof(Half));
+        return total<N / 2>(low + high);
+    }
 }
 
 // Adds the gradients of the kernels (f[k], c[k]) to out, from scalar at[k] on. Each thread has its
@@ -173,7 +181,7 @@ void kernel_gradients(const T* g, const T* x, const Planes& o, const Planes& a, 
                 }
                 for (int r = 0; r < size; ++r)
                     for (int s = 0; s < size; ++s)
-                        out[at[k] + r * down + s * right] += total(sums[r][s]);
+                        out[at[k] + r * down + s * right] += total<LANES>(sums[r][s]);
             }
         }
 }
