@@ -104,6 +104,16 @@ def backward(dy, x, y, weight, mean, invstd, wants_add: bool):
     return dx, dadd, dweight, dbias
 
 
+@torch.no_grad()
+def track(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
+    """Update running statistics with a batch's mean and biased variance, each (C,)."""
+    norm.num_batches_tracked += 1
+    # without momentum it is the plain average over batches
+    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.float(), share)
+    norm.running_var.lerp_((var * (pixels / max(pixels - 1, 1))).float(), share)
+
+
 class _NormAct(torch.autograd.Function):
     """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
 
@@ -135,7 +145,6 @@ class NormAct(nn.Module):
         if (
             not norm.affine
             or norm.running_mean is None
-            or (norm.training and norm.momentum is None)
             or (not norm.training and torch.is_grad_enabled())
             or x.dtype not in (torch.float32, torch.bfloat16)
             or (add is not None and add.shape != x.shape)
@@ -146,12 +155,7 @@ class NormAct(nn.Module):
         add = _like(x, add)
         if norm.training:
             y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
-            with torch.no_grad():
-                pixels = x.numel() // x.shape[1]
-                norm.running_mean.lerp_(mean.float(), norm.momentum)
-                unbiased = var * (pixels / max(pixels - 1, 1))
-                norm.running_var.lerp_(unbiased.float(), norm.momentum)
-                norm.num_batches_tracked += 1
+            track(norm, mean, var, x.numel() // x.shape[1])
             return y
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return affine(x, scale, norm.bias - norm.running_mean * scale, add, self.relu)

@@ -71,6 +71,15 @@ def test_is_the_plain_layers(shape, add, relu):
             assert network(x).requires_grad  # evaluated with gradients: the plain layers
 
 
+def test_without_momentum_statistics_are_the_average_over_batches():
+    norm, plain = nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=None)
+    for factor in (1, 2, 5):
+        x = factor * torch.randn(4, 3, 5, 5) + factor
+        plain(x)
+        fused.NormAct(norm, relu=False)(x)
+    same(dict(norm.named_buffers()), dict(plain.named_buffers()))
+
+
 def test_moments_do_not_cancel_far_from_zero():
     x = (torch.randn(64, 8, 16, 16) + 1000).contiguous(memory_format=torch.channels_last)
     mean, var = fused.batch_moments(x)

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from explib import native
-from explib.fused import NormAct, SmallConv, fuse
+from explib.fused import NormAct, SmallConv, fuse, track
 from explib.masks import Masks
 
 Size = tuple[int, int]
@@ -255,14 +255,7 @@ class Norm(nn.Module):
             y, mean, var = _Norm.apply(
                 x, norm.weight, norm.bias, add, norm.eps, self.relu, self.size
             )
-            with torch.no_grad():
-                count = x.shape[0] * x.shape[3] * self.size[0] * self.size[1]
-                norm.num_batches_tracked += 1
-                share = norm.momentum
-                if share is None:  # the plain average
-                    share = 1 / float(norm.num_batches_tracked)
-                norm.running_mean.lerp_(mean, share)
-                norm.running_var.lerp_(var * (count / max(count - 1, 1)), share)
+            track(norm, mean, var, x.shape[0] * x.shape[3] * self.size[0] * self.size[1])
             return y
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
