@@ -174,6 +174,12 @@ def test_a_batch_that_fills_no_block_trains_densely(lanes, resnet_8):
         assert close(model.state_dict()[name].float(), value.float(), 1e-4), name
 
 
+def test_images_of_another_size_are_computed_densely(lanes, resnet_8):
+    model, plain, chosen = pair("resnet_56")
+    network, x = training.sparse(model, chosen, 32), torch.randn(lanes, 3, 24, 24)
+    assert close(network(x), plain(x.double()).float(), 1e-4)
+
+
 class Odd(nn.Module):
     """Ops between its convs that planes do not know, and some that they do."""
 
@@ -258,6 +264,11 @@ def test_planes_that_are_none_are_refused(lanes):
         norm(torch.zeros(1, 2, 9, lanes), torch.zeros(1, 2, 8, lanes))
     with pytest.raises(ValueError, match=r"torch\.float64"):
         norm(torch.zeros(1, 2, 9, lanes, dtype=torch.float64))
+    conv = training.Conv(
+        nn.Conv2d(2, 2, 3, padding=1).double(), torch.ones(2, 2).bool(), (3, 3), (3, 3)
+    )
+    with pytest.raises(TypeError, match=r"weight: torch\.float64"):
+        conv(torch.zeros(1, 2, 9, lanes))
 
 
 def test_it_is_chosen_where_it_pays(resnet_8, monkeypatch):

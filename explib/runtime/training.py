@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.autograd.function import once_differentiable
 from torch.fx.passes.shape_prop import ShapeProp
 
 from explib import native
@@ -173,6 +174,8 @@ class Conv(nn.Module):
 
     def run(self, x, weight, bias, turned: bool = False) -> torch.Tensor:
         """The conv of x; turned: from the gradient of its outputs, spread, that of its inputs."""
+        if weight.dtype != torch.float32 or not weight.is_cpu:
+            raise TypeError(f"weight: {weight.dtype} on {weight.device}; give float32 on the CPU")
         half, threads = _ends(x)
         start, columns, rows = self.lists[turned, half]
         at = self.offsets.get((turned, half, weight.stride()))
@@ -230,6 +233,7 @@ class _Conv(torch.autograd.Function):
         return conv.run(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         (x, weight), conv = ctx.saved_tensors, ctx.conv
         dy, dbias = dy.to(x.dtype).contiguous(), None
@@ -291,6 +295,7 @@ class _Norm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, *_):
         x, y, weight, mean, invstd = ctx.saved_tensors
         dy, dx = _beside(x, dy), torch.empty_like(x)
@@ -304,16 +309,21 @@ class _Norm(torch.autograd.Function):
 
 
 class Sparse(nn.Module):
-    """A network on planes; batches that do not fill them in training go through `dense`."""
+    """A network on planes; what does not fit them goes through `dense`.
 
-    def __init__(self, dense: nn.Module, network: nn.Module):
+    Those are images of another size, and in training batches that do not fill the last block.
+    """
+
+    def __init__(self, dense: nn.Module, network: nn.Module, side: int):
         super().__init__()
-        self.dense, self.network = dense, network
+        self.dense, self.network, self.side = dense, network, side
         self.norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def forward(self, x):
         count, lanes = len(x), library().training_lanes()
         missing = -count % lanes
+        if x.shape[2:] != (self.side, self.side):
+            return self.dense(x)
         if missing and (count < lanes or any(norm.training for norm in self.norms)):
             return self.dense(x)
         if missing:
@@ -336,8 +346,7 @@ def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
     norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
     if any(not norm.affine or norm.running_mean is None for norm in norms):
         return None
-    network = _Rewriting(dense, masks, side).network()
-    return Sparse(dense, network)
+    return Sparse(dense, _Rewriting(dense, masks, side).network(), side)
 
 
 class _Rewriting:
