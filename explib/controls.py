@@ -11,10 +11,11 @@ measured again.
 import json
 import statistics
 import sys
+from functools import partial
 
 import torch
 
-from explib import evaluation, flops, runtime, study
+from explib import evaluation, flops, study
 from explib import masks as masking
 from explib.data import load_data
 from explib.files import ROOT, write_json
@@ -111,18 +112,14 @@ def _before(params: Params, data, as_was: bool) -> dict:
     masks = study.choose_masks(params, dense)
     kept = norm_kept(dense.model, masks)
     masking.apply(dense.model, masks)
-    found = {"top1_as_was": _top1(dense.model, data)} if as_was else {}
+    evaluate = partial(evaluation.evaluate, dense.model, data, data.test)
+    found = {"top1_as_was": evaluate()} if as_was else {}
     evaluation.reestimate_bn(dense.model, data, params.bn_images)
     return found | {
-        "top1": _top1(dense.model, data),
+        "top1": evaluate(),
         "norm_kept_pct": kept,
         "macs_left": flops.macs(dense.model, dense.convs, masks)["left"],
     }
-
-
-def _top1(model: torch.nn.Module, data) -> float:
-    fast = runtime.compile(model, torch.zeros(1, *data.test.images.shape[1:]))
-    return evaluation.evaluate(model, data, data.test, fast)
 
 
 @torch.no_grad()

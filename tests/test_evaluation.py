@@ -27,6 +27,19 @@ class TestEvaluate:
         assert len(list(eval_batches(split, data))) == 2
         assert evaluation.evaluate(net, data, split) == 100 * 402 / 503
 
+    def test_many_images_go_through_the_engine_to_the_same_result(self, net, data, monkeypatch):
+        wanted = evaluation.evaluate(net, data, data.test)
+        planned = []
+        engine = evaluation._engine
+        monkeypatch.setattr(evaluation, "ENGINE_FROM", len(data.test))
+        monkeypatch.setattr(
+            evaluation, "_engine", lambda *given: planned.append(engine(*given)) or planned[0]
+        )
+        assert evaluation.evaluate(net.train(), data, data.test) == wanted
+        assert planned[0] is None or planned[0].report["engine"] == "native"
+        monkeypatch.setattr(evaluation, "_engine", lambda *_: None)  # as without a compiler
+        assert evaluation.evaluate(net.train(), data, data.test) == wanted
+
     def test_uses_the_running_statistics_and_changes_none(self, net, data):
         net.train()
         before = copy.deepcopy(net.state_dict())
