@@ -242,7 +242,7 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
             loss = F.cross_entropy(network(images), y)
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-3) and losses[2] < losses[0]
     assert masks.held(model, chosen)
 
