@@ -193,6 +193,8 @@ def curves(frame: pd.DataFrame) -> Figure:
     for dense in sorted(set(tuned["dense"]))[-1:]:
         axes.annotate(f"dense {dense:.2f}", (0, dense), xytext=(0, 3), color="#555555",
                       textcoords="offset points", fontsize=8.5)  # fmt: skip
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
     _direct_labels(axes, ends)
     axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
              ylabel="top-1, %")  # fmt: skip
