@@ -79,7 +79,8 @@ from explib import native
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        torch.ones(10 << 20)  # 40 MB: by itself glibc gives that back at once
+        tensors = [torch.ones(10 << 20) for _ in range(8)]  # of 40 MB: glibc gives those back
+        del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
