@@ -79,7 +79,7 @@ def forward_of(
         network, how = torch.compile(model, dynamic=False), "torch.compile"
     elif sparse := _sparse(model, params, device, masks or {}):
         network, how = sparse, "surviving kernels"
-    elif params.compile == "auto" and device == "cpu":
+    elif params.compile in ("auto", "sparse") and device == "cpu":
         network = fuse(model)
         how = "eager" if network is model else "fused passes"
     else:
@@ -101,17 +101,20 @@ def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.M
         return None
     kernels = sum(m.weight[:, :, 0, 0].numel() for m in model.modules() if type(m) is nn.Conv2d)
     pruned = sum(int((~mask).sum()) for mask in masks.values())
-    # AMX multiplies dense matrices in bf16 so fast that zeros cost little
-    matrices = precision_of(params, device) == "bf16" and torch.cpu._is_amx_tile_supported()
-    if not asked and (pruned < SPARSE_FROM * kernels or matrices):
+    if not asked and (pruned < SPARSE_FROM * kernels or _in_matrices(params, device)):
         return None
     network = training.sparse(model, masks, params.side) if device == "cpu" else None
     if asked and network is None:
         raise ValueError(
             "compile: 'sparse' needs a CPU, a C++ compiler, and a network that torch.fx traces and "
-            "whose masked convs are 3x3, padded by 1; use 'auto'"
+            "has masked convs 3x3, padded by 1, or 1x1; use 'auto'"
         )
     return network
+
+
+def _in_matrices(params: Params, device: str) -> bool:
+    """Whether torch multiplies matrices of bf16 in hardware (AMX), fast enough to spare no zero."""
+    return precision_of(params, device) == "bf16" and torch.cpu._is_amx_tile_supported()
 
 
 def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:
@@ -119,12 +122,14 @@ def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Ca
 
     On a CPU in the engine, in the run's precision, unless its processor multiplies matrices.
     """
-    half = precision_of(params, device) == "bf16"
-    if device == "cpu" and params.compile in ("auto", "sparse"):
-        matrices = half and torch.cpu._is_amx_tile_supported()
+    if (
+        device == "cpu"
+        and params.compile in ("auto", "sparse")
+        and not _in_matrices(params, device)
+    ):
         example = torch.zeros(1, 3, params.side, params.side)
-        dtype = torch.bfloat16 if half else torch.float32
-        engine = None if matrices else _engine(model, example, dtype)
+        half = precision_of(params, device) == "bf16"
+        engine = _engine(model, example, torch.bfloat16 if half else torch.float32)
         if engine is not None:
             return engine
     return forward_of(model, params, device, images)

@@ -48,6 +48,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     if len(runs):
         few, many = runs["trained"].min(), runs["trained"].max()
         epochs = f"{few} to {many}" if few < many else f"{few}"
+    names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
         key = tables.way_of(run)
         style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
@@ -61,15 +62,22 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
         beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
         name = key[0] if key[0] in "AB" else WAY_NAMES[key]  # the star says which survivors
-        axes.annotate(
-            f"{name} {run['last']:.2f}", (cut, run["last"]), color=WAY_COLOURS[key[0]],
-            xytext=(-10 if beside else 10, -3), ha="right" if beside else "left", fontsize=8.5,
-            textcoords="offset points",
-        )  # fmt: skip
+        text = f"{name} {run['last']:.2f}"
+        label = (run["last"], cut, text, WAY_COLOURS[key[0]])
+        names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{NAMES[arch]}: accuracy against cut")
     axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
     axes.margins(x=0.09, y=0.08)
+    low, high = axes.get_ylim()
+    for (beside, _), labels in names.items():
+        labels.sort()
+        places = plots._apart([last for last, *_ in labels], 0.032 * (high - low), high)
+        for place, (_, cut, text, colour) in zip(places, labels, strict=True):
+            axes.annotate(
+                text, (cut, place), color=colour, xytext=(-10 if beside else 10, -3),
+                ha="right" if beside else "left", fontsize=8.5, textcoords="offset points",
+            )  # fmt: skip
     return figure
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from explib import distributed, native
+from explib import distributed
 from explib import masks as masking
 from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
 from explib.evaluation import accuracy
+from explib.fused import keep_memory
 from explib.masks import Masks
 from explib.params import ParamError, Params, parse_steps
 
@@ -69,7 +70,7 @@ def train(
     fade = params.fade_epochs if masks else 0
     on_gpu = _on_gpu(data)
     if not on_gpu:
-        native.keep_memory()
+        keep_memory()
     named = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(
         named.values(),

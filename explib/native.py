@@ -1,7 +1,6 @@
 """C++ of this package, compiled for the machine it runs on at first use and kept."""
 
 import ctypes
-import functools
 import hashlib
 import os
 import shlex
@@ -16,23 +15,6 @@ TARGETS = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 
 class NoCompiler(RuntimeError):
     """The C++ could not be compiled: the message says what is missing."""
-
-
-@functools.cache
-def keep_memory() -> bool:
-    """Have this process keep the memory it frees; whether its C library (glibc) can.
-
-    A step of training frees its activations; returned to the system, each page of them would cost a
-    fault at the next step (ResNet-56 with batch 128: 20,000 to 80,000 of them, a tenth of the time
-    and more).
-    """
-    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    large = mallopt(mmap, 1 << 30) or mallopt(mmap, 32 << 20)  # older ones take no more
-    return bool(large and mallopt(trim, (1 << 31) - 1))
 
 
 def load(source: Path, *more: str) -> ctypes.CDLL:

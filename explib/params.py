@@ -160,6 +160,13 @@ class Params:
             raise ParamError(
                 "schedule: 'layerwise' is not for filters, which span convs; 'oneshot' is"
             )
+        if self.compile == "sparse" and self.device == "cuda":
+            raise ParamError("compile: 'sparse' is for a CPU; use 'auto', or device 'cpu'")
+        if self.compile == "sparse" and self.fade_epochs:
+            raise ParamError(
+                f"compile: 'sparse', but pruned kernels fade for {self.fade_epochs} epochs, and so "
+                "have to be computed; use 'auto', or fade_epochs 0"
+            )
         if not self.name:
             object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")
         if self.mask_seed is None:

@@ -220,17 +220,23 @@ def _direct_labels(axes, ends: list[tuple]) -> None:
     """Each line's name beside the longest one's end, names kept apart from each other."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
-    gap, edge = 0.05 * (high - low), max(x for _, x, _, _ in ends)
-    ends, places = sorted(ends), []
-    for value, *_ in ends:
-        places.append(max([value, *(place + gap for place in places[-1:])]))
-    top = high + gap
-    for i in reversed(range(len(places))):  # what was pushed out above goes back down
-        places[i] = top = min(places[i], top - gap)
+    edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
+    places = _apart([value for value, *_ in ends], 0.05 * (high - low), high)
     for (value, _, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), place), color=colour,
                       fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(low, high)
+
+
+def _apart(values: list[float], gap: float, high: float) -> list[float]:
+    """Where labels of ascending values stand: near them, `gap` apart, none above `high`."""
+    places: list[float] = []
+    for value in values:
+        places.append(max([value, *(place + gap for place in places[-1:])]))
+    top = high + gap
+    for i in reversed(range(len(places))):  # what was pushed out above goes back down
+        places[i] = top = min(places[i], top - gap)
+    return places
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:

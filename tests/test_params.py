@@ -125,6 +125,12 @@ def wrong_values():
     yield "normalization", "imagenet"
 
 
+@pytest.mark.parametrize("other", [{"device": "cuda"}, {"fade_epochs": 2}])
+def test_sparse_training_is_refused_where_it_cannot_be(other):
+    with pytest.raises(ParamError, match=r"^compile: 'sparse'.*use 'auto'"):
+        Params(compile="sparse", **other)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), list(wrong_values()), ids=lambda value: str(value)[:24]
 )

@@ -204,6 +204,36 @@ def test_any_conv_with_any_kernels_left(
     assert fast.report["kernels"] == int(conv.weight.any(-1).any(-1).sum())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("where", ["parent", "child"])
+def test_a_fork_computes_too(where):
+    # whose parent's threads it has not: torch itself would wait for them, hence its one thread
+    code = f"""
+import os
+import signal
+import torch
+from torch import nn
+from explib import runtime
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    return runtime.compile(model, torch.zeros(1, 3, 16, 16))
+
+torch.set_num_threads(2)
+fast, images = network(), torch.randn(1 << 7, 3, 16, 16)
+wanted = fast(images).numpy()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    torch.set_num_threads(1)
+    fast = fast if {where!r} == "parent" else network()
+    os._exit(int(not (fast(images).numpy() == wanted).all()))
+print(os.waitpid(child, 0)[1])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
+
+
 class Strange(nn.Module):
     """Ops without a kernel in the middle, and a BatchNorm that no conv takes in."""
 

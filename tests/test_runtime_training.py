@@ -286,6 +286,10 @@ def test_it_is_chosen_where_it_pays(resnet_8, monkeypatch):
     assert how(0.7, compile="off") == "eager"
     model, _, _ = pair("resnet_56")
     assert evaluation.forward_of(model, params, "cpu", 0).how == "fused passes"
+    asked = params.replace(compile="sparse")
+    assert (
+        evaluation.forward_of(model, asked, "cpu", 0).how == "fused passes"
+    )  # nothing to leave out
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert how(0.7, precision="bf16") == "fused passes"
     monkeypatch.setattr(training, "library", lambda: None)

@@ -3,8 +3,8 @@
 Ours beside the loop that one would write first, by turns in one run: torchvision's transforms in a
 DataLoader of 8 workers, fp32, eager, SGD, weights masked anew after every step. On a CPU also what
 leaving out pruned kernels brings. Writes results/bench/training-MACHINE.json after every figure;
-needs CIFAR-10, about six minutes on two cores and under ten on a GPU. Of packages beyond PyTorch it
-uses those of explib only.
+needs CIFAR-10, about seven minutes on two cores and under ten on a GPU. Of packages beyond PyTorch
+it uses those of explib only.
 """
 
 import json

@@ -28,7 +28,10 @@ def library() -> ctypes.CDLL:
 
 @cache  # for each setting of the environment
 def _library(compiler: str | None, target: str | None) -> ctypes.CDLL:
-    return _declared(native.load(SOURCE, "-pthread"))
+    try:
+        return _declared(native.load(SOURCE, "-pthread", "-fopenmp"))
+    except NoCompiler:  # of those, not every one has OpenMP
+        return _declared(native.load(SOURCE, "-pthread"))
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:

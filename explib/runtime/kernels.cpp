@@ -116,11 +116,10 @@ void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors,
 // STORE.
 int explib_run(void* handle, const float* const* in, float* const* out, int64_t images) try {
     Network* network = (Network*)handle;
-    Pool& pool = Pool::get();
-    std::lock_guard<std::mutex> lock(pool.callers);
+    std::lock_guard<std::mutex> lock(Pool::get().callers);
     Call call{network, in, out, images, network->interleave(images)};
     network->prepare(call.interleaved);
-    pool.run(network->threads, run_part, &call);
+    run_on_threads(network->threads, run_part, &call);
     return 0;
 } catch (const std::exception&) {
     return 1;

@@ -1,6 +1,9 @@
 // Memory of the threads, and the threads.
 #pragma once
 #include <unistd.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -104,5 +107,24 @@ class Pool {
         return *pool;
     }
 };
+
+// Runs the task on `threads` threads at once. Those of OpenMP, which torch computes with, where they
+// are to be had: they wait awake after torch's ops, and others beside them would share their cores.
+// Not after a fork, which has none of them.
+inline void run_on_threads(int threads, void (*task)(void*, int), void* with) {
+#if defined(_OPENMP)
+    static const pid_t owner = getpid();
+    if (threads > 1 && getpid() == owner) {
+        bool ran = false;
+#pragma omp parallel num_threads(threads)
+        if (omp_get_num_threads() == threads) {
+            task(with, omp_get_thread_num());
+            if (omp_get_thread_num() == 0) ran = true;
+        }
+        if (ran) return;
+    }
+#endif
+    Pool::get().run(threads, task, with);
+}
 
 }  // namespace
