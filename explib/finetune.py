@@ -1,23 +1,26 @@
 """Training: the dense baseline and fine-tuning under masks are the same loop."""
 
+import functools
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from explib import distributed
+from explib import distributed, soft_labels
 from explib import masks as masking
 from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
 from explib.evaluation import accuracy
 from explib.fused import keep_memory
 from explib.masks import Masks
 from explib.params import ParamError, Params, parse_steps
+from explib.splits import Split
 
 TEMPERATURE = 4.0
 """Of the soft labels in distillation."""
@@ -50,6 +53,7 @@ def train(
     *,
     forward: Callable | None = None,
     teacher: Callable | None = None,
+    keep: Path | None = None,
     resume: dict | None = None,
     label: str = "",
 ) -> Iterator[tuple[dict, dict]]:
@@ -59,8 +63,9 @@ def train(
     top1 on data.test in per cent, with more than ten classes top5, seconds, images_per_s); state is
     {"epoch": epochs done, "momentum": {parameter: tensor}}, which as `resume`, with the model's
     weights of that moment, continues bit for bit. teacher: logits of the dense network, for
-    distillation. With fade_epochs pruned weights shrink to zero in a straight line, untrained,
-    instead of vanishing at once. Under torchrun every rank calls this with the same arguments, and
+    distillation; keep: the folder where those of an epoch are kept for other runs. With
+    fade_epochs pruned weights shrink to zero in a straight line, untrained, instead of vanishing at
+    once. Under torchrun every rank calls this with the same arguments, and
     computes its share of each batch.
 
     Raises Diverged at the end of an epoch in which loss or weights ceased to be finite; the model
@@ -104,13 +109,17 @@ def train(
         ) as bar,
     ):
         averaged = distributed.parallel(model, forward)
-        step = _step_of(data, params, optimizer, averaged, teacher)
+        soft = _ahead(teacher, data, params, keep)
+        step = _step_of(data, params, optimizer, averaged, teacher, bool(soft))
         if on_gpu and first < params.epochs and distributed.world() == 1:
             _train_mode(model, params)
-            step = _recorded(step, model, optimizer, next(_steps(data, params, 0)))
+            logits = soft(first) if soft else None
+            step = _recorded(step, model, optimizer, next(_steps(data, params, first, logits)))
         for epoch in range(first, params.epochs):
             started = time.perf_counter()
-            course, count = _epoch(step, model, data, params, masks, optimizer, epoch, bar)
+            logits = soft(epoch) if soft else None
+            inputs = _steps(data, params, epoch, logits)
+            course, count = _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar)
             seconds = time.perf_counter() - started
             lr = float(optimizer.param_groups[0]["lr"])
             distributed.from_rank_0(model.buffers())
@@ -163,13 +172,31 @@ def pieces(data: Data, params: Params) -> tuple[int, int]:
     return batch // (ranks * each), each
 
 
-def _steps(data: Data, params: Params, epoch: int) -> Iterator[list[tuple]]:
-    """What each step of an epoch takes on this rank: a list of inputs of `train_batch`."""
+def _ahead(teacher, data: Data, params: Params, keep: Path | None) -> Callable | None:
+    """An epoch in, its soft labels out; None where the teacher is asked in each step instead.
+
+    Images on disk would have to be read twice, and of several processes each has its own.
+    """
+    if teacher is None or not isinstance(data.train, Split) or distributed.world() > 1:
+        return None
+    return functools.lru_cache(1)(
+        lambda epoch: soft_labels.of_epoch(teacher, data, params, epoch, keep)
+    )
+
+
+def _steps(data: Data, params: Params, epoch: int, logits=None) -> Iterator[list[tuple]]:
+    """What each step of an epoch takes on this rank: a list of inputs of `train_batch`.
+
+    With logits (steps, batch, classes), the soft labels of the epoch, its own are each one's last.
+    """
     plans = epoch_plan(data, params.batch_size, params.seed, epoch)
     turns, each = pieces(data, params)
     own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
     own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
     inputs = iter(data.train.inputs(own, data.workers))
+    if logits is not None:
+        soft = logits.reshape(len(own), each, -1)
+        inputs = ((*given, known) for given, known in zip(inputs, soft, strict=True))
     for _ in plans:
         yield [next(inputs) for _ in range(turns)]
 
@@ -182,17 +209,24 @@ def _train_mode(model: nn.Module, params: Params) -> None:
                 module.eval()
 
 
-def _step_of(data, params, optimizer, forward, teacher) -> Callable:
-    """One step of training: inputs of `train_batch` in, (sum of losses, hits) out."""
+def _step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
+    """One step of training: inputs of `train_batch` in, (sum of losses, hits) out.
+
+    known: the soft labels come with them, and the teacher need not be asked.
+    """
     alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
 
     def step(parts):
         total = torch.zeros(2, device=data.train.labels.device)
         for number, inputs in enumerate(parts):
-            images, labels = train_batch(data, *inputs)
+            soft = inputs[-1] if known else None
+            images, labels = train_batch(data, *(inputs[:-1] if known else inputs))
+            if teacher and not known:
+                with torch.no_grad():
+                    soft = teacher(images)
             with nullcontext() if number + 1 == len(parts) else alone():
                 logits = forward(images)
-                loss = _loss(logits, labels, params, teacher, images)
+                loss = _loss(logits, labels, params, soft)
                 (loss / len(parts)).backward()
             hits = (logits.detach().argmax(1) == labels).sum()
             total += torch.stack([loss.detach() * len(labels), hits])
@@ -239,8 +273,8 @@ def _recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -
     return replay
 
 
-def _epoch(step, model, data, params, masks, optimizer, epoch, bar):
-    """One epoch; returns its course, float64 (steps, 2), and how many images it showed.
+def _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar):
+    """One epoch of these inputs; returns its course, float64 (steps, 2), and the images shown.
 
     course: each step's sum of losses and hits, read from the device once.
     """
@@ -249,7 +283,7 @@ def _epoch(step, model, data, params, masks, optimizer, epoch, bar):
     steps = batches_per_epoch(data, params.batch_size)
     fade = params.fade_epochs if masks else 0
     course = torch.zeros(steps, 2, device=data.train.labels.device)
-    for number, parts in enumerate(_steps(data, params, epoch)):
+    for number, parts in enumerate(inputs):
         lr = lr_at(params, epoch + number / steps)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
@@ -273,13 +307,13 @@ def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:
     return None if finite.all() else (len(course) - 1, "weights are not finite")
 
 
-def _loss(logits, labels, params, teacher, images):
+def _loss(logits, labels, params: Params, soft=None) -> torch.Tensor:
+    """Cross-entropy, and where there are `soft` labels, the teacher's logits, their divergence."""
     loss = F.cross_entropy(logits, labels, label_smoothing=params.label_smoothing)
-    if teacher is not None:
-        with torch.no_grad():
-            soft = F.softmax(teacher(images) / TEMPERATURE, 1)
+    if soft is not None:
+        wanted = F.softmax(soft / TEMPERATURE, 1)
         own = F.log_softmax(logits / TEMPERATURE, 1)
-        soft_loss = F.kl_div(own, soft, reduction="batchmean") * TEMPERATURE**2
+        soft_loss = F.kl_div(own, wanted, reduction="batchmean") * TEMPERATURE**2
         loss = (1 - params.distill) * loss + params.distill * soft_loss
     return loss
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from explib import distributed, evaluation, records
+from explib import distributed, evaluation, records, soft_labels
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, load_data
@@ -132,10 +132,11 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     images = params.epochs * len(stages) * len(data.train)
     if pruning and not state:
         run.top1["dense"] = evaluation.evaluate(dense.model, data, data.test)
-    teacher = None
+    teacher = keep = None
     if pruning and params.distill:
         unpruned = copy.deepcopy(dense.model).eval()
         teacher = evaluation.teacher_of(unpruned, params, device, images)
+        keep = soft_labels.folder(params, data, dense.sha256)
     for stage, names in enumerate(stages):
         resume = None
         if state and stage < state["stage"]:
@@ -156,7 +157,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
         began = time.perf_counter() - run.wall_s
         epochs = tuning.train(
             dense.model, data, params, run.masks,
-            forward=forward, teacher=teacher, resume=resume, label=label,
+            forward=forward, teacher=teacher, keep=keep, resume=resume, label=label,
         )  # fmt: skip
         try:
             for entry, progress in epochs:

@@ -230,7 +230,7 @@ class TestDistillation:
         soft = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
         labels = torch.tensor([0, 0])
         params = PARAMS.replace(distill=0.7)
-        found = tuning._loss(logits, labels, params, lambda images: soft, None)
+        found = tuning._loss(logits, labels, params, soft)
         sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
         hard = (-math.log(sigmoid(2)) - math.log(sigmoid(-4))) / 2
         # at temperature 4 the odds are of logits' differences over 4
@@ -242,7 +242,7 @@ class TestDistillation:
 
     def test_no_teacher_is_plain_cross_entropy(self):
         logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-        found = tuning._loss(logits, labels, PARAMS.replace(distill=0.7), None, None)
+        found = tuning._loss(logits, labels, PARAMS.replace(distill=0.7))
         assert found.item() == pytest.approx(-math.log(1 / (1 + math.exp(-2))), rel=1e-6)
 
     def test_runs_and_leaves_the_teacher_as_it_was(self, make_net, data, masks):
@@ -318,14 +318,15 @@ class TestFrozenNorm:
 class TestRecordedStep:
     """What surrounds the CUDA graph, with a stand-in for the graph that runs the step again."""
 
+    @pytest.mark.parametrize("taught", [False, True])
     @pytest.mark.parametrize("resumed", [False, True])
-    def test_recording_leaves_no_trace(self, make_net, data, masks, monkeypatch, resumed):
-        params = PARAMS.replace(epochs=2)
-        plain = make_net()
-        run(plain, data, params, masks)
+    def test_recording_leaves_no_trace(self, make_net, data, masks, monkeypatch, resumed, taught):
+        params = PARAMS.replace(epochs=2, distill=0.5)
+        plain, teacher = make_net(), make_net(1).eval() if taught else None
+        run(plain, data, params, masks, teacher=teacher)
         net, resume = make_net(), None
         if resumed:
-            epochs = tuning.train(net, data, params, masks)
+            epochs = tuning.train(net, data, params, masks, teacher=teacher)
             _, resume = next(epochs)
             epochs.close()
         calls = []
@@ -353,7 +354,7 @@ class TestRecordedStep:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(tuning, "_step_of", steps)
         monkeypatch.setattr(tuning, "_on_gpu", lambda data: True)
-        found = run(net, data, params, masks, resume=resume)
+        found = run(net, data, params, masks, teacher=teacher, resume=resume)
         assert len(calls) == 4 and len(found) == (1 if resumed else 2)  # all else is replayed
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(net.state_dict()[name], tensor)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from explib import evaluation, models, records, runs, study
+from explib import evaluation, models, records, runs, soft_labels, study
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import load_data
@@ -175,6 +175,15 @@ class TestFinetune:
         paths = (study.resolve(f["params"]["job_dir"]) / "masks.safetensors" for f in (one, two))
         first, second = (masking.load(path)[0] for path in paths)
         assert not equal(first, second)
+
+    def test_of_one_dense_network_they_share_its_soft_labels(self, trained, monkeypatch):
+        kept, save = [], soft_labels.save_tensors
+        monkeypatch.setattr(soft_labels, "save_tensors", lambda *a: kept.append(a[0]) or save(*a))
+        for way in ("B", "l1"):
+            runs.finetune(trained.replace(pruning_way=way, name=way, distill=0.5))
+            assert len(set(kept)) == len(kept) == trained.epochs
+        runs.finetune(trained.replace(seed=1, name="other", distill=0.5))
+        assert len(set(kept)) == len(kept) == 2 * trained.epochs
 
     @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn", "matched"])
     def test_every_way_runs(self, trained, way):
