@@ -72,7 +72,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     low, high = axes.get_ylim()
     for (beside, _), labels in names.items():
         labels.sort()
-        places = plots._apart([last for last, *_ in labels], 0.032 * (high - low), high)
+        places = plots.apart([last for last, *_ in labels], 0.032 * (high - low), high)
         for place, (_, cut, text, colour) in zip(places, labels, strict=True):
             axes.annotate(
                 text, (cut, place), color=colour, xytext=(-10 if beside else 10, -3),

@@ -65,8 +65,8 @@ def train(
     weights of that moment, continues bit for bit. teacher: logits of the dense network, for
     distillation; keep: the folder where those of an epoch are kept for other runs. With
     fade_epochs pruned weights shrink to zero in a straight line, untrained, instead of vanishing at
-    once. Under torchrun every rank calls this with the same arguments, and
-    computes its share of each batch.
+    once. Under torchrun every rank calls this with the same arguments, and computes its share of
+    each batch.
 
     Raises Diverged at the end of an epoch in which loss or weights ceased to be finite; the model
     is then worthless.

@@ -221,14 +221,14 @@ def _direct_labels(axes, ends: list[tuple]) -> None:
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
-    places = _apart([value for value, *_ in ends], 0.05 * (high - low), high)
+    places = apart([value for value, *_ in ends], 0.05 * (high - low), high)
     for (value, _, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), place), color=colour,
                       fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
     axes.set_ylim(low, high)
 
 
-def _apart(values: list[float], gap: float, high: float) -> list[float]:
+def apart(values: list[float], gap: float, high: float) -> list[float]:
     """Where labels of ascending values stand: near them, `gap` apart, none above `high`."""
     places: list[float] = []
     for value in values:

@@ -108,12 +108,14 @@ class Pool {
     }
 };
 
+// The process that this was loaded in.
+const pid_t owner = getpid();
+
 // Runs the task on `threads` threads at once. Those of OpenMP, which torch computes with, where they
 // are to be had: they wait awake after torch's ops, and others beside them would share their cores.
 // Not after a fork, which has none of them.
 inline void run_on_threads(int threads, void (*task)(void*, int), void* with) {
 #if defined(_OPENMP)
-    static const pid_t owner = getpid();
     if (threads > 1 && getpid() == owner) {
         bool ran = false;
 #pragma omp parallel num_threads(threads)
