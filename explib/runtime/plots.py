@@ -126,7 +126,7 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
             cut = f", −{row['cut_pct']:.0f} %" if row["cut_pct"] else ""
             name = row["name"].removeprefix(f"{row['arch']}-") if row["cut_pct"] else "dense"
             title = f"{NAMES[row['arch']]}\n{name}{cut}"
-            above = row["kind"] != "kernels"  # of which there are many, most of them below
+            above = row["kind"] != "filters"  # which lie lower than kernels as fast
             axes.annotate(title, (speed, row["top1"]), fontsize=7.5, color="#444444", ha="center",
                           xytext=(0, 7 if above else -7), va="bottom" if above else "top",
                           textcoords="offset points")  # fmt: skip
