@@ -170,7 +170,8 @@ _SEE = {
     "of their input; the long tails are the few that do.",
     "levels": "a dark column is one large redundant set: to the mean, any kernel in it may stand "
     "for the others.",
-    "sparsity": "bars that end below their mark did not meet their rate.",
+    "sparsity": "bars that end below their mark did not meet their rate. Runs that prune as many "
+    "kernels of every layer share one figure.",
     "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
     "a published cut as claimed (hollow) with the true one of the same row.",
 }
@@ -214,7 +215,7 @@ def _scores(params: dict) -> dict[str, Figure]:
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.each(results_dir, dataset))
-    figures, drawn = {}, set()
+    figures = {}
     if dataset == "cifar10":
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
@@ -229,16 +230,17 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         for _, alike in by_rates:
             cut = int(100 * (1 - alike["macs"].min() / alike["macs_dense"].iloc[0]))
             figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(alike)
-        ways = runs[runs["pruning_way"].isin(["A", "B"])]  # the others meet their rates
-        drawn |= set(ways["name"])
-    scored = set()
+    scored, drawn = set(), []
     for record in records.each(results_dir, dataset):
-        name, arch = record["params"]["name"], record["params"]["arch"]
-        if record["kind"] == "finetune" and arch not in scored:
-            scored.add(arch)
-            figures |= _scores(record["params"] | {"results_dir": str(results_dir)})
-        if name in drawn and (record["kind"], record["status"]) == ("finetune", "done"):
-            drawn.remove(name)
-            figures[f"sparsity-{name}"] = sparsity(record["layers"], name)
+        if record["kind"] != "finetune":
+            continue
+        params, layers = record["params"], record["layers"]
+        if params["arch"] not in scored:
+            scored.add(params["arch"])
+            figures |= _scores(params | {"results_dir": str(results_dir)})
+        # the other criteria meet their rates; runs that differ in who survives look the same
+        if record["status"] == "done" and params["pruning_way"] in "AB" and layers not in drawn:
+            drawn.append(layers)
+            figures[f"sparsity-{params['name']}"] = sparsity(layers, params["name"])
     folder = resolve(results_dir) / "figures" / dataset
     return [p for name, f in figures.items() if f for p in save(f, folder / name)]

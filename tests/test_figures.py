@@ -86,6 +86,17 @@ def test_nor_is_its_sparsity_drawn_for_that_of_a_finished_run(tmp_path):
     assert {path.name: path.read_bytes() for path in figures.build(tmp_path)} == built
 
 
+def test_runs_that_prune_as_many_kernels_of_every_layer_share_a_figure(tmp_path):
+    record(tmp_path, name="first")
+    record(tmp_path, name="second", survivors="l1")
+    path = record(tmp_path, name="third", pruning_way="A")
+    short = json.loads(path.read_text())
+    short["layers"][0]["pruned"] -= 1
+    path.write_text(json.dumps(short))
+    names = {path.stem for path in figures.build(tmp_path) if path.stem.startswith("sparsity")}
+    assert names == {"sparsity-first", "sparsity-third"}
+
+
 def test_published_cuts_are_drawn_beside_the_true_ones():
     axes = figures.published_vs_true().axes[0]
     assert axes.get_xlabel() and axes.get_title("left")
