@@ -53,8 +53,8 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
     (None for one seed); last, best, before, dense, macs, weights, sparsity and nominal_sparsity are
-    means. Takes finished fine-tunes; with `usual` only those with the published method's settings,
-    masks that follow the seed, and all the data.
+    means; hardware names every machine. Takes finished fine-tunes; with `usual` only those with the
+    published method's settings, masks that follow the seed, and all the data.
     """
     if frame.empty:
         return frame
@@ -67,11 +67,15 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     if chosen.empty:
         return chosen
     key = _experiments(chosen)
-    by = chosen.groupby(key, sort=False)
     means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
     table = chosen[~key.duplicated()].copy()
     same = key[table.index]  # the order of `table`, in which every group stands once
-    table[means] = by[means].mean().astype(float).loc[same].values
+    machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
+    table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
+    # a seed that ran on several machines counts once, with their mean
+    once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
+    by = once.reset_index("seed").groupby(level=0)
+    table[means] = by[means].mean().loc[same].values
     table["n"] = by.size().loc[same].values
     table["last_std"] = by["last"].std().loc[same].values
     scores = by[["seed", "last"]].agg(list).loc[same]
@@ -83,7 +87,7 @@ def _experiments(frame: pd.DataFrame) -> pd.Series:
     """A number for each run, equal for runs of one experiment, which differ by their seed only."""
     ignored = {*PLACES, "name", "seed"}
     fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
-    chosen = frame[[*fields, "hardware"]].copy()
+    chosen = frame[fields].copy()
     # training seeds with their masks make one group, mask seeds under one training seed another
     chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
     return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
@@ -157,7 +161,7 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
         "epochs": str(run["trained"]),
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
-        "hardware": hardware(run["hardware"]),
+        "hardware": run["hardware"],
     }
 
 
@@ -214,7 +218,7 @@ def named_rates(arch: str, compress_rate: str) -> str:
 
 def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
     """Mean difference to a criterion over the seeds both have, with a paired t-test."""
-    same = ["arch", "compress_rate", "trained", "hardware"]
+    same = ["arch", "compress_rate", "trained"]
     others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
     if others.empty or run["pruning_way"] == way:
         return ""
@@ -241,7 +245,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
     for _, run in runs[whole & runs["pruning_way"].isin(["A", "B"])].iterrows():
         if not (changed := _changes(run)):
             continue
-        same = ["arch", "compress_rate", "pruning_way", "survivors", "trained", "hardware"]
+        same = ["arch", "compress_rate", "pruning_way", "survivors", "trained"]
         equal = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
         equal = (
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
@@ -256,7 +260,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "usual setting": _spread(equal[0]) if equal else "",
                 "before fine-tuning": f"{run['before']:.2f}",
                 "epochs": str(run["trained"]),
-                "hardware": hardware(run["hardware"]),
+                "hardware": run["hardware"],
             }
         )
     return pd.DataFrame(lines)

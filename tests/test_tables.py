@@ -12,7 +12,14 @@ RATES = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
 
 
 def record(
-    results_dir, last=92.0, status="done", kind="finetune", sparsity=0.5, trained=None, **fields
+    results_dir,
+    last=92.0,
+    status="done",
+    kind="finetune",
+    sparsity=0.5,
+    trained=None,
+    hardware="abacus",
+    **fields,
 ):
     """Write a made-up record of ResNet-56's 53.5 % row; returns its path."""
     fields = {"dataset": "cifar10", "compress_rate": RATES, "name": "made-up"} | fields
@@ -22,7 +29,7 @@ def record(
         "kind": kind,
         "status": status,
         "params": params.asdict(),
-        "hardware": {"device": "cpu", "name": "abacus", "threads": 1},
+        "hardware": {"device": "cpu", "name": hardware, "threads": 1},
         "macs": {"dense": 125_485_696, "left": 62_742_848, "published_m": 58.272},
         "weights": {"dense": 853_018, "left": 400_000},
         "accuracy": {
@@ -67,6 +74,15 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
         record(tmp_path, last, seed=seed)
     # mean 92.4, deviations -0.4 -0.1 0.5: sqrt((0.16 + 0.01 + 0.25) / 2) = 0.458
     assert row(tmp_path)["last epoch"] == "92.40 ± 0.46 (n=3)"
+
+
+def test_seeds_of_several_machines_are_one_group_and_each_counts_once(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 93.0, hardware="slide rule")
+    record(tmp_path, 92.9, hardware="slide rule", seed=1)
+    # 92.5 and 92.9: deviations of 0.2, sqrt(0.04 + 0.04)
+    assert row(tmp_path)["last epoch"] == "92.70 ± 0.28 (n=2)"
+    assert row(tmp_path)["hardware"] == "abacus; slide rule"
 
 
 def test_most_epochs_win_then_most_seeds(tmp_path):
