@@ -47,7 +47,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
     if len(runs):
         few, many = runs["trained"].min(), runs["trained"].max()
-        epochs = f"{few} to {many}" if few < many else f"{few}"
+        epochs = f"{few:g} to {many:g}" if few < many else f"{few:g}"
     names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
         key = tables.way_of(run)
@@ -129,7 +129,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
                           textcoords="offset points", ha="center")  # fmt: skip
             seeds = "one seed" if run["n"] == 1 else f"{run['n']} seeds"
             labels.append(
-                f"{WAY_NAMES[way]}\n{run['trained']} epochs, {seeds}, −{run['cut']:.1f} %"
+                f"{WAY_NAMES[way]}\n{run['trained']:g} epochs, {seeds}, −{run['cut']:.1f} %"
             )
         for dense in sorted(set(alike["dense"].round(2))):
             axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)

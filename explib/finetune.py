@@ -38,7 +38,7 @@ def lr_at(params: Params, epoch: float) -> float:
     """
     if params.lr_schedule == "step":
         return params.lr * 0.1 ** sum(epoch >= step for step in parse_steps(params.lr_decay_step))
-    done = epoch / max(params.epochs, 1)
+    done = epoch / params.epochs
     rise = 0.2 if params.lr_schedule == "onecycle" else 0.0
     if done < rise:
         return params.lr * (0.02 + 0.98 * done / rise)
@@ -55,6 +55,7 @@ def train(
     teacher: Callable | None = None,
     keep: Path | None = None,
     resume: dict | None = None,
+    before: int = 0,
     label: str = "",
 ) -> Iterator[tuple[dict, dict]]:
     """Train in place for params.epochs, masks held at every step; yields after every epoch.
@@ -62,11 +63,12 @@ def train(
     Yields (entry, state): entry is the epoch's line of history (epoch, lr, train_loss, train_top1,
     top1 on data.test in per cent, with more than ten classes top5, seconds, images_per_s); state is
     {"epoch": epochs done, "momentum": {parameter: tensor}}, which as `resume`, with the model's
-    weights of that moment, continues bit for bit. teacher: logits of the dense network, for
-    distillation; keep: the folder where those of an epoch are kept for other runs. With
-    fade_epochs pruned weights shrink to zero in a straight line, untrained, instead of vanishing at
-    once. Under torchrun every rank calls this with the same arguments, and computes its share of
-    each batch.
+    weights of that moment, continues bit for bit. Where params.epochs is no whole number the last
+    epoch is the part that is left. before: steps that were trained before these, after which the
+    images go on in their order. teacher: logits of the dense network, for distillation; keep: the
+    folder where those of an epoch are kept for other runs. With fade_epochs pruned weights shrink
+    to zero in a straight line, untrained, instead of vanishing at once. Under torchrun every rank
+    calls this with the same arguments, and computes its share of each batch.
 
     Raises Diverged at the end of an epoch in which loss or weights ceased to be finite; the model
     is then worthless.
@@ -93,13 +95,14 @@ def train(
             # laid out like its weight: the fused optimizer goes through both in step
             buffer = torch.empty_like(named[name], requires_grad=False).copy_(momentum)
             optimizer.state[named[name]]["momentum_buffer"] = buffer
-    steps = batches_per_epoch(data, params.batch_size)
+    steps, in_all = batches_per_epoch(data, params.batch_size), steps_of(data, params)
+    epochs = math.ceil(in_all / steps)
     forward = forward or model
     with (
         _holding(model, masks, optimizer, faded=first >= fade),
         tqdm(
-            total=params.epochs * steps,
-            initial=first * steps,
+            total=in_all,
+            initial=min(first * steps, in_all),
             desc=label or "training",
             unit="batch",
             mininterval=2 if sys.stdout.isatty() else 30,  # a log wants lines, not a movie
@@ -111,15 +114,16 @@ def train(
         averaged = distributed.parallel(model, forward)
         soft = _ahead(teacher, data, params, keep)
         step = _step_of(data, params, optimizer, averaged, teacher, bool(soft))
-        if on_gpu and first < params.epochs and distributed.world() == 1:
+        if on_gpu and first < epochs and distributed.world() == 1:
             _train_mode(model, params)
-            logits = soft(first) if soft else None
-            step = _recorded(step, model, optimizer, next(_steps(data, params, first, logits)))
-        for epoch in range(first, params.epochs):
+            inputs = next(_steps(data, params, before + first * steps, 1, soft))
+            step = _recorded(step, model, optimizer, inputs)
+        for epoch in range(first, epochs):
             started = time.perf_counter()
-            logits = soft(epoch) if soft else None
-            inputs = _steps(data, params, epoch, logits)
-            course, count = _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar)
+            own = min(steps, in_all - epoch * steps)
+            inputs = _steps(data, params, before + epoch * steps, own, soft)
+            course = _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar)
+            count = own * min(params.batch_size, len(data.train))
             seconds = time.perf_counter() - started
             lr = float(optimizer.param_groups[0]["lr"])
             distributed.from_rank_0(model.buffers())
@@ -133,14 +137,11 @@ def train(
             loss, hits = course.sum(0).tolist()
             # the last epoch is the result: measured in fp32, whatever the training's precision;
             # pruned networks on a CPU always, since the engine is fast in it
-            exact = epoch + 1 == params.epochs or (masks and not on_gpu)
+            exact = epoch + 1 == epochs or (masks and not on_gpu)
             found = accuracy(model, data, data.test, None if exact else forward)
             speed = count / seconds
-            bar.set_postfix_str(
-                f"epoch {epoch + 1}: top-1 {found['top1']:.2f} %, {speed:.0f} images/s"
-            )
             entry = {
-                "epoch": epoch + 1,
+                "epoch": min(epoch + 1, params.epochs),
                 "lr": lr,
                 "train_loss": loss / count,
                 "train_top1": 100 * hits / count,
@@ -148,6 +149,9 @@ def train(
                 "seconds": seconds,
                 "images_per_s": speed,
             }
+            bar.set_postfix_str(
+                f"epoch {entry['epoch']:g}: top-1 {found['top1']:.2f} %, {speed:.0f} images/s"
+            )
             buffers = {k: _momentum(optimizer, p) for k, p in named.items()}
             momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
             yield entry, {"epoch": epoch + 1, "momentum": momentum}
@@ -155,6 +159,17 @@ def train(
 
 def _on_gpu(data: Data) -> bool:
     return data.train.labels.is_cuda
+
+
+def steps_of(data: Data, params: Params) -> int:
+    """How many steps params.epochs are; ParamError where they are less than one."""
+    steps = batches_per_epoch(data, params.batch_size)
+    if (found := round(params.epochs * steps)) < 1:
+        raise ParamError(
+            f"epochs: {params.epochs} of an epoch of {steps} steps is less than one step; give at "
+            f"least {1 / steps:.2g}"
+        )
+    return found
 
 
 def pieces(data: Data, params: Params) -> tuple[int, int]:
@@ -184,19 +199,23 @@ def _ahead(teacher, data: Data, params: Params, keep: Path | None) -> Callable |
     )
 
 
-def _steps(data: Data, params: Params, epoch: int, logits=None) -> Iterator[list[tuple]]:
-    """What each step of an epoch takes on this rank: a list of inputs of `train_batch`.
-
-    With logits (steps, batch, classes), the soft labels of the epoch, its own are each one's last.
+def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Iterator[list[tuple]]:
+    """What `count` steps from the first of them take on this rank: each a list of inputs of
+    `train_batch`, epochs one after another. With `soft`, an epoch in, its soft labels (steps,
+    batch, classes) out, their own are each one's last.
     """
-    plans = epoch_plan(data, params.batch_size, params.seed, epoch)
+    steps = batches_per_epoch(data, params.batch_size)
+    epochs = range(first // steps, math.ceil((first + count) / steps))
+    own_steps = slice(first - epochs[0] * steps, first - epochs[0] * steps + count)
+    plans = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
+    plans = torch.cat(plans)[own_steps]
     turns, each = pieces(data, params)
     own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
     own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
     inputs = iter(data.train.inputs(own, data.workers))
-    if logits is not None:
-        soft = logits.reshape(len(own), each, -1)
-        inputs = ((*given, known) for given, known in zip(inputs, soft, strict=True))
+    if soft:
+        logits = torch.cat([soft(epoch) for epoch in epochs])[own_steps].reshape(len(own), each, -1)
+        inputs = ((*given, known) for given, known in zip(inputs, logits, strict=True))
     for _ in plans:
         yield [next(inputs) for _ in range(turns)]
 
@@ -274,28 +293,27 @@ def _recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -
 
 
 def _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar):
-    """One epoch of these inputs; returns its course, float64 (steps, 2), and the images shown.
+    """One epoch of these inputs; returns its course, float64 (steps, 2).
 
-    course: each step's sum of losses and hits, read from the device once.
+    That is each step's sum of losses and hits, read from the device once.
     """
     _train_mode(model, params)
     group = optimizer.param_groups[0]
     steps = batches_per_epoch(data, params.batch_size)
     fade = params.fade_epochs if masks else 0
-    course = torch.zeros(steps, 2, device=data.train.labels.device)
+    course = []
     for number, parts in enumerate(inputs):
         lr = lr_at(params, epoch + number / steps)
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-        course[number] = step(parts)
+        course.append(step(parts).clone())  # a recorded step writes into the same memory
         left = (fade - epoch) * steps - number  # steps of fading to go, this one included
         if left > 0:
             _shrink(model, masks, optimizer, (left - 1) / left)
         bar.update()
-    course = distributed.sum_over_ranks(course).cpu().double()
-    return course, steps * min(params.batch_size, len(data.train))
+    return distributed.sum_over_ranks(torch.stack(course)).cpu().double()
 
 
 def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:

@@ -34,7 +34,7 @@ RANGES = {
     "groups": (1, 10_000, True),
     "keep_floor": (0, 1, True),
     "start_cov": (0, 10_000, True),
-    "epochs": (1, 100_000, True),
+    "epochs": (0, 100_000, False),
     "batch_size": (1, 1_000_000, True),
     "micro_batch": (0, 1_000_000, True),
     "image_size": (0, 4096, True),
@@ -99,7 +99,9 @@ class Params:
     schedule: str = "oneshot"  # mask all convs and train once, or layerwise: one conv at a time
     # The published schedule is layerwise, 30 epochs, batch 256, lr 0.01, step, without Nesterov and
     # distillation; the defaults are ours, for a few epochs in one go.
-    epochs: int = 10  # of fine-tuning (layerwise: per conv), or of the baseline
+    epochs: float | int = (
+        10  # of fine-tuning (layerwise: per conv) or of the baseline; 0.1: a tenth
+    )
     batch_size: int = 128  # images per step, over all devices
     micro_batch: int = 0  # images at a time on one device, gradients added up; 0: all of its share
     lr: float = 0.04  # the peak
@@ -216,7 +218,10 @@ def _checked(field: str, value, kind):
     kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
     if value is None and type(None) in kinds:
         return None
-    if float in kinds and type(value) is int and abs(value) < 2**53:
+    if int in kinds and float in kinds:
+        if type(value) is float and value.is_integer():
+            value = int(value)  # however it was written, it is the same run
+    elif float in kinds and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) not in kinds:
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
@@ -229,7 +234,8 @@ def _checked(field: str, value, kind):
     if field in RANGES:
         low, high, closed = RANGES[field]
         if not (low <= value <= high) or (value == low and not closed):
-            raise ParamError(f"{field}: {value!r} is out of range; give {low} to {high}")
+            above = "" if closed else "above "
+            raise ParamError(f"{field}: {value!r} is out of range; give {above}{low} to {high}")
     return value
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from explib import records
 from explib.files import write_bytes
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print
@@ -179,14 +180,12 @@ def curves(frame: pd.DataFrame) -> Figure:
         colour = WAY_COLOURS.get(run["pruning_way"], BLUE) if run["kind"] == "finetune" else BLACK
         colour = colour if len(frame) <= 5 else sns.color_palette("colorblind")[i % 10]
         top1 = [entry["top1"] for entry in run["history"]]
-        first = 1
+        epochs = records.epochs_of(run["history"])
         if run["kind"] == "finetune":
-            top1, first = [run["before"], *top1], 0
+            top1, epochs = [run["before"], *top1], [0, *epochs]
         dashes = "-" if run["survivors"] == "random" else "--"
-        axes.plot(
-            range(first, first + len(top1)), top1, dashes, color=colour, marker="o", markersize=3
-        )
-        ends.append((top1[-1], first + len(top1) - 1, run["name"], colour))
+        axes.plot(epochs, top1, dashes, color=colour, marker="o", markersize=3)
+        ends.append((top1[-1], epochs[-1], run["name"], colour))
     tuned = frame[frame["kind"] == "finetune"]
     for dense in sorted(set(tuned["dense"])):
         axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)

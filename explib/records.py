@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -121,6 +122,7 @@ def _check(record: dict) -> None:
     _numbers("accuracy", record["accuracy"], top1, 100)
     for part, names, most in (
         ("history", ("top1",), 100),
+        ("history", ("epoch",), math.inf),
         ("layers", ("kernels", "nominal", "pruned", "macs_dense", "macs"), math.inf),
     ):
         rows = record.get(part, [])
@@ -165,8 +167,8 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
     Columns beside the parameters: kind, status; macs_dense, macs (multiply-adds), weights_dense,
     weights (counts), published_m (millions, the published convention); dense, before, last, best
     (top-1, per cent), best_epoch; sparsity, nominal_sparsity (share of kernels), wall_s,
-    images_per_s, device, hardware, history (a list), trained (epochs in all, which `epochs` is not
-    for a layerwise run). Of the layers, most of a record, nothing.
+    images_per_s, device, hardware, history (a list), trained (epochs in all, to two decimals, which
+    `epochs` is not for a layerwise run). Of the layers, most of a record, nothing.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
@@ -191,11 +193,20 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
             "device": record["hardware"]["device"],
             "hardware": record["hardware"]["name"],
             "history": record["history"],
-            "trained": len(record["history"]),
+            "trained": round((epochs_of(record["history"]) or [0])[-1], 2),
         }
         for record in records
     ]
     return pd.DataFrame(rows)
+
+
+def epochs_of(history: list[dict]) -> list[float]:
+    """How many epochs the run had trained by each line of its history, all stages together.
+
+    A line's own `epoch` begins anew in every stage; what is left of it over a whole number is the
+    length of a stage's last epoch, where that was a part of one.
+    """
+    return list(itertools.accumulate(line["epoch"] % 1 or 1 for line in history))
 
 
 def origin(record: dict) -> dict:

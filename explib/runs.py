@@ -99,6 +99,7 @@ def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     device = evaluation.device_of(params)
     data = load_data(params).to(device)
     tuning.pieces(data, params)
+    tuning.steps_of(data, params)
     _load_state(resolve(params.job_dir) / "state.safetensors", params)
     if distributed.rank() == 0:
         write_json(resolve(params.job_dir) / "params.json", params.asdict())
@@ -158,6 +159,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
         epochs = tuning.train(
             dense.model, data, params, run.masks,
             forward=forward, teacher=teacher, keep=keep, resume=resume, label=label,
+            before=stage * tuning.steps_of(data, params),
         )  # fmt: skip
         try:
             for entry, progress in epochs:

@@ -158,7 +158,7 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
         "best epoch": f"{run['best']:.2f}",
         "before fine-tuning": f"{run['before']:.2f}",
         "change": f"{run['last'] - run['dense']:+.2f}",
-        "epochs": str(run["trained"]),
+        "epochs": f"{run['trained']:g}",
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "hardware": run["hardware"],
@@ -259,7 +259,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
                 "before fine-tuning": f"{run['before']:.2f}",
-                "epochs": str(run["trained"]),
+                "epochs": f"{run['trained']:g}",
                 "hardware": run["hardware"],
             }
         )

@@ -24,11 +24,12 @@ DEEP = "epochs: " + "[" * 3000
 
 # what the YAML file says beside what is right, and what the answer has to say; status 2
 PARAMETERS = {
-    "a word for a number": ("epochs: many", "epochs: 'many' is a str; give int"),
-    "a fraction of an epoch": ("epochs: 2.5", "epochs: 2.5 is a float; give int"),
-    "a truth for a number": ("epochs: true", "epochs: True is a bool; give int"),
-    "nothing for a number": ("epochs:", "epochs: None is a NoneType; give int"),
-    "no epoch": ("epochs: 0", "epochs: 0 is out of range; give 1 to"),
+    "a word for a number": ("epochs: many", "epochs: 'many' is a str; give float or int"),
+    "a fraction of a seed": ("seed: 2.5", "seed: 2.5 is a float; give int"),
+    "less than a step": ("epochs: 0.001", "is less than one step; give at least 0.5"),
+    "a truth for a number": ("epochs: true", "epochs: True is a bool; give float or int"),
+    "nothing for a number": ("epochs:", "epochs: None is a NoneType; give float or int"),
+    "no epoch": ("epochs: 0", "epochs: 0 is out of range; give above 0 to"),
     "no learning rate": ("lr: 0", "lr: 0.0 is out of range"),
     "a learning rate that is no number": ("lr: .nan", "lr: nan is out of range"),
     "an infinite learning rate": ("lr: .inf", "lr: inf is out of range"),
@@ -368,6 +369,7 @@ EDITS = [
     ("history", {}, "history: is a dict; give a list"),
     ("history", [3], "history[0]: is a int; give a mapping"),
     ("history", [{"top1": "93"}], "history[0].top1: '93'; give a number from 0 to 100"),
+    ("history", [{"top1": 93.0}], "history[0].epoch: None; give a number, 0 or more"),
     ("layers", [{"kernels": 3}], "layers[0].nominal: None; give a number"),
 ]
 
@@ -380,7 +382,7 @@ def test_records_edited_by_hand(good, tmp_path, place, value, message):
     made |= {"macs": {"dense": 9, "left": 4}, "weights": {"dense": 9, "left": 4}}
     made |= {"accuracy": {"dense": 93.0, "before": 20.0, "last": 92.0, "best": 92.0}}
     made |= {"schema": 1, "kind": "finetune", "params": good.asdict(), "layers": []}
-    path = records.write(made | {"history": [{"top1": 92.0}]}, good.results_dir)
+    path = records.write(made | {"history": [{"epoch": 1, "top1": 92.0}]}, good.results_dir)
     command = ("tables", "--results_dir", good.results_dir, "--dataset", "digits")
     assert answer(*command)[0] == 0
     record = json.loads(path.read_text())

@@ -36,6 +36,16 @@ def run(net, data, params, masks=None, **options):
     return found
 
 
+def noting(shown):
+    """train_batch, which writes down the images it was asked for."""
+
+    def noted(data, *inputs):
+        shown.append(inputs[0][0].tolist())
+        return train_batch(data, *inputs)
+
+    return noted
+
+
 def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -103,6 +113,40 @@ class TestTrain:
         assert entry["train_top1"] == pytest.approx(100 * hits / 48)
         assert entry["top1"] == evaluation.evaluate(plain, data, data.test)
         assert entry["epoch"] == 1 and entry["seconds"] > 0 and entry["images_per_s"] > 0
+
+    def test_a_part_of_an_epoch_is_its_first_steps(self, make_net, data):
+        whole, part = make_net(), make_net()
+        steady = PARAMS.replace(lr_schedule="step")
+        training = tuning.train(whole, data, steady.replace(epochs=1))
+        with pytest.MonkeyPatch.context() as patch:  # two of its three steps
+            patch.setattr(tuning, "batches_per_epoch", lambda *args: 2)
+            list(training)
+        ((entry, state),) = run(part, data, steady.replace(epochs=2 / 3))
+        assert equal(part.state_dict(), whole.state_dict())
+        assert (entry["epoch"], state["epoch"]) == (pytest.approx(2 / 3), 1)
+
+    def test_five_thirds_of_an_epoch_are_an_epoch_and_two_steps(self, make_net, data):
+        shown = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "train_batch", noting(shown))
+            history = run(make_net(), data, PARAMS.replace(epochs=5 / 3, lr_schedule="cosine"))
+        assert [entry["epoch"] for entry, _ in history] == [1, pytest.approx(5 / 3)]
+        plans = [*epoch_plan(data, 16, 0, 0), *epoch_plan(data, 16, 0, 1)]
+        assert shown == [plan[0].tolist() for plan in plans[:5]]
+        # the last of five steps: four fifths of the way down
+        assert history[-1][0]["lr"] == pytest.approx(0.025 * (1 + math.cos(0.8 * math.pi)))
+
+    def test_after_other_steps_the_images_go_on(self, make_net, data):
+        shown = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "train_batch", noting(shown))
+            run(make_net(), data, PARAMS.replace(epochs=4 / 3), before=2)
+        plans = [plan for epoch in range(2) for plan in epoch_plan(data, 16, 0, epoch)]
+        assert shown == [plan[0].tolist() for plan in plans[2:]]
+
+    def test_less_than_a_step_is_refused(self, net, data):
+        with pytest.raises(ParamError, match=r"^epochs: 0\.1 of .* 3 steps .* at least 0\.33$"):
+            run(net, data, PARAMS.replace(epochs=0.1))
 
     def test_learns_what_can_be_learned(self, make_net, data):
         data.train.images[:] = (25 * data.train.labels)[:, None, None, None].to(torch.uint8)

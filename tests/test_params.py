@@ -254,6 +254,12 @@ class TestJobDir:
         assert Params(job_dir="here").replace(epochs=3).job_dir == "here"
 
 
+def test_whole_epochs_are_one_run_however_they_are_written():
+    assert Params(epochs=5.0) == Params(epochs=5)
+    assert Params(epochs=5.0).asdict()["epochs"] == 5 and type(Params(epochs=5.0).epochs) is int
+    assert Params(epochs=0.1).epochs == 0.1
+
+
 @pytest.mark.parametrize("field", PLACES)
 def test_places_do_not_change_the_digest(field):
     value = {"threads": 3, "workers": 3, "data_url": "https://elsewhere"}.get(field, "elsewhere")

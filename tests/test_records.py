@@ -87,6 +87,16 @@ def test_the_table_has_a_row_for_each_with_parameters_and_results():
     assert table.kind.tolist() == ["finetune", "baseline"]
 
 
+def test_epochs_add_up_over_stages_and_parts_of_epochs():
+    assert records.epochs_of([]) == []
+    whole = [{"epoch": 1}, {"epoch": 2}, {"epoch": 1}, {"epoch": 2}]  # of two convs, layerwise
+    assert records.epochs_of(whole) == [1, 2, 3, 4]
+    assert records.epochs_of([{"epoch": 1}, {"epoch": 1.5}]) == [1, 1.5]
+    # five epochs among 54 convs
+    table = records.frame([record() | {"history": [{"epoch": 0.0926, "top1": 90.0}] * 54}])
+    assert table.trained.tolist() == [5.0]
+
+
 def test_provenance_names_the_code_and_the_machine():
     found = records.provenance()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)

@@ -199,6 +199,17 @@ class TestFinetune:
         masks, _ = masking.load(study.resolve(found["params"]["job_dir"]) / "masks.safetensors")
         assert list(masks) == NAMES[5:]
 
+    def test_layerwise_shows_each_conv_other_images(self, trained, monkeypatch):
+        # one of the two batches of an epoch for each of two convs
+        shown, make = [], tuning.train_batch
+        monkeypatch.setattr(
+            tuning, "train_batch", lambda data, *i: shown.extend(i[0][0].tolist()) or make(data, *i)
+        )
+        half = {"schedule": "layerwise", "start_cov": 5, "epochs": 0.5}
+        found = runs.finetune(trained.replace(**half))
+        assert sorted(shown) == list(range(64))
+        assert [entry["epoch"] for entry in found["history"]] == [0.5, 0.5]
+
     def test_start_cov_beyond_the_last_conv(self, trained):
         with pytest.raises(ParamError, match="start_cov: 7 of 7 convs"):
             runs.finetune(trained.replace(start_cov=7))
