@@ -108,7 +108,7 @@ def published_vs_true() -> Figure:
 @_style
 def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
-    runs = _best_of(frame, arch, usual)
+    runs = _most_compared(frame, arch, usual)
     if len(runs) < 2:
         return None
     runs = runs.assign(
@@ -125,12 +125,13 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
             way = tables.way_of(run)
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
                           color=WAY_COLOURS[way[0]], capsize=3)  # fmt: skip
+            if run["n"] > 1:
+                seeds = list(run["by_seed"].values())
+                axes.plot(seeds, [y - 0.22] * len(seeds), "|", color=WAY_COLOURS[way[0]])
             axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
                           textcoords="offset points", ha="center")  # fmt: skip
             seeds = "one seed" if run["n"] == 1 else f"{run['n']} seeds"
-            labels.append(
-                f"{WAY_NAMES[way]}\n{run['trained']:g} epochs, {seeds}, −{run['cut']:.1f} %"
-            )
+            labels.append(f"{WAY_NAMES[way]}\n{seeds}, −{run['cut']:.1f} %")
         for dense in sorted(set(alike["dense"].round(2))):
             axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
             axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
@@ -139,19 +140,31 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
         axes.set(ylim=(-0.8, len(labels) - 0.3))
         rates = alike["rates"].iloc[0]
         cut = f" at the published cut of {rates} %" if rates.replace(".", "").isdigit() else ""
-        axes.set_title(f"{NAMES[arch]}{cut}")
+        trained = alike["trained"].iloc[0]
+        epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
+        axes.set_title(f"{NAMES[arch]}{cut}, after {epochs}")
         axes.margins(x=0.12)
     axes.set(xlabel="top-1 at the last epoch, %")
     return figure
 
 
-def _best_of(frame: pd.DataFrame, arch: str, usual: bool = True) -> pd.DataFrame:
+def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     """The group of runs that the tables choose for each way, criterion and rates of a network."""
-    runs = tables.groups(frame, usual)
+    runs = tables.groups(frame)
     if runs.empty:
         return runs
     runs = runs[runs["arch"] == arch]
     return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
+
+
+def _most_compared(frame: pd.DataFrame, arch: str, usual: bool) -> pd.DataFrame:
+    """At each of a network's rates the groups of the epochs that most criteria were run for."""
+    runs = tables.compared(frame, usual)
+    if runs.empty:
+        return runs
+    runs = runs[runs["arch"] == arch].sort_values(["others", "trained"], ascending=False)
+    chosen = runs.groupby("compress_rate")["trained"].transform("first")
+    return runs[runs["trained"] == chosen]
 
 
 _SEE = {
@@ -159,7 +172,7 @@ _SEE = {
     "curves": "each line starts where pruning left the network; the dotted line is the network "
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
-    "the network before pruning. Compare only rows with as many epochs.",
+    "the network before pruning. Bars reach one standard deviation, small marks are the seeds.",
     "controls": "each line joins the three published cuts of a criterion. If a score knew more "
     "than the magnitudes of what it keeps, its line would lie above the black one, random kernels "
     "of the magnitudes that way B keeps; below it, the score does harm.",
@@ -215,8 +228,8 @@ def _scores(params: dict) -> dict[str, Figure]:
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Draw every figure that the records allow into results_dir/figures/DATASET."""
     frame = records.frame(records.each(results_dir, dataset))
-    figures = {}
-    if dataset == "cifar10":
+    figures, usual = {}, dataset == "cifar10"
+    if usual:
         for arch in ("resnet_56", "vgg_16_bn"):
             figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
         figures["published_vs_true"] = published_vs_true()
@@ -224,9 +237,10 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     done = frame[frame["status"] == "done"] if not frame.empty else frame
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
-        runs = tuned[tuned["arch"] == arch]
-        figures[f"criteria-{arch}"] = criteria(frame, arch, dataset == "cifar10")
-        by_rates = runs.groupby("compress_rate", sort=False)
+        figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        chosen = _most_compared(frame, arch, usual).get("runs", [])
+        by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]
+        by_rates = by_rates.groupby("compress_rate", sort=False)
         for _, alike in by_rates:
             cut = int(100 * (1 - alike["macs"].min() / alike["macs_dense"].iloc[0]))
             figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(alike)

@@ -1,6 +1,7 @@
 """Every figure of the study, in one style: plain data in, a matplotlib Figure out."""
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -173,12 +174,17 @@ def macs(layers: list[dict]) -> Figure:
 
 @_style
 def curves(frame: pd.DataFrame) -> Figure:
-    """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame."""
+    """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
+
+    Runs of one name, which differ in their seed, share a colour and, with their mean, a label.
+    """
     figure, axes = _figure(6.5, 4)
     ends = []
-    for i, (_, run) in enumerate(frame.iterrows()):
+    names = dict.fromkeys(frame["name"])
+    palette = dict(zip(names, itertools.cycle(sns.color_palette("colorblind"))))
+    for _, run in frame.iterrows():
         colour = WAY_COLOURS.get(run["pruning_way"], BLUE) if run["kind"] == "finetune" else BLACK
-        colour = colour if len(frame) <= 5 else sns.color_palette("colorblind")[i % 10]
+        colour = colour if len(names) <= 5 else palette[run["name"]]
         top1 = [entry["top1"] for entry in run["history"]]
         epochs = records.epochs_of(run["history"])
         if run["kind"] == "finetune":
@@ -186,6 +192,10 @@ def curves(frame: pd.DataFrame) -> Figure:
         dashes = "-" if run["survivors"] == "random" else "--"
         axes.plot(epochs, top1, dashes, color=colour, marker="o", markersize=3)
         ends.append((top1[-1], epochs[-1], run["name"], colour))
+    ends = [
+        (float(np.mean([top1 for top1, *_ in own])), max(x for _, x, *_ in own), *own[0][2:])
+        for own in ([end for end in ends if end[2] == name] for name in names)
+    ]
     tuned = frame[frame["kind"] == "finetune"]
     for dense in sorted(set(tuned["dense"])):
         axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)

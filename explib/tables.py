@@ -52,9 +52,10 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """Runs equal but for their seeds, one row a group, the chosen one first.
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
-    (None for one seed); last, best, before, dense, macs, weights, sparsity and nominal_sparsity are
-    means; hardware names every machine. Takes finished fine-tunes; with `usual` only those with the
-    published method's settings, masks that follow the seed, and all the data.
+    (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
+    weights, sparsity and nominal_sparsity are means; hardware names every machine. Takes finished
+    fine-tunes; with `usual` only those with the published method's settings, masks that follow the
+    seed, and all the data.
     """
     if frame.empty:
         return frame
@@ -72,6 +73,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     same = key[table.index]  # the order of `table`, in which every group stands once
     machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
     table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
+    table["runs"] = [chosen.index[key == group] for group in same]
     # a seed that ran on several machines counts once, with their mean
     once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
     by = once.reset_index("seed").groupby(level=0)
@@ -175,13 +177,28 @@ def _cut(left: float, dense: float) -> float:
     return 100 * (1 - left / dense)
 
 
+def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
+
+    What a comparison of criteria takes, at equal rates and epochs. Adds others: how many criteria
+    were run at these, the group's own included.
+    """
+    runs = groups(frame, usual)
+    if runs.empty:
+        return runs
+    equal = [*_RATES, "trained"]
+    runs = runs[runs["schedule"] == "oneshot"]
+    runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
+    return runs.assign(others=runs.groupby(equal)["n"].transform("size"))
+
+
 def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
-    By network, rates and epochs, the best one first. Differences to the two criteria that know no
+    By network, rates and epochs, the best one first. Differences to the criteria that know no
     score are means over the seeds both sides have, with a paired t-test.
     """
-    runs = groups(frame, usual)
+    runs = compared(frame, usual)
     if runs.empty or runs["pruning_way"].isin(["A", "B"]).all():
         return pd.DataFrame()
     runs = runs.assign(rates=[named_rates(*pair) for pair in runs[_RATES].values])
@@ -191,6 +208,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "published cut %": run["rates"],
             "criterion": WAY_NAMES[way_of(run)],
             "against random kernels": _against(run, runs, "random"),
+            "against B's norms": _against(run, runs, "matched"),
             "against L1 kernels": _against(run, runs, "l1"),
             **{k: v for k, v in _line(run, None).items() if k not in ("network", "way")},
         }

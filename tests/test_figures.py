@@ -30,6 +30,17 @@ def test_a_comparison_needs_two(tmp_path):
     ]
 
 
+def test_criteria_are_compared_after_as_many_epochs(tmp_path):
+    record(tmp_path, 92.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    record(tmp_path, 93.0, epochs=20)
+    axes = figures.criteria(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [91, 92]
+    record(tmp_path, 92.5, epochs=20, pruning_way="random")  # as many criteria, more epochs
+    axes = figures.criteria(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [92.5, 93]
+
+
 def test_build_draws_what_the_records_allow(tmp_path):
     assert figures.build(tmp_path, "digits") == []
     record(tmp_path)

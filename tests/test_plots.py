@@ -47,6 +47,23 @@ def test_curves_begin_before_fine_tuning_and_end_at_the_result(tmp_path):
     assert any("92.00" in text.get_text() for text in figure.axes[0].texts)
 
 
+def test_seeds_of_one_name_share_a_colour_and_one_label_with_their_mean(tmp_path):
+    for seed, last in enumerate((92.0, 93.0)):
+        record(tmp_path, last, epochs=1, seed=seed)
+    record(tmp_path, 90.0, epochs=1, pruning_way="random", name="chance")
+    axes = plots.curves(records.frame(records.read_all(tmp_path))).axes[0]
+    colours = {line.get_ydata()[-1]: line.get_color() for line in axes.lines[:3]}
+    assert colours[92] == colours[93] != colours[90]
+    found = [t.get_text() for t in axes.texts if not t.get_text().startswith("dense")]
+    assert sorted(found) == ["chance 90.00", "made-up 92.50"]
+
+
+def test_epochs_of_every_conv_stand_one_after_another(tmp_path):
+    record(tmp_path, 92.0, epochs=1, schedule="layerwise", trained=3)
+    axes = plots.curves(records.frame(records.read_all(tmp_path))).axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
+
+
 def test_equal_figures_are_equal_files(tmp_path):
     first = [path.read_bytes() for path in plots.save(plots.macs(LAYERS), tmp_path / "a")]
     second = [path.read_bytes() for path in plots.save(plots.macs(LAYERS), tmp_path / "b")]

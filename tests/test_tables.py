@@ -203,12 +203,22 @@ class TestCriteria:
         assert l1["against random kernels"] == "+1.50 (n=1)"
         assert random["against random kernels"] == ""
         assert ours["against L1 kernels"] == "-0.50 (n=1)" and l1["against L1 kernels"] == ""
+        assert ours["against B's norms"] == ""
+        record(tmp_path, 90.5, pruning_way="matched")
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        assert found.loc["B, random survivors", "against B's norms"] == "+0.50 (n=1)"
 
     def test_other_epochs_are_not_compared(self, tmp_path):
         record(tmp_path, 91.0, epochs=5)
         record(tmp_path, 90.0, epochs=4, pruning_way="random")
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
         assert found.loc["B, random survivors", "against random kernels"] == ""
+
+    def test_conv_by_conv_is_no_criterion(self, tmp_path):
+        record(tmp_path, 90.0, epochs=54, pruning_way="random")
+        record(tmp_path, 91.0, epochs=1, schedule="layerwise", trained=54)
+        found = tables.make(tmp_path, "cifar10")["criteria"]
+        assert found["criterion"].tolist() == ["random kernels"]
 
     def test_the_best_stands_first_at_the_cut_that_was_published(self, tmp_path):
         record(tmp_path, 90.0, pruning_way="random")
