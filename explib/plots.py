@@ -1,7 +1,6 @@
 """Every figure of the study, in one style: plain data in, a matplotlib Figure out."""
 
 import io
-import itertools
 from pathlib import Path
 
 import matplotlib
@@ -176,26 +175,20 @@ def macs(layers: list[dict]) -> Figure:
 def curves(frame: pd.DataFrame) -> Figure:
     """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
 
-    Runs of one name, which differ in their seed, share a colour and, with their mean, a label.
+    Each way and criterion has its colour, dashed with L1 survivors; runs of one name, which differ
+    in their seed, share a label, with their mean.
     """
     figure, axes = _figure(6.5, 4)
-    ends = []
-    names = dict.fromkeys(frame["name"])
-    palette = dict(zip(names, itertools.cycle(sns.color_palette("colorblind"))))
+    ends: dict[str, list] = {}
     for _, run in frame.iterrows():
         colour = WAY_COLOURS.get(run["pruning_way"], BLUE) if run["kind"] == "finetune" else BLACK
-        colour = colour if len(names) <= 5 else palette[run["name"]]
         top1 = [entry["top1"] for entry in run["history"]]
         epochs = records.epochs_of(run["history"])
         if run["kind"] == "finetune":
             top1, epochs = [run["before"], *top1], [0, *epochs]
         dashes = "-" if run["survivors"] == "random" else "--"
         axes.plot(epochs, top1, dashes, color=colour, marker="o", markersize=3)
-        ends.append((top1[-1], epochs[-1], run["name"], colour))
-    ends = [
-        (float(np.mean([top1 for top1, *_ in own])), max(x for _, x, *_ in own), *own[0][2:])
-        for own in ([end for end in ends if end[2] == name] for name in names)
-    ]
+        ends.setdefault(run["name"], []).append((top1[-1], epochs[-1], colour))
     tuned = frame[frame["kind"] == "finetune"]
     for dense in sorted(set(tuned["dense"])):
         axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
@@ -204,7 +197,11 @@ def curves(frame: pd.DataFrame) -> Figure:
                       textcoords="offset points", fontsize=8.5)  # fmt: skip
         low, high = axes.get_ylim()
         axes.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
-    _direct_labels(axes, ends)
+    labels = []
+    for name, own in ends.items():
+        top1, epochs, colours = zip(*own, strict=True)
+        labels.append((float(np.mean(top1)), max(epochs), name, colours[0]))
+    _direct_labels(axes, labels)
     axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
              ylabel="top-1, %")  # fmt: skip
     axes.set_title("Fine-tuning under masks" if len(tuned) else "Training")
