@@ -39,6 +39,7 @@ _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "
 _COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
 _RATES = ["arch", "compress_rate"]
 _SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
+_RECIPE = ("lr", "lr_schedule", "batch_size", "distill", "fade_epochs", "bn_images")
 _USUAL = {**_SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
 
 
@@ -268,6 +269,8 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
         equal = (
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
         )
+        if equal:
+            changed += [f"{name} {run[name]}" for name in _RECIPE if run[name] != equal[0][name]]
         lines.append(
             {
                 "network": NAMES[run["arch"]],
@@ -276,7 +279,10 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "changed": ", ".join(changed),
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
-                "before fine-tuning": f"{run['before']:.2f}",
+                # conv by conv it is that of one conv's mask
+                "before fine-tuning": (
+                    f"{run['before']:.2f}" if run["schedule"] == "oneshot" else ""
+                ),
                 "epochs": f"{run['trained']:g}",
                 "hardware": run["hardware"],
             }

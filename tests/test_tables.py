@@ -252,10 +252,16 @@ class TestSensitivity:
 
     def test_layerwise_stands_beside_as_many_epochs_in_one_go(self, tmp_path):
         record(tmp_path, 92.0, epochs=54)
-        record(tmp_path, 91.0, epochs=1, schedule="layerwise", trained=54)
-        (line,) = tables.make(tmp_path, "cifar10")["sensitivity"].to_dict("records")
-        assert (line["changed"], line["epochs"]) == ("schedule layerwise", "54")
-        assert line["usual setting"] == "92.00 (n=1)"
+        slow = {"epochs": 1, "schedule": "layerwise", "trained": 54}
+        record(tmp_path, 91.0, **slow)
+        record(tmp_path, 91.5, lr=0.01, **slow)
+        lines = tables.make(tmp_path, "cifar10")["sensitivity"].to_dict("records")
+        assert sorted((line["changed"], line["last epoch"], line["epochs"]) for line in lines) == [
+            ("schedule layerwise", "91.00 (n=1)", "54"),
+            ("schedule layerwise, lr 0.01", "91.50 (n=1)", "54"),
+        ]
+        assert all(line["usual setting"] == "92.00 (n=1)" for line in lines)
+        assert all(line["before fine-tuning"] == "" for line in lines)
 
     def test_no_such_run_no_table(self, tmp_path):
         record(tmp_path)
