@@ -4,7 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 WORKFLOW := $(BIN)/snakemake --profile params/profiles/local
 
-.PHONY: help study test test-browser audit reproduce tables report verify lab bench
+.PHONY: help study test test-browser audit reproduce tables readme 04_tables report verify lab bench
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -33,7 +33,12 @@ reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours wit
 	$(WORKFLOW) reproduce
 
 tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
+	@$(MAKE) --no-print-directory --jobs 2 readme 04_tables
+
+readme: .venv/ready
 	$(BIN)/python -m explib.tables
+
+04_tables: .venv/ready
 	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
 
 report: tables  ## the study as one HTML page, results/report.html: seconds
