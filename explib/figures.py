@@ -126,8 +126,8 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
                           color=WAY_COLOURS[way[0]], capsize=3)  # fmt: skip
             if run["n"] > 1:
-                seeds = list(run["by_seed"].values())
-                axes.plot(seeds, [y - 0.22] * len(seeds), "|", color=WAY_COLOURS[way[0]])
+                axes.plot(list(run["by_seed"].values()), [y - 0.22] * run["n"], "|",
+                          color=WAY_COLOURS[way[0]])  # fmt: skip
             axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
                           textcoords="offset points", ha="center")  # fmt: skip
             seeds = "one seed" if run["n"] == 1 else f"{run['n']} seeds"

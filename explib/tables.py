@@ -23,7 +23,7 @@ CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
     "ours": "Ways A and B with the survivors of largest L1 norm",
     "criteria": "Criteria of comparison at the same rates",
-    "sensitivity": "Other settings than the published method's",
+    "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
     "controls": "Every criterion before fine-tuning",
@@ -74,7 +74,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     same = key[table.index]  # the order of `table`, in which every group stands once
     machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
     table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
-    table["runs"] = [chosen.index[key == group] for group in same]
+    table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
     # a seed that ran on several machines counts once, with their mean
     once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
     by = once.reset_index("seed").groupby(level=0)
