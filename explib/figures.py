@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from explib import expectation, plots, records, study, tables
 from explib.bench import plots as bench
 from explib.files import resolve
-from explib.params import from_mapping
+from explib.params import from_mapping, parse_rates
 from explib.plots import BLUE, GREY, RED, WAY_COLOURS, _figure, _style, curves, save, sparsity
 from explib.render import NAMES, WAY_NAMES
+
+PUBLISHED_EPOCHS = 30  # after each conv
 
 
 @_style
@@ -45,9 +47,6 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
-    if len(runs):
-        few, many = runs["trained"].min(), runs["trained"].max()
-        epochs = f"{few:g} to {many:g}" if few < many else f"{few:g}"
     names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
         key = tables.way_of(run)
@@ -56,13 +55,13 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
             color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
-            label=None if shown else f"measured, {epochs} epochs (hollow: L1 survivors)",
+            label=None if shown else "measured, epochs in brackets (hollow: L1 survivors)",
         )  # fmt: skip
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
         beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
         name = key[0] if key[0] in "AB" else WAY_NAMES[key]  # the star says which survivors
-        text = f"{name} {run['last']:.2f}"
+        text = f"{name} {run['last']:.2f} ({run['trained']:g})"
         label = (run["last"], cut, text, WAY_COLOURS[key[0]])
         names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
@@ -148,6 +147,63 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     return figure
 
 
+@_style
+def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
+    """Top-1 at the end of longer and shorter fine-tunings, beside the published ones.
+
+    A panel for each of a network's rates, with the criteria that were run at several lengths.
+    """
+    runs = tables.compared(frame, usual)
+    if runs.empty:
+        return None
+    runs = runs[runs["arch"] == arch]
+    several = runs.groupby(["compress_rate", "pruning_way", "survivors"])["trained"]
+    runs = runs[several.transform("nunique") > 1]
+    if runs.empty:
+        return None
+    panels = [alike for _, alike in runs.groupby("compress_rate")]
+    figure, every = _figure(7, 4.2 * len(panels), len(panels), squeeze=False)
+    for axes, alike in zip(every[:, 0], panels, strict=True):
+        _lengths(axes, alike.sort_values("trained"))
+    return figure
+
+
+def _lengths(axes, runs: pd.DataFrame) -> None:
+    """One panel of `lengths`: runs of one network at the same rates, the short ones first."""
+    arch, rates = runs[["arch", "compress_rate"]].iloc[0]
+    ends, ticks = [], sorted(set(runs["trained"]))
+    for (way, _), own in runs.groupby(["pruning_way", "survivors"]):
+        key = tables.way_of(own.iloc[0])
+        axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
+                      linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
+                      color=WAY_COLOURS[way])  # fmt: skip
+        ends.append((own["last"].iloc[-1], ticks[-1], WAY_NAMES[key], WAY_COLOURS[way]))
+    rows = tables.published()["rows"]
+    named = tables.named_rates(arch, rates)
+    for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
+        ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
+        published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
+        low, high = axes.get_ylim()
+        places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
+        for place, (top1, way) in zip(places, published, strict=True):
+            axes.plot(ticks[-1], top1, "D", color=WAY_COLOURS[way], markersize=6, alpha=0.6)
+            axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(-8, 0),
+                          textcoords="offset points", fontsize=8.5, ha="right", va="center",
+                          color=WAY_COLOURS[way])  # fmt: skip
+    for dense in sorted(set(runs["dense"].round(2))):
+        axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
+        axes.annotate(f"dense {dense:.2f}", (ticks[0], dense), xytext=(0, 3), fontsize=8.5,
+                      textcoords="offset points", color="#555555")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(y=0.08)
+    plots.direct_labels(axes, ends)
+    axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
+    cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
+    axes.set_title(f"{NAMES[arch]}{cut}: what longer fine-tuning brings")
+
+
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     """The group of runs that the tables choose for each way, criterion and rates of a network."""
     runs = tables.groups(frame)
@@ -173,6 +229,8 @@ _SEE = {
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds.",
+    "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
+    "are the published runs, their best epoch on the test set.",
     "controls": "each line joins the three published cuts of a criterion. If a score knew more "
     "than the magnitudes of what it keeps, its line would lie above the black one, random kernels "
     "of the magnitudes that way B keeps; below it, the score does harm.",
@@ -238,6 +296,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
         figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
         chosen = _most_compared(frame, arch, usual).get("runs", [])
         by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]
         by_rates = by_rates.groupby("compress_rate", sort=False)

@@ -201,7 +201,7 @@ def curves(frame: pd.DataFrame) -> Figure:
     for name, own in ends.items():
         top1, epochs, colours = zip(*own, strict=True)
         labels.append((float(np.mean(top1)), max(epochs), name, colours[0]))
-    _direct_labels(axes, labels)
+    direct_labels(axes, labels)
     axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
              ylabel="top-1, %")  # fmt: skip
     axes.set_title("Fine-tuning under masks" if len(tuned) else "Training")
@@ -222,15 +222,18 @@ def _layer_ticks(axes, names: list[str]) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _direct_labels(axes, ends: list[tuple]) -> None:
-    """Each line's name beside the longest one's end, names kept apart from each other."""
+def direct_labels(axes, ends: list[tuple]) -> None:
+    """Each line's name beside the longest one's end, names kept apart from each other.
+
+    ends: (y, x, name, colour) of each line.
+    """
     low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
     edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
     places = apart([value for value, *_ in ends], 0.05 * (high - low), high)
     for (value, _, name, colour), place in zip(ends, places, strict=True):
-        axes.annotate(f"{name} {value:.2f}", (edge + 0.02 * (right - left), place), color=colour,
-                      fontsize=8.5, va="center", annotation_clip=False)  # fmt: skip
+        axes.annotate(f"{name} {value:.2f}", (edge, place), color=colour, fontsize=8.5,
+                      xytext=(7, 0), textcoords="offset points", va="center",
+                      annotation_clip=False)  # fmt: skip
     axes.set_ylim(low, high)
 
 

@@ -16,7 +16,7 @@ def test_accuracy_is_drawn_at_the_true_cut(tmp_path):
     axes = figures.accuracy_vs_cut(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
     stars = [line for line in axes.lines if line.get_marker() == "*"]
     assert [(s.get_xdata()[0], s.get_ydata()[0]) for s in stars] == [(50, 92)]
-    assert "B 92.00" in [text.get_text() for text in axes.texts]
+    assert "B 92.00 (10)" in [text.get_text() for text in axes.texts]
 
 
 def test_a_comparison_needs_two(tmp_path):
@@ -39,6 +39,22 @@ def test_criteria_are_compared_after_as_many_epochs(tmp_path):
     record(tmp_path, 92.5, epochs=20, pruning_way="random")  # as many criteria, more epochs
     axes = figures.criteria(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"] == [92.5, 93]
+
+
+def test_what_longer_fine_tuning_brings_is_drawn_for_what_was_run_twice(tmp_path):
+    record(tmp_path, 90.0)
+    record(tmp_path, 91.0, pruning_way="random")
+    frame = records.frame(records.read_all(tmp_path))
+    assert figures.lengths(frame, "resnet_56") is None
+    record(tmp_path, 92.0, epochs=40)
+    axes = figures.lengths(records.frame(records.read_all(tmp_path)), "resnet_56").axes[0]
+    ours, *published = [line for line in axes.lines if line.get_marker() in "oD"]
+    assert list(zip(*ours.get_data(), strict=True)) == [(10, 90), (40, 92)]
+    # 55 convs of 30 epochs each, and the published top-1 of ways A and B
+    ends = [(*line.get_xdata(), *line.get_ydata()) for line in published]
+    assert ends == [(1650, 93.54), (1650, 93.82)]
+    texts = {text.get_text() for text in axes.texts}
+    assert {"B, random survivors 92.00", "published, A 93.54", "dense 93.00"} <= texts
 
 
 def test_build_draws_what_the_records_allow(tmp_path):
