@@ -200,23 +200,29 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     score are means over the seeds both sides have, with a paired t-test.
     """
     runs = compared(frame, usual)
-    if runs.empty or runs["pruning_way"].isin(["A", "B"]).all():
-        return pd.DataFrame()
+    if runs.empty:
+        return runs
     runs = runs.assign(rates=[named_rates(*pair) for pair in runs[_RATES].values])
-    lines = [
-        {
-            "network": NAMES[run["arch"]],
+    controlled = runs.assign(control=~runs["pruning_way"].isin(["A", "B"]))
+    runs = runs[controlled.groupby([*_RATES, "trained"])["control"].transform("any")]
+    lines = []
+    for _, run in runs.sort_values(
+        ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
+    ).iterrows():
+        line = _line(run, None)
+        first = {
+            "network": line["network"],
             "published cut %": run["rates"],
+            "epochs": line["epochs"],
             "criterion": WAY_NAMES[way_of(run)],
+            "last epoch": line["last epoch"],
             "against random kernels": _against(run, runs, "random"),
             "against B's norms": _against(run, runs, "matched"),
             "against L1 kernels": _against(run, runs, "l1"),
-            **{k: v for k, v in _line(run, None).items() if k not in ("network", "way")},
         }
-        for _, run in runs.sort_values(
-            ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
-        ).iterrows()
-    ]
+        lines.append(
+            first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
+        )
     return pd.DataFrame(lines)
 
 

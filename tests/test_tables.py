@@ -211,8 +211,11 @@ class TestCriteria:
     def test_other_epochs_are_not_compared(self, tmp_path):
         record(tmp_path, 91.0, epochs=5)
         record(tmp_path, 90.0, epochs=4, pruning_way="random")
+        found = tables.make(tmp_path, "cifar10")["criteria"]
+        assert found[["epochs", "criterion"]].values.tolist() == [["4", "random kernels"]]
+        record(tmp_path, 90.5, epochs=4)
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
-        assert found.loc["B, random survivors", "against random kernels"] == ""
+        assert found.loc["B, random survivors", "against random kernels"] == "+0.50 (n=1)"
 
     def test_conv_by_conv_is_no_criterion(self, tmp_path):
         record(tmp_path, 90.0, epochs=54, pruning_way="random")
