@@ -28,9 +28,9 @@ test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; inst
 audit: .venv/ready  ## known vulnerabilities of the packages installed, where the database can be reached
 	$(BIN)/pytest -m 'audit or not browser' -rs tests/test_security.py
 
-reproduce: .venv/ready  ## the twelve published rows on CIFAR-10: many hours without a GPU
+reproduce: .venv/ready  ## the twelve published rows on CIFAR-10, anew, in reproduced/: many hours without a GPU
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
-	$(WORKFLOW) reproduce
+	$(WORKFLOW) reproduce --config results_dir=reproduced
 
 tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
 	@$(MAKE) --no-print-directory --jobs 2 readme 04_tables
