@@ -91,9 +91,21 @@ def to_html(table: pd.DataFrame, caption: str) -> str:
 
 
 def fill(text: str, tables: dict[str, pd.DataFrame]) -> str:
-    """`text` with each table put between <!-- table:NAME --> and <!-- /table:NAME -->."""
-    for name, table in tables.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)"
-        body = to_markdown(table).replace("\\", "\\\\")
-        text = re.sub(pattern, rf"\g<1>{body}\g<2>", text, flags=re.S)
-    return text
+    """`text` with each table put between <!-- table:NAME --> and <!-- /table:NAME -->.
+
+    Where a mark goes on, as <!-- table:NAME | column | column -->, those columns only, in that
+    order, as far as the table has them. Of machines' names the part in brackets is left out.
+    """
+
+    def between(mark: re.Match) -> str:
+        name, wanted = mark["name"], [c.strip() for c in mark["columns"].split("|")[1:]]
+        if name not in tables:
+            return mark[0]
+        table = tables[name].replace({"hardware": r" \([^)]*\)"}, "", regex=True)
+        table = table[[column for column in wanted or table if column in table]]
+        return f"{mark['open']}{to_markdown(table)}{mark['close']}"
+
+    pattern = (
+        r"(?P<open><!-- table:(?P<name>\w+)(?P<columns>.*?) -->\n).*?(?P<close><!-- /table:\2 -->)"
+    )
+    return re.sub(pattern, between, text, flags=re.S)

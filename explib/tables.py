@@ -197,7 +197,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
     By network, rates and epochs, the best one first. Differences to the criteria that know no
-    score are means over the seeds both sides have, with a paired t-test.
+    score are means over the seeds both sides have, with their 95 % interval and a paired t-test.
     """
     runs = compared(frame, usual)
     if runs.empty:
@@ -242,7 +242,10 @@ def named_rates(arch: str, compress_rate: str) -> str:
 
 
 def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
-    """Mean difference to a criterion over the seeds both have, with a paired t-test."""
+    """Mean difference to a criterion over the seeds both have.
+
+    With its 95 % interval and the p of a paired t-test, neither corrected for how many there are.
+    """
     same = ["arch", "compress_rate", "trained"]
     others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
     if others.empty or run["pruning_way"] == way:
@@ -253,8 +256,11 @@ def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
     if not seeds:
         return ""
     mean = sum(pairs[0]) / len(seeds) - sum(pairs[1]) / len(seeds)
-    test = f"p = {stats.ttest_rel(*pairs).pvalue:.3f}, " if len(seeds) > 1 else ""
-    return f"{mean:+.2f} ({test}n={len(seeds)})"
+    if len(seeds) == 1:
+        return f"{mean:+.2f} (n=1)"
+    test = stats.ttest_rel(*pairs)
+    low, high = test.confidence_interval(0.95)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] (p = {test.pvalue:.3f}, n={len(seeds)})"
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,7 @@ def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):
     rows = {row["name"]: row for row in bench.shipped(4, 0.0, ["eager fp32"])}
     assert all(row["kind"] == name for name, row in rows.items()) and len(rows) == 3
     assert "eager fp32" in rows["dense"]["images_per_s"]
-    assert list(rows["filters"]["images_per_s"]) == ["eager fp32"]
+    assert {"engine fp32", "eager fp32"} <= set(rows["filters"]["images_per_s"])
     assert "eager fp32" not in rows["kernels"]["images_per_s"]
     assert rows["filters"]["cut_pct"] == pytest.approx(50, abs=1)
 

@@ -1,6 +1,7 @@
 """Tables from records whose every number is written down here."""
 
 import json
+import re
 
 import pytest
 
@@ -178,6 +179,25 @@ def test_a_table_is_put_between_its_marks(tmp_path):
     assert filled.endswith("|\n<!-- /table:ours -->\nb\n") and render.fill(filled, made) == filled
 
 
+def test_a_mark_chooses_columns_and_their_order(tmp_path):
+    record(tmp_path, hardware="abacus (10 beads)")
+    text = "<!-- table:as_published | hardware | way -->\n<!-- /table:as_published -->\n"
+    filled = render.fill(text, tables.make(tmp_path, "cifar10"))
+    head, rule, *lines = filled.splitlines()[1:-1]
+    assert (head, rule) == ("| hardware | way |", "| --- | --- |")
+    assert lines.count("| abacus | B |") == 1 and lines.count("|  | A |") == 6
+    assert filled.splitlines()[0] == text.splitlines()[0]
+    assert render.fill(text, {}) == text
+
+
+def test_the_readme_names_columns_there_are():
+    readme, made = (ROOT / "README.md").read_text(), tables.make()
+    marks = re.findall(r"<!-- table:(\w+)(.*?) -->", readme)
+    assert len(marks) > 10
+    for name, columns in marks:
+        assert set(column.strip() for column in columns.split("|")[1:]) <= set(made[name]), name
+
+
 def test_the_readme_shows_the_tables_of_the_committed_records():
     readme = (ROOT / "README.md").read_text()
     assert render.fill(readme, tables.make()) == readme, "run `make tables`"
@@ -195,11 +215,12 @@ class TestCriteria:
         record(tmp_path, 80.0, seed=7, pruning_way="random")  # has no partner
         record(tmp_path, 91.5, pruning_way="l1")
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
-        # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641, of 2 degrees of freedom
+        # differences 1, 2, 3: t = 2 / (1 / sqrt(3)) = 3.4641, of 2 degrees of freedom, of which
+        # 95 % lie within 4.3027: 2 ± 4.3027 / sqrt(3)
         ours, l1, random = (
             found.loc[name] for name in ("B, random survivors", "L1 kernels", "random kernels")
         )
-        assert ours["against random kernels"] == "+2.00 (p = 0.074, n=3)"
+        assert ours["against random kernels"] == "+2.00 [-0.48, +4.48] (p = 0.074, n=3)"
         assert l1["against random kernels"] == "+1.50 (n=1)"
         assert random["against random kernels"] == ""
         assert ours["against L1 kernels"] == "-0.50 (n=1)" and l1["against L1 kernels"] == ""

@@ -29,7 +29,7 @@ WIDTHS = {
     "fp32": ("eager fp32", "compiled fp32", "engine fp32"),
     "16 bits": ("compiled bf16", "engine bf16", "engine fp16"),
 }
-KINDS = {"dense": "dense, torch", "kernels": "kernels pruned, engine", "filters": "filters, torch"}
+KINDS = {"dense": "dense", "kernels": "kernels pruned", "filters": "whole filters pruned"}
 MARKERS = {"dense": "s", "kernels": "o", "filters": "^"}
 KIND_COLOURS = {"dense": GREY, "kernels": RED, "filters": BLUE}
 
@@ -100,25 +100,26 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
 def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
-    Of each network its fastest way in fp32, and in 16 bits. Those are named that no other of their
-    kind and architecture beats clearly: 1.1 times as fast at 0.1 points less or better, or 0.5
-    points better at 0.9 times the speed. The rest is pale. where: the machine, for the title.
+    Of each network its fastest way in fp32, and in 16 bits (a dense one's in torch). Those are
+    named that no other of their kind and architecture beats clearly: 1.1 times as fast at 0.1
+    points less or better, or 0.5 points better at 0.9 times the speed. The rest is pale. where: the
+    machine, for the title.
     """
     figure, axes = _figure(7, 4.6)
     shown = set()
     for bits in WIDTHS:
-        points = [(row, speed) for row in rows if (speed := _fastest(row, bits))]
-        for row, speed in points:
+        points = [(row, *fastest) for row in rows if (fastest := _fastest(row, bits))]
+        for row, speed, how in points:
             best = not any(
                 (more > -0.1 and fast > 1.1 * speed) or (more > 0.5 and fast > 0.9 * speed)
-                for other, fast in points
+                for other, fast, _ in points
                 if (other["arch"], other["kind"]) == (row["arch"], row["kind"])
                 for more in [other["top1"] - row["top1"]]
             )
-            label = f"{KINDS[row['kind']]}, {bits}" if best else None
-            how = {"markersize": 8} if best else {"markersize": 5, "alpha": 0.3}
+            label = f"{KINDS[row['kind']]}: {how}" if best else None
+            look = {"markersize": 8} if best else {"markersize": 5, "alpha": 0.3}
             axes.plot(speed, row["top1"], MARKERS[row["kind"]], color=KIND_COLOURS[row["kind"]],
-                      markerfacecolor=None if bits == "fp32" else "white", **how,
+                      markerfacecolor=None if bits == "fp32" else "white", **look,
                       label=None if label in shown else label)  # fmt: skip
             shown.add(label)
             if bits != "fp32" or not best:  # the same network, named once
@@ -135,15 +136,19 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(_titled("Accuracy against measured speed", where))
-    axes.legend(fontsize=8.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes.margins(x=0.16, y=0.14)
     return figure
 
 
-def _fastest(row: dict, bits: str) -> float | None:
-    """Images per second of a row of bench.shipped in one of WIDTHS; of dense networks in torch."""
+def _fastest(row: dict, bits: str) -> tuple[float, str] | None:
+    """The most images per second of a row of bench.shipped in one of WIDTHS, and what gave them.
+
+    Of dense networks in torch.
+    """
     names = [name for name in WIDTHS[bits] if row["kind"] != "dense" or name in DENSE]
-    return max((row["images_per_s"][n] for n in names if n in row["images_per_s"]), default=None)
+    found = [(row["images_per_s"][name], name) for name in names if name in row["images_per_s"]]
+    return max(found, default=None)
 
 
 def _titled(title: str, where: str) -> str:
