@@ -22,7 +22,7 @@ from explib.render import NAMES, NOT_MEASURED, WAY_NAMES, fill, hardware, to_htm
 CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
     "ours": "Ways A and B with the survivors of largest L1 norm",
-    "criteria": "Criteria of comparison at the same rates",
+    "criteria": "Criteria of comparison at the same rates; differences ± half their 95 % interval",
     "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
@@ -244,7 +244,7 @@ def named_rates(arch: str, compress_rate: str) -> str:
 def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
     """Mean difference to a criterion over the seeds both have.
 
-    With its 95 % interval and the p of a paired t-test, neither corrected for how many there are.
+    ± half of its 95 % interval and the p of a paired t-test, not corrected for how many there are.
     """
     same = ["arch", "compress_rate", "trained"]
     others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
@@ -259,8 +259,8 @@ def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
     if len(seeds) == 1:
         return f"{mean:+.2f} (n=1)"
     test = stats.ttest_rel(*pairs)
-    low, high = test.confidence_interval(0.95)
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] (p = {test.pvalue:.3f}, n={len(seeds)})"
+    half = test.confidence_interval(0.95).high - mean
+    return f"{mean:+.2f} ± {half:.2f} (p = {test.pvalue:.3f}, n={len(seeds)})"
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:

@@ -220,7 +220,7 @@ class TestCriteria:
         ours, l1, random = (
             found.loc[name] for name in ("B, random survivors", "L1 kernels", "random kernels")
         )
-        assert ours["against random kernels"] == "+2.00 [-0.48, +4.48] (p = 0.074, n=3)"
+        assert ours["against random kernels"] == "+2.00 ± 2.48 (p = 0.074, n=3)"
         assert l1["against random kernels"] == "+1.50 (n=1)"
         assert random["against random kernels"] == ""
         assert ours["against L1 kernels"] == "-0.50 (n=1)" and l1["against L1 kernels"] == ""
