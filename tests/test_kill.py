@@ -54,13 +54,14 @@ data.load_data(whole)  # and with it what that imports, which takes longer than 
 began = time.monotonic()
 assert not life(whole, 300)
 took = time.monotonic() - began
-kills, killed = 0, 0
-while killed < wanted:
-    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{kills}")
+kills, folders = 0, 0
+while kills < wanted:
+    assert folders < 50, "it is never caught alive"
+    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{folders}")
+    folders += 1
     while life(params, took * chance.uniform(0.02, 0.9)):
         kills += 1
         assert kills < 200, "it never gets anywhere"
-    killed = kills
     print(json.dumps({"job_dir": params.job_dir, "kills": kills}), flush=True)
 """
 
