@@ -19,7 +19,10 @@ PUBLISHED_EPOCHS = 30  # after each conv
 
 @_style
 def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
-    """Top-1 against the cut of multiply-adds: measured, published and of other methods."""
+    """Top-1 against the cut of multiply-adds: both ways measured, published, and other methods.
+
+    What the ways are compared with at the same cut is drawn by `criteria`.
+    """
     figure, axes = _figure(7, 5.6)
     published = tables.published()
     rows = published["rows"][published["rows"]["arch"] == arch]
@@ -46,6 +49,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     runs = _best_of(frame, arch)
+    runs = runs[runs["pruning_way"].isin(["A", "B"])] if len(runs) else runs
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
     names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
@@ -60,8 +64,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
         beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
-        name = key[0] if key[0] in "AB" else WAY_NAMES[key]  # the star says which survivors
-        text = f"{name} {run['last']:.2f} ({run['trained']:g})"
+        text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
         label = (run["last"], cut, text, WAY_COLOURS[key[0]])
         names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
@@ -171,7 +174,7 @@ def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None
 def _lengths(axes, runs: pd.DataFrame) -> None:
     """One panel of `lengths`: runs of one network at the same rates, the short ones first."""
     arch, rates = runs[["arch", "compress_rate"]].iloc[0]
-    ends, ticks = [], sorted(set(runs["trained"]))
+    ends, published, ticks = [], [], sorted(set(runs["trained"]))
     for (way, _), own in runs.groupby(["pruning_way", "survivors"]):
         key = tables.way_of(own.iloc[0])
         axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
@@ -183,13 +186,8 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
         ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
         published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
-        low, high = axes.get_ylim()
-        places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
-        for place, (top1, way) in zip(places, published, strict=True):
+        for top1, way in published:
             axes.plot(ticks[-1], top1, "D", color=WAY_COLOURS[way], markersize=6, alpha=0.6)
-            axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(-8, 0),
-                          textcoords="offset points", fontsize=8.5, ha="right", va="center",
-                          color=WAY_COLOURS[way])  # fmt: skip
     for dense in sorted(set(runs["dense"].round(2))):
         axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
         axes.annotate(f"dense {dense:.2f}", (ticks[0], dense), xytext=(0, 3), fontsize=8.5,
@@ -198,6 +196,12 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     axes.minorticks_off()
     axes.margins(y=0.08)
+    low, high = axes.get_ylim()  # with everything drawn, so that labels stand where they belong
+    places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
+    for place, (top1, way) in zip(places, published, strict=True):
+        axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(-8, 0),
+                      textcoords="offset points", fontsize=8.5, ha="right", va="center",
+                      color=WAY_COLOURS[way])  # fmt: skip
     plots.direct_labels(axes, ends)
     axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
     cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
@@ -243,7 +247,8 @@ _SEE = {
     "for the others.",
     "sparsity": "bars that end below their mark did not meet their rate. Runs that prune as many "
     "kernels of every layer share one figure.",
-    "accuracy_vs_cut": "up and to the right is better. Stars were measured here; grey lines join "
+    "accuracy_vs_cut": "up and to the right is better. Stars were measured here, a row's longest "
+    "run. What random kernels and others reach at the same cuts, `criteria` shows. Grey lines join "
     "a published cut as claimed (hollow) with the true one of the same row.",
 }
 

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from scipy.optimize import isotonic_regression
 
 from explib import records
 from explib.files import write_bytes
@@ -22,6 +24,7 @@ WAY_COLOURS = {
     "A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK,
     "matched": BLACK,
 }  # fmt: skip
+HALO = withStroke(linewidth=3, foreground="white")  # of a label over lines
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
@@ -233,19 +236,15 @@ def direct_labels(axes, ends: list[tuple]) -> None:
     for (value, _, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(f"{name} {value:.2f}", (edge, place), color=colour, fontsize=8.5,
                       xytext=(7, 0), textcoords="offset points", va="center",
-                      annotation_clip=False)  # fmt: skip
+                      annotation_clip=False, path_effects=[HALO])  # fmt: skip
     axes.set_ylim(low, high)
 
 
 def apart(values: list[float], gap: float, high: float) -> list[float]:
-    """Where labels of ascending values stand: near them, `gap` apart, none above `high`."""
-    places: list[float] = []
-    for value in values:
-        places.append(max([value, *(place + gap for place in places[-1:])]))
-    top = high + gap
-    for i in reversed(range(len(places))):  # what was pushed out above goes back down
-        places[i] = top = min(places[i], top - gap)
-    return places
+    """Places of labels: nearest to their ascending values, `gap` apart, none above `high`."""
+    steps = gap * np.arange(len(values))
+    low = np.subtract(values, steps)  # nowhere falling is what gives each label its gap
+    return list(np.minimum(isotonic_regression(low).x, high - steps[-1:].sum()) + steps)
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:

@@ -54,15 +54,20 @@ data.load_data(whole)  # and with it what that imports, which takes longer than 
 began = time.monotonic()
 assert not life(whole, 300)
 took = time.monotonic() - began
-kills, folders = 0, 0
-while kills < wanted:
-    assert folders < 50, "it is never caught alive"
-    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{folders}")
-    folders += 1
+kills = 0
+for folder in range(100):
+    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{folder}")
+    began = time.monotonic()
+    if not life(params, took * chance.uniform(0.02, 0.9)):
+        took = min(took, time.monotonic() - began)  # the machine was busy before
+        continue
+    kills += 1
     while life(params, took * chance.uniform(0.02, 0.9)):
         kills += 1
         assert kills < 200, "it never gets anywhere"
     print(json.dumps({"job_dir": params.job_dir, "kills": kills}), flush=True)
+    if kills >= wanted:
+        break
 """
 
 

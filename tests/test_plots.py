@@ -69,3 +69,10 @@ def test_equal_figures_are_equal_files(tmp_path):
     second = [path.read_bytes() for path in plots.save(plots.macs(LAYERS), tmp_path / "b")]
     assert first == second
     assert first[0].startswith(b"<?xml") and first[1].startswith(b"\x89PNG")
+
+
+def test_labels_are_kept_apart_as_near_to_their_values_as_that_allows():
+    assert plots.apart([], 1, 9) == []
+    assert plots.apart([1, 5], 1, 9) == [1, 5]
+    assert plots.apart([2, 2, 8], 1, 9) == [1.5, 2.5, 8]  # both give way
+    assert plots.apart([8.8, 9], 1, 9) == [8, 9]  # not above the top
