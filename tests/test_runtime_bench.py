@@ -36,12 +36,37 @@ def test_the_crossover_lies_between_its_neighbours_in_seconds_per_image():
     assert bench.crossover(sweep(400, 200, 150), "engine fp32", 100.0) is None
 
 
-def test_the_median_of_repeated_calls_counts(monkeypatch):
-    clock = iter([0, 0, 1, 0, 2, 0, 4, 0, 8, 0, 16, 99])  # until; start and end of five calls
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    calls = []
-    speed = bench.images_per_s(calls.append, [0] * 12, seconds=0)
-    assert speed == pytest.approx(12 / 4) and len(calls) == 7
+def test_ways_take_turns_and_the_median_of_their_calls_counts(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def way(name, *took):
+        took = iter((0, 0, *took))  # two to warm up
+
+        def forward(images):
+            calls.append(name)
+            now[0] += next(took)
+
+        return name, forward
+
+    ways = [way("a", 1, 2, 4, 8, 16), way("b", *[3] * 5), way("b", *[2] * 5)]
+    speeds = bench.images_per_s(ways, [0] * 12, seconds=0)
+    assert speeds == {"a": pytest.approx(12 / 4), "b": pytest.approx(12 / 2)}
+    assert calls[6:] == ["a", "b", "b"] * 5
+    assert bench.images_per_s([], [0]) == {}
+
+
+def test_a_turn_holds_as_many_calls_as_fit(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(bench, "TURN", 1.0)
+
+    def forward(images):
+        calls.append(now[0])
+        now[0] += 0.25
+
+    bench.images_per_s([("a", forward), ("b", forward)], [0], seconds=0)
+    assert len(calls) == 4 + 2 * 8  # two turns of four calls for each, and the warm-up
 
 
 def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):

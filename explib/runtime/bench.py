@@ -1,7 +1,7 @@
 """How fast networks run: dense torch, the engine, and a physically smaller network.
 
-`python -m explib.runtime.bench` writes results/bench/runtime-MACHINE.json: images per second, each
-the median of repeated calls, all of them in one process on the same threads. Networks pruned at the
+`python -m explib.runtime.bench` writes results/bench/runtime-MACHINE.json: images per second, the
+median of repeated calls by turns, all in one process on the same threads. Networks pruned at
 published rates have random weights: speed depends on which kernels survive, not on their values.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 
 import torch
@@ -37,37 +37,51 @@ ENGINE = {
     "engine fp16": torch.float16,
 }
 BATCHES = (128, 1)
+TURN = 0.1
+"""Seconds of one way's turn, at least a call."""
 RECHECK = 0.5
 """Scores nearer than this are computed in float32, too: ten times what bf16 changes a score by."""
 
 
-def images_per_s(forward: Callable, images: torch.Tensor, seconds: float = 1.0) -> float:
-    """Images per second: the median of at least five calls, after two to warm up.
+Ways = list[tuple[Hashable, Callable]]
+"""Names of ways to run a network, and what runs it; of several of one name the fastest counts."""
 
-    The process keeps the memory it frees: else torch's networks, which the engine is compared with,
-    would pay for some 70,000 page faults a call, or for none, by what ran before them.
+
+def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict[Hashable, float]:
+    """Images per second of each way by name: the median of at least five calls, after two.
+
+    The ways run by turns, `seconds` each in all, so that what else the machine does slows them
+    alike. The process keeps the memory it frees: else torch's networks, which the engine is
+    compared with, would pay for some 70,000 page faults a call, or for none, by what ran before.
     """
     keep_memory()
-    times: list[float] = []
+    times: list[list[float]] = [[] for _ in ways]
     with torch.no_grad():
-        forward(images), forward(images)
-        until = time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < until:
-            started = time.perf_counter()
-            forward(images)
-            times.append(time.perf_counter() - started)
-    return len(images) / statistics.median(times)
+        for _, forward in ways:
+            forward(images), forward(images)
+        until = time.perf_counter() + seconds * len(ways)
+        while any(len(own) < 5 for own in times) or time.perf_counter() < until:
+            for (_, forward), own in zip(ways, times, strict=True):
+                began = ended = time.perf_counter()
+                while ended - began < TURN:
+                    started = ended
+                    forward(images)
+                    ended = time.perf_counter()
+                    own.append(ended - started)
+    fastest: dict[Hashable, float] = {}
+    for (name, _), own in zip(ways, times, strict=True):
+        fastest[name] = max(fastest.get(name, 0.0), len(images) / statistics.median(own))
+    return fastest
 
 
-def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, seconds: float) -> float:
-    """Images per second of a dense network as fast as torch makes it.
+def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list[Callable]:
+    """A dense network as fast as torch makes it, in both memory formats.
 
-    BatchNorm folded, weights frozen, in both memory formats, of which the faster one counts.
+    BatchNorm folded, weights frozen.
     """
-    speeds = []
+    forwards = []
     for layout in (torch.contiguous_format, torch.channels_last):
         folded = graph.trace(model, images).to(dtype=dtype, memory_format=layout)
-        torch._dynamo.reset()
         with inductor.patch(freezing=True), torch.no_grad():
             fast = torch.compile(folded)
             fast(images.to(dtype=dtype, memory_format=layout))  # compiled here, under the setting
@@ -75,32 +89,30 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, seconds
         def forward(x, fast=fast, layout=layout, dtype=dtype):
             return fast(x.to(dtype=dtype, memory_format=layout))
 
-        speeds.append(images_per_s(forward, images, seconds))
-    return max(speeds)
+        forwards.append(forward)
+    return forwards
 
 
-def dense_speeds(
-    model: nn.Module, images: torch.Tensor, seconds: float = 1.0, names: Sequence[str] = DENSE
-) -> dict[str, float]:
-    """Images per second of a network in torch; names: of DENSE.
+def dense_ways(model: nn.Module, images: torch.Tensor, names: Sequence[str] = DENSE) -> Ways:
+    """A network in torch; names: of DENSE.
 
     Without a C++ compiler those that torch would compile are left out.
     """
-    ways = {
-        "eager fp32": lambda: images_per_s(model, images, seconds),
-        "compiled fp32": lambda: compiled(model, images, torch.float32, seconds),
-        "compiled bf16": lambda: compiled(model, images, torch.bfloat16, seconds),
-    }
+    torch._dynamo.reset()  # what it compiled of other networks
+    ways: Ways = [("eager fp32", model)]
     try:
         build.library()
+        for name, dtype in (("compiled fp32", torch.float32), ("compiled bf16", torch.bfloat16)):
+            if name in names:
+                ways += [(name, forward) for forward in compiled(model, images, dtype)]
     except runtime.NoCompiler:
-        names = [name for name in names if "compiled" not in name]
-    return {name: ways[name]() for name in names}
+        pass
+    return [way for way in ways if way[0] in names]
 
 
-def engine_speeds(model: nn.Module, images: torch.Tensor, seconds: float = 1.0) -> dict[str, float]:
-    """Images per second of a masked network in the engine, in the types this machine has."""
-    speeds = {}
+def engine_ways(model: nn.Module, images: torch.Tensor) -> Ways:
+    """A masked network in the engine, in the types this machine has."""
+    ways: Ways = []
     for name, dtype in ENGINE.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
@@ -108,8 +120,8 @@ def engine_speeds(model: nn.Module, images: torch.Tensor, seconds: float = 1.0) 
         wanted = str(dtype).removeprefix("torch.")
         small = dtype == torch.bfloat16 and len(images) < 16  # computed in float32
         if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted) and not small:
-            speeds[name] = images_per_s(fast, images, seconds)
-    return speeds
+            ways.append((name, fast))
+    return ways
 
 
 def fresh(arch: str) -> nn.Module:
@@ -141,8 +153,8 @@ def by_network(
     rows = []
     for batch in batches:
         images = torch.randn(batch, 3, 32, 32)
-        speeds = dense_speeds(model, images, seconds, dense)
-        speeds |= engine_speeds(model, images, seconds)
+        ways = dense_ways(model, images, dense) + engine_ways(model, images)
+        speeds = images_per_s(ways, images, seconds)
         cut = 100 * (1 - left["left"] / left["dense"])
         rows.append({"arch": arch, "cut_pct": cut, "batch": batch, "images_per_s": speeds})
     return rows
@@ -155,14 +167,21 @@ def by_density(
     densities: Sequence[float] = DENSITIES,
 ) -> list[dict]:
     """One row per density: the engine with that share of every conv's kernels but the first's."""
-    rows = []
+    images = torch.randn(batch, 3, 32, 32)
+    ways = []
     for density in densities:
         model = fresh(arch)
         rates = {conv.name: 1 - density for conv in find_convs(model)[1:]}
         masking.apply(model, pruners.prune(model, rates, "random"))
-        images = torch.randn(batch, 3, 32, 32)
-        rows.append({"density": density, "images_per_s": engine_speeds(model, images, seconds)})
-    return rows
+        ways += [((density, name), forward) for name, forward in engine_ways(model, images)]
+    speeds = images_per_s(ways, images, seconds)
+    return [
+        {
+            "density": density,
+            "images_per_s": {name: speed for (at, name), speed in speeds.items() if at == density},
+        }
+        for density in densities
+    ]
 
 
 def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE) -> list[dict]:
@@ -189,13 +208,13 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
         whole = structured.whole_filters(masks)
         row["kind"] = "filters" if whole else "kernels" if masks else "dense"
         network = structured.narrowed(model, masks) if whole else model
-        speeds = engine_speeds(network, images, seconds)
-        for name in [name for name in speeds if real and name != "engine fp32"]:
+        ways = engine_ways(network, images)
+        for name in [name for name, _ in ways if real and name != "engine fp32"]:
             fast = runtime.compile(network, images[:1], dtype=ENGINE[name], recheck=RECHECK)
-            speeds[f"{name}, rechecked"] = images_per_s(fast, images, seconds)
+            ways.append((f"{name}, rechecked", fast))
         if row["kind"] != "kernels":
-            speeds |= dense_speeds(network, images, seconds, dense)
-        rows.append(row | {"images_per_s": speeds})
+            ways += dense_ways(network, images, dense)
+        rows.append(row | {"images_per_s": images_per_s(ways, images, seconds)})
     return rows
 
 

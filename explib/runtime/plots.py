@@ -5,10 +5,12 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from explib.files import ROOT
-from explib.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, _figure, _style, save
+from explib.plots import BLUE, GREEN, GREY, HALO, ORANGE, RED, SKY, _figure, _style, save
 from explib.render import NAMES, hardware, machine
 from explib.runtime.bench import DENSE, ENGINE, crossover
 
@@ -31,7 +33,7 @@ WIDTHS = {
 }
 KINDS = {"dense": "dense", "kernels": "kernels pruned", "filters": "whole filters pruned"}
 MARKERS = {"dense": "s", "kernels": "o", "filters": "^"}
-KIND_COLOURS = {"dense": GREY, "kernels": RED, "filters": BLUE}
+ARCH_COLOURS = (BLUE, RED, GREEN, ORANGE, SKY)
 
 
 @_style
@@ -46,8 +48,8 @@ def speeds(rows: list[dict]) -> Figure:
         values = [row["images_per_s"].get(name, 0) for name in names]
         axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.7)
         for y, value in enumerate(values):
-            axes.annotate(f"{value:,.0f}", (value, y), xytext=(3, 0), va="center", fontsize=8.5,
-                          textcoords="offset points")  # fmt: skip
+            axes.annotate(f"{value:,.0f}" if value else "—", (value, y), xytext=(3, 0),
+                          va="center", fontsize=8.5, textcoords="offset points")  # fmt: skip
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="images per second", xlim=(0, 1.28 * max(values)))
         axes.set_title(f"{NAMES[row['arch']]}, −{row['cut_pct']:.0f} %, batch {row['batch']}",
@@ -100,44 +102,43 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
 def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
-    Of each network its fastest way in fp32, and in 16 bits (a dense one's in torch). Those are
-    named that no other of their kind and architecture beats clearly: 1.1 times as fast at 0.1
-    points less or better, or 0.5 points better at 0.9 times the speed. The rest is pale. where: the
-    machine, for the title.
+    Of each network its fastest way in fp32, and in 16 bits (a dense one's in torch). Pale is what
+    another one of its kind and architecture is as accurate as and, but for 5 %, as fast; the rest
+    is named. where: the machine, for the title.
     """
     figure, axes = _figure(7, 4.6)
-    shown = set()
+    colours = dict(zip(dict.fromkeys(row["arch"] for row in rows), ARCH_COLOURS, strict=False))
+    ways = {}
     for bits in WIDTHS:
         points = [(row, *fastest) for row in rows if (fastest := _fastest(row, bits))]
         for row, speed, how in points:
-            best = not any(
-                (more > -0.1 and fast > 1.1 * speed) or (more > 0.5 and fast > 0.9 * speed)
+            beaten = any(
+                other["top1"] >= row["top1"] and fast > 0.95 * speed
                 for other, fast, _ in points
-                if (other["arch"], other["kind"]) == (row["arch"], row["kind"])
-                for more in [other["top1"] - row["top1"]]
+                if (other["arch"], other["kind"]) == (row["arch"], row["kind"]) and other is not row
             )
-            label = f"{KINDS[row['kind']]}: {how}" if best else None
-            look = {"markersize": 8} if best else {"markersize": 5, "alpha": 0.3}
-            axes.plot(speed, row["top1"], MARKERS[row["kind"]], color=KIND_COLOURS[row["kind"]],
-                      markerfacecolor=None if bits == "fp32" else "white", **look,
-                      label=None if label in shown else label)  # fmt: skip
-            shown.add(label)
-            if bits != "fp32" or not best:  # the same network, named once
+            look = {"marker": MARKERS[row["kind"]], "markersize": 8, "linestyle": ""}
+            if bits != "fp32":
+                look["markerfacecolor"] = "white"
+            ways[f"{KINDS[row['kind']]}: {how}"] = look
+            pale = {"markersize": 5, "alpha": 0.3} if beaten else {}
+            axes.plot(speed, row["top1"], color=colours[row["arch"]], **look | pale)
+            if bits != "fp32" or beaten:  # the same network, named once
                 continue
-            cut = f", −{row['cut_pct']:.0f} %" if row["cut_pct"] else ""
             name = row["name"].removeprefix(f"{row['arch']}-") if row["cut_pct"] else "dense"
-            title = f"{NAMES[row['arch']]}\n{name}{cut}"
-            above = row["kind"] != "filters"  # which lie lower than kernels as fast
-            axes.annotate(title, (speed, row["top1"]), fontsize=7.5, color="#444444", ha="center",
-                          xytext=(0, 7 if above else -7), va="bottom" if above else "top",
-                          textcoords="offset points")  # fmt: skip
+            axes.annotate(name, (speed, row["top1"]), xytext=(7, 0), va="center", fontsize=7.5,
+                          color="#333333", textcoords="offset points", zorder=1.9,
+                          path_effects=[HALO])  # fmt: skip
+    handles = [Patch(color=colour, label=NAMES[arch]) for arch, colour in colours.items()]
+    handles += [Line2D([], [], color="#555555", label=way, **look) for way, look in ways.items()]
     axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(_titled("Accuracy against measured speed", where))
-    axes.legend(fontsize=8.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    axes.margins(x=0.16, y=0.14)
+    axes.legend(handles=handles, fontsize=8.5, ncols=2, loc="upper center",
+                bbox_to_anchor=(0.5, -0.16))  # fmt: skip
+    axes.margins(x=0.1, y=0.1)
     return figure
 
 
