@@ -189,8 +189,8 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
 
     kind: `dense`; `kernels`, run by the engine; or `filters`, pruned by whole filters, run by torch
     and by the engine as the smaller dense network that it is. Where CIFAR-10 is on disk the images
-    are from its test set, so that the share of undecided ones, which `recheck` computes again, is a
-    real one.
+    are from its test set, channels last, so that the share of undecided ones, which `recheck`
+    computes again, is a real one.
     """
     rows = []
     real = (cifar10_dir() / "cifar-10-batches-py").is_dir()
