@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 
 from explib import records, render, tables
@@ -253,6 +254,21 @@ class TestCriteria:
             ["53.5", "L1 kernels"],
             ["53.5", "random kernels"],
             ["[0.5]", "L1 kernels"],
+        ]
+
+    def test_at_a_glance_the_highest_ranks_stand_first(self, tmp_path):
+        assert tables.overview(pd.DataFrame()).empty
+        for rates, *scores in (("[0.5]", 91, 90, 89), ("[0.7]", 90, 80, None)):
+            for way, score in zip(("l1", "random", "bn"), scores, strict=True):
+                if score:
+                    record(tmp_path, float(score), pruning_way=way, compress_rate=rates, epochs=1)
+        record(tmp_path, 92.0, seed=1, pruning_way="l1", compress_rate="[0.5]", epochs=1)
+        found = tables.make(tmp_path, "cifar10")["overview"]
+        assert list(found) == ["criterion", *(f"ResNet-56, [{r}] %, 1 epoch" for r in (0.5, 0.7))]
+        assert found.values.tolist() == [
+            ["L1 kernels", "91.50 ± 0.71 (n=2)", "90.00"],
+            ["random kernels", "90.00", "80.00"],
+            ["lowest-γ filters", "89.00", ""],
         ]
 
 
