@@ -63,7 +63,9 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         )  # fmt: skip
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
-        beside = (cuts - cut).between(0.5, 5).any()  # others' names stand to the right
+        # names and crosses of others to the right
+        crosses = others["top1_pct"][(others["cut_pct"] - cut).between(0, 5)]
+        beside = (cuts - cut).between(0.5, 5).any() or ((crosses - run["last"]).abs() < 0.25).any()
         text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
         label = (run["last"], cut, text, WAY_COLOURS[key[0]])
         names.setdefault((beside, round(cut)), []).append(label)
@@ -199,9 +201,9 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     low, high = axes.get_ylim()  # with everything drawn, so that labels stand where they belong
     places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
     for place, (top1, way) in zip(places, published, strict=True):
-        axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(-8, 0),
-                      textcoords="offset points", fontsize=8.5, ha="right", va="center",
-                      color=WAY_COLOURS[way])  # fmt: skip
+        axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(7, 0),
+                      textcoords="offset points", fontsize=8.5, va="center",
+                      annotation_clip=False, color=WAY_COLOURS[way])  # fmt: skip
     plots.direct_labels(axes, ends)
     axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
     cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
