@@ -156,3 +156,14 @@ def test_the_committed_record_draws(path):
     figure = plots.accuracy_vs_speed(record["shipped"])
     assert figure.axes[0].get_xlabel() and figure.axes[0].get_ylabel()
     assert record["provenance"]["git_dirty"] is False
+
+
+def test_of_networks_alike_the_faster_one_is_named():
+    def row(name, top1, speed):
+        return dict(name=name, arch="resnet_56", top1=top1, cut_pct=50.0, kind="kernels",
+                    images_per_s={"engine fp32": speed})  # fmt: skip
+
+    rows = [row("a", 92.0, 1000.0), row("b", 92.0, 1010.0), row("c", 91.0, 1020.0)]
+    rows += [row("d", 90.0, 2000.0)]
+    names = [text.get_text() for text in plots.accuracy_vs_speed(rows).axes[0].texts]
+    assert names == ["b", "d"]

@@ -103,8 +103,8 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
     Of each network its fastest way in fp32, and in 16 bits (a dense one's in torch). Pale is what
-    another one of its kind and architecture is as accurate as and, but for 5 %, as fast; the rest
-    is named. where: the machine, for the title.
+    another one of its kind and architecture beats: more accurate and, but for 5 %, as fast, or as
+    accurate and faster; the rest is named. where: the machine, for the title.
     """
     figure, axes = _figure(7, 4.6)
     colours = dict(zip(dict.fromkeys(row["arch"] for row in rows), ARCH_COLOURS, strict=False))
@@ -113,9 +113,9 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
         points = [(row, *fastest) for row in rows if (fastest := _fastest(row, bits))]
         for row, speed, how in points:
             beaten = any(
-                other["top1"] >= row["top1"] and fast > 0.95 * speed
+                (other["top1"], fast) > (row["top1"], speed) and fast > 0.95 * speed
                 for other, fast, _ in points
-                if (other["arch"], other["kind"]) == (row["arch"], row["kind"]) and other is not row
+                if (other["arch"], other["kind"]) == (row["arch"], row["kind"])
             )
             look = {"marker": MARKERS[row["kind"]], "markersize": 8, "linestyle": ""}
             if bits != "fp32":
