@@ -22,7 +22,7 @@ from explib.files import ROOT, write_json
 from explib.masks import Masks
 from explib.params import Params
 from explib.records import provenance
-from explib.tables import published
+from explib.selection import published
 
 FOLDER = ROOT / "results/bench"
 STARTS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from explib import expectation, plots, records, study, tables
+from explib import expectation, plots, records, selection, study
 from explib.bench import plots as bench
 from explib.files import resolve
 from explib.params import from_mapping, parse_rates
@@ -24,7 +24,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     What the ways are compared with at the same cut is drawn by `criteria`.
     """
     figure, axes = _figure(7, 5.6)
-    published = tables.published()
+    published = selection.published()
     rows = published["rows"][published["rows"]["arch"] == arch]
     for way, marker in (("A", "s"), ("B", "D")):
         top1 = [cell[way] for cell in rows["top1_pct"]]
@@ -53,7 +53,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
     names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
-        key = tables.way_of(run)
+        key = selection.way_of(run)
         style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
         axes.errorbar(
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
@@ -88,7 +88,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
 @_style
 def published_vs_true() -> Figure:
     """The published cut of every row against the true one."""
-    rows = tables.published()["rows"].iloc[::-1]
+    rows = selection.published()["rows"].iloc[::-1]
     figure, axes = _figure(6.5, 4.6)
     place = np.arange(len(rows))
     axes.hlines(place, rows["true_cut_pct"], rows["cut_pct"], color="#BBBBBB", linewidth=2)
@@ -117,7 +117,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
         return None
     runs = runs.assign(
         cut=100 * (1 - runs["macs"] / runs["macs_dense"]),
-        rates=[tables.named_rates(arch, rates) for rates in runs["compress_rate"]],
+        rates=[selection.named_rates(arch, rates) for rates in runs["compress_rate"]],
     )
     panels = [alike.sort_values("last") for _, alike in runs.groupby("rates")]
     heights = [len(alike) + 0.6 for alike in panels]
@@ -126,7 +126,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     for axes, alike in zip(every[:, 0], panels, strict=True):
         labels = []
         for y, (_, run) in enumerate(alike.iterrows()):
-            way = tables.way_of(run)
+            way = selection.way_of(run)
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
                           color=WAY_COLOURS[way[0]], capsize=3)  # fmt: skip
             if run["n"] > 1:
@@ -158,7 +158,7 @@ def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None
 
     A panel for each of a network's rates, with the criteria that were run at several lengths.
     """
-    runs = tables.compared(frame, usual)
+    runs = selection.compared(frame, usual)
     if runs.empty:
         return None
     runs = runs[runs["arch"] == arch]
@@ -178,13 +178,13 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     arch, rates = runs[["arch", "compress_rate"]].iloc[0]
     ends, published, ticks = [], [], sorted(set(runs["trained"]))
     for (way, _), own in runs.groupby(["pruning_way", "survivors"]):
-        key = tables.way_of(own.iloc[0])
+        key = selection.way_of(own.iloc[0])
         axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
                       linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
                       color=WAY_COLOURS[way])  # fmt: skip
         ends.append((own["last"].iloc[-1], ticks[-1], WAY_NAMES[key], WAY_COLOURS[way]))
-    rows = tables.published()["rows"]
-    named = tables.named_rates(arch, rates)
+    rows = selection.published()["rows"]
+    named = selection.named_rates(arch, rates)
     for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
         ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
         published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
@@ -212,7 +212,7 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
 
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     """The group of runs that the tables choose for each way, criterion and rates of a network."""
-    runs = tables.groups(frame)
+    runs = selection.groups(frame)
     if runs.empty:
         return runs
     runs = runs[runs["arch"] == arch]
@@ -221,7 +221,7 @@ def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
 
 def _most_compared(frame: pd.DataFrame, arch: str, usual: bool) -> pd.DataFrame:
     """At each of a network's rates the groups of the epochs that most criteria were run for."""
-    runs = tables.compared(frame, usual)
+    runs = selection.compared(frame, usual)
     if runs.empty:
         return runs
     runs = runs[runs["arch"] == arch].sort_values(["others", "trained"], ascending=False)

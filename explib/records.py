@@ -164,11 +164,12 @@ def read_all(results_dir: str | Path = "results", dataset: str = "cifar10") -> l
 def frame(records: Iterable[dict]) -> pd.DataFrame:
     """One row per record: every parameter, and what came out.
 
-    Columns beside the parameters: kind, status; macs_dense, macs (multiply-adds), weights_dense,
-    weights (counts), published_m (millions, the published convention); dense, before, last, best
-    (top-1, per cent), best_epoch; sparsity, nominal_sparsity (share of kernels), wall_s,
-    images_per_s, device, hardware, history (a list), trained (epochs in all, to two decimals, which
-    `epochs` is not for a layerwise run). Of the layers, most of a record, nothing.
+    Columns beside the parameters: kind, status, start (the SHA-256 of the checkpoint that it starts
+    from); macs_dense, macs (multiply-adds), weights_dense, weights (counts), published_m (millions,
+    the published convention); dense, before, last, best (top-1, per cent), best_epoch; sparsity,
+    nominal_sparsity (share of kernels), wall_s, images_per_s, device, hardware, history (a list),
+    trained (epochs in all, to two decimals, which `epochs` is not for a layerwise run). Of the
+    layers, most of a record, nothing.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
@@ -177,6 +178,7 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
             **record["params"],
             "kind": record["kind"],
             "status": record["status"],
+            "start": record.get("provenance", {}).get("checkpoint_sha256", ""),
             "macs_dense": record["macs"]["dense"],
             "macs": record["macs"]["left"],
             "published_m": record["macs"].get("published_m"),

@@ -1,22 +1,15 @@
-"""Records in, tables out. Nothing in a table is typed by hand.
+"""Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
-Of several groups of runs for one row (equal but for their seeds) a table shows the one with most
-epochs, then the one with most seeds. Runs that diverged, or that used only a part of the data, are
-no results.
-"""
-
-import functools
 import sys
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from scipy import stats
 
-from explib import flops, records
+from explib import flops, records, selection
 from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
-from explib.params import PLACES, Params, parse_rates
+from explib.params import parse_rates
 from explib.render import NAMES, NOT_MEASURED, WAY_NAMES, fill, hardware, to_html, to_markdown
 
 CAPTIONS = {
@@ -38,67 +31,10 @@ CAPTIONS = {
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
 _COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
-_RATES = ["arch", "compress_rate"]
-_SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
-_RECIPE = ("lr", "lr_schedule", "batch_size", "distill", "fade_epochs", "bn_images")
-_USUAL = {**_SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
-
-
-def published() -> dict[str, pd.DataFrame]:
-    """The published figures of params/published.yaml: `rows` and `others`, in per cent."""
-    content = yaml.safe_load((ROOT / "params/published.yaml").read_text())
-    return {name: pd.DataFrame(rows) for name, rows in content.items()}
-
-
-def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
-    """Runs equal but for their seeds, one row a group, the chosen one first.
-
-    Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
-    (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
-    weights, sparsity and nominal_sparsity are means; hardware names every machine. Takes finished
-    fine-tunes; with `usual` only those with the published method's settings, masks that follow the
-    seed, and all the data.
-    """
-    if frame.empty:
-        return frame
-    chosen = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
-    if usual:
-        for field, value in _USUAL.items():
-            column = chosen[field]
-            chosen = chosen[column.isna() if value is None else column == value]
-        chosen = chosen[chosen["mask_seed"] == chosen["seed"]]
-    if chosen.empty:
-        return chosen
-    key = _experiments(chosen)
-    means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
-    table = chosen[~key.duplicated()].copy()
-    same = key[table.index]  # the order of `table`, in which every group stands once
-    machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
-    table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
-    table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
-    # a seed that ran on several machines counts once, with their mean
-    once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
-    by = once.reset_index("seed").groupby(level=0)
-    table[means] = by[means].mean().loc[same].values
-    table["n"] = by.size().loc[same].values
-    table["last_std"] = by["last"].std().loc[same].values
-    scores = by[["seed", "last"]].agg(list).loc[same]
-    table["by_seed"] = [dict(zip(*row, strict=True)) for row in scores.values.tolist()]
-    return table.sort_values(["trained", "n"], ascending=False, kind="stable")
-
-
-def _experiments(frame: pd.DataFrame) -> pd.Series:
-    """A number for each run, equal for runs of one experiment, which differ by their seed only."""
-    ignored = {*PLACES, "name", "seed"}
-    fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
-    chosen = frame[fields].copy()
-    # training seeds with their masks make one group, mask seeds under one training seed another
-    chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
-    return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
-
-
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
+_RATES = ["arch", "compress_rate"]
+_RECIPE = ("lr", "lr_schedule", "batch_size", "distill", "fade_epochs", "bn_images")
 
 
 def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = True) -> pd.DataFrame:
@@ -107,10 +43,10 @@ def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = Tr
     On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not; on other
     data one row for each group of runs. Cuts in per cent of multiply-adds, top-1 in per cent.
     """
-    runs = groups(frame, usual)
+    runs = selection.groups(frame, usual)
     if not runs.empty:
         runs = runs[runs["pruning_way"].isin(["A", "B"]) & (runs["survivors"] == survivors)]
-    rows = published()["rows"]
+    rows = selection.published()["rows"]
     rows = rows[rows["dataset"] == dataset]
     if rows.empty:
         runs = runs.drop_duplicates(["arch", "pruning_way"]) if not runs.empty else runs
@@ -179,31 +115,16 @@ def _cut(left: float, dense: float) -> float:
     return 100 * (1 - left / dense)
 
 
-def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
-    """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
-
-    What a comparison of criteria takes, at equal rates and epochs. Adds others: how many criteria
-    were run at these, the group's own included.
-    """
-    runs = groups(frame, usual)
-    if runs.empty:
-        return runs
-    equal = [*_RATES, "trained"]
-    runs = runs[runs["schedule"] == "oneshot"]
-    runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
-    return runs.assign(others=runs.groupby(equal)["n"].transform("size"))
-
-
 def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
     By network, rates and epochs, the best one first. Differences to the criteria that know no
     score are means over the seeds both sides have, with their 95 % interval and a paired t-test.
     """
-    runs = compared(frame, usual)
+    runs = selection.compared(frame, usual)
     if runs.empty:
         return runs
-    runs = runs.assign(rates=[named_rates(*pair) for pair in runs[_RATES].values])
+    runs = runs.assign(rates=[selection.named_rates(*pair) for pair in runs[_RATES].values])
     controlled = runs.assign(control=~runs["pruning_way"].isin(["A", "B"]))
     runs = runs[controlled.groupby([*_RATES, "trained"])["control"].transform("any")]
     lines = []
@@ -215,7 +136,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "network": line["network"],
             "published cut %": run["rates"],
             "epochs": line["epochs"],
-            "criterion": WAY_NAMES[way_of(run)],
+            "criterion": WAY_NAMES[selection.way_of(run)],
             "last epoch": line["last epoch"],
             "against random kernels": _against(run, runs, "random"),
             "against B's norms": _against(run, runs, "matched"),
@@ -245,27 +166,12 @@ def overview(compared: pd.DataFrame) -> pd.DataFrame:
     return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
 
 
-def way_of(run: pd.Series) -> tuple[str, str]:
-    """(pruning way, survivors) as in WAY_NAMES: only ways A and B choose survivors."""
-    return run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else ""
-
-
-@functools.cache
-def named_rates(arch: str, compress_rate: str) -> str:
-    """The published cut in per cent that belongs to a network's rates, else the rates."""
-    rows = published()["rows"]
-    for _, row in rows[rows["arch"] == arch].iterrows():
-        if parse_rates(row["compress_rate"]) == parse_rates(compress_rate):
-            return f"{row['cut_pct']:.1f}"
-    return compress_rate
-
-
 def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
     """Mean difference to a criterion over the seeds both have.
 
     ± half of its 95 % interval and the p of a paired t-test, not corrected for how many there are.
     """
-    same = ["arch", "compress_rate", "trained"]
+    same = [*_RATES, "trained"]
     others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
     if others.empty or run["pruning_way"] == way:
         return ""
@@ -287,7 +193,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 
     Each beside the usual runs that are equal otherwise, after as many epochs, where there are any.
     """
-    runs, reference = groups(frame, usual=False), groups(frame)
+    runs, reference = selection.groups(frame, usual=False), selection.groups(frame)
     if runs.empty:
         return runs
     whole = (runs[["limit_train", "limit_test", "validation"]] == 0).all(axis=1)
@@ -295,7 +201,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
     for _, run in runs[whole & runs["pruning_way"].isin(["A", "B"])].iterrows():
         if not (changed := _changes(run)):
             continue
-        same = ["arch", "compress_rate", "pruning_way", "survivors", "trained"]
+        same = ["arch", "start", "compress_rate", "pruning_way", "survivors", "trained"]
         equal = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
         equal = (
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
@@ -305,8 +211,8 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
         lines.append(
             {
                 "network": NAMES[run["arch"]],
-                "published cut %": named_rates(*run[_RATES]),
-                "way": WAY_NAMES[way_of(run)],
+                "published cut %": selection.named_rates(*run[_RATES]),
+                "way": WAY_NAMES[selection.way_of(run)],
                 "changed": ", ".join(changed),
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
@@ -324,7 +230,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 def _changes(run: pd.Series) -> list[str]:
     """The settings of a run that are not the usual ones, as `name value`."""
     changed = []
-    for field, usual in {**_SETTINGS, "schedule": "oneshot"}.items():
+    for field, usual in {**selection.SETTINGS, "schedule": "oneshot"}.items():
         value = None if pd.isna(run[field]) else run[field]
         if value != usual:
             changed.append(f"{field} {value}")
@@ -355,7 +261,7 @@ def baselines(frame: pd.DataFrame) -> pd.DataFrame:
 
 def recount() -> pd.DataFrame:
     """The published configurations counted both ways; see `flops.published_rows`."""
-    table = flops.published_rows(published()["rows"].to_dict("records"))
+    table = flops.published_rows(selection.published()["rows"].to_dict("records"))
     table["arch"] = table["arch"].map(NAMES)
     table = table.rename(columns={"arch": "network"}).drop(columns="rates")
     return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)

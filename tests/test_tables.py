@@ -21,6 +21,7 @@ def record(
     sparsity=0.5,
     trained=None,
     hardware="abacus",
+    start="",
     **fields,
 ):
     """Write a made-up record of ResNet-56's 53.5 % row; returns its path."""
@@ -46,6 +47,7 @@ def record(
         "history": [{"epoch": 1, "stage": 0, "top1": last}] * (trained or params.epochs),
         "wall_s": 1.0,
         "images_per_s": 100.0,
+        "provenance": {"checkpoint_sha256": start},
     }  # fmt: skip
     return records.write(entry, results_dir)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from explib import flops, models, pruners, runtime, structured, tables
+from explib import flops, models, pruners, runtime, selection, structured
 from explib import masks as masking
 from explib.data import cifar10_dir, eval_batches, load_data
 from explib.files import ROOT, write_json
@@ -132,7 +132,7 @@ def fresh(arch: str) -> nn.Module:
 
 def published(arch: str, label: str = "") -> tuple[nn.Module, Masks]:
     """A fresh network masked by way B at published rates, those of NETWORKS by default."""
-    rows = tables.published()["rows"].set_index("label")
+    rows = selection.published()["rows"].set_index("label")
     model = fresh(arch)
     convs = find_convs(model)
     rates = parse_rates(rows.loc[label or NETWORKS[arch], "compress_rate"])

@@ -1,0 +1,105 @@
+"""Which runs belong together: seeds of one experiment, and experiments that can be compared.
+
+Of several groups of runs for one row (equal but for their seeds) tables and figures show the one
+with most epochs, then the one with most seeds. Runs that diverged, or that used only a part of the
+data, are no results.
+"""
+
+import functools
+
+import pandas as pd
+import yaml
+
+from explib.files import ROOT
+from explib.params import PLACES, Params, parse_rates
+from explib.render import hardware
+
+SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
+"""The published method's, which most runs have."""
+_USUAL = {**SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
+
+
+def published() -> dict[str, pd.DataFrame]:
+    """The published figures of params/published.yaml: `rows` and `others`, in per cent."""
+    content = yaml.safe_load((ROOT / "params/published.yaml").read_text())
+    return {name: pd.DataFrame(rows) for name, rows in content.items()}
+
+
+def way_of(run: pd.Series) -> tuple[str, str]:
+    """(pruning way, survivors) as in WAY_NAMES: only ways A and B choose survivors."""
+    return run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else ""
+
+
+@functools.cache
+def named_rates(arch: str, compress_rate: str) -> str:
+    """The published cut in per cent that belongs to a network's rates, else the rates."""
+    rows = published()["rows"]
+    for _, row in rows[rows["arch"] == arch].iterrows():
+        if parse_rates(row["compress_rate"]) == parse_rates(compress_rate):
+            return f"{row['cut_pct']:.1f}"
+    return compress_rate
+
+
+def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """Runs equal but for their seeds, one row a group, the chosen one first.
+
+    Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
+    (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
+    weights, sparsity and nominal_sparsity are means; hardware names every machine. Takes finished
+    fine-tunes; with `usual` only those with the published method's settings, masks that follow the
+    seed, and all the data.
+    """
+    if frame.empty:
+        return frame
+    chosen = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
+    if usual:
+        for field, value in _USUAL.items():
+            column = chosen[field]
+            chosen = chosen[column.isna() if value is None else column == value]
+        chosen = chosen[chosen["mask_seed"] == chosen["seed"]]
+    if chosen.empty:
+        return chosen
+    key = _experiments(chosen)
+    means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
+    table = chosen[~key.duplicated()].copy()
+    same = key[table.index]  # the order of `table`, in which every group stands once
+    machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
+    table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
+    table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
+    # a seed that ran on several machines counts once, with their mean
+    once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
+    by = once.reset_index("seed").groupby(level=0)
+    table[means] = by[means].mean().loc[same].values
+    table["n"] = by.size().loc[same].values
+    table["last_std"] = by["last"].std().loc[same].values
+    scores = by[["seed", "last"]].agg(list).loc[same]
+    table["by_seed"] = [dict(zip(*row, strict=True)) for row in scores.values.tolist()]
+    return table.sort_values(["trained", "n"], ascending=False, kind="stable")
+
+
+def _experiments(frame: pd.DataFrame) -> pd.Series:
+    """A number for each run, equal for runs of one experiment, which differ by their seed only."""
+    ignored = {*PLACES, "name", "seed", "resume"}  # where a dense network lies, not which it is
+    fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
+    chosen = frame[[*fields, "start"]].copy()
+    # training seeds with their masks make one group, mask seeds under one training seed another
+    chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
+    return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
+
+
+def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
+
+    What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
+    architecture: the one that most groups start from. Adds others: how many criteria were run at
+    these, the group's own included.
+    """
+    runs = groups(frame, usual)
+    if runs.empty:
+        return runs
+    equal = ["arch", "compress_rate", "trained"]
+    runs = runs[runs["schedule"] == "oneshot"]
+    most = runs.groupby("arch")["start"].agg(lambda starts: starts.value_counts().index[0])
+    runs = runs[runs["start"] == runs["arch"].map(most)]
+    runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
+    return runs.assign(others=runs.groupby(equal)["n"].transform("size"))
