@@ -147,7 +147,10 @@ def flops(as_json, **options):
     def work():
         from explib import study
 
-        dense = study.load_dense(params) if params.resume else study.fresh(params)
+        trained = params.resume or study.dense_path(params).is_file()
+        if not trained:
+            click.echo(f"{params.arch}: not trained yet, so masks of fresh weights", err=True)
+        dense = study.load_dense(params) if trained else study.fresh(params)
         return study.counts(params, dense, study.choose_masks(params, dense))
 
     _run(work, as_json, _left)

@@ -133,5 +133,8 @@ def norm_kept(model: torch.nn.Module, masks: Masks) -> float:
 
 
 if __name__ == "__main__":
-    for arch in sys.argv[1:] or ["resnet_56"]:
+    chosen = sys.argv[1:] or ["resnet_56"]
+    if unknown := [arch for arch in chosen if arch not in STARTS]:
+        sys.exit(f"controls: {unknown[0]!r} is unknown; known: {', '.join(STARTS)}")
+    for arch in chosen:
         measure(STARTS[arch])

@@ -33,7 +33,8 @@ def scores(params: Params) -> None:
         return layer_scores(delta, expectation.levels(delta, groups), f"{network}, {layer}")
 
     networks = _networks(params)
-    groups = widgets.IntSlider(params.groups, 3, 40, description="groups")
+    most = max(40, params.groups)
+    groups = widgets.IntSlider(params.groups, 1, most, description="groups")
     _show(draw, networks, {"groups": groups})
 
 
@@ -73,8 +74,9 @@ def _networks(params: Params) -> dict[str, Callable[[], Dense]]:
     found = {}
     for arch in sorted(ARCHS, key=lambda arch: arch != params.arch):
         own = arch == params.arch
-        # another network has its own convs, and no checkpoint or masks of this one's
-        wanted = params if own else params.replace(arch=arch, resume="", compress_rate="[0.5]")
+        # another network has its own convs, and no checkpoint, masks or normalization of this one's
+        others = {"resume": "", "resume_mask": "", "normalization": "", "compress_rate": "[0.5]"}
+        wanted = params if own else params.replace(arch=arch, **others)
         trained = own or study.dense_path(wanted).is_file()
         load = functools.partial(study.load_dense if trained else study.fresh, wanted)
         found[NAMES[arch] + ("" if trained else " (untrained)")] = functools.cache(load)

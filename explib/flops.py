@@ -12,7 +12,7 @@ from torch import nn
 
 from explib import models
 from explib.masks import Masks
-from explib.models import Conv, find_convs
+from explib.models import Conv, blank, find_convs, modes_kept
 from explib.params import parse_rates
 from explib.pruners import number_to_prune
 
@@ -54,12 +54,10 @@ def linear_macs(model: nn.Module, image_size: int = 32) -> int:
                 lambda m, _, output: total.append(m.in_features * output.numel())
             )
             hooks.append(hook)
-    mode, device = model.training, next(model.parameters()).device
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+        with modes_kept(model), torch.no_grad():
+            model.eval()(blank(model, image_size))
     finally:
-        model.train(mode)
         for hook in hooks:
             hook.remove()
     return sum(total)
@@ -158,16 +156,15 @@ def by_ptflops(model: nn.Module, image_size: int = 32) -> dict[str, int]:
     """
 
     def count(ignored):
-        mode = model.training
-        total, _ = get_model_complexity_info(
-            model.eval(),
-            (3, image_size, image_size),
-            as_strings=False,
-            print_per_layer_stat=False,
-            backend="pytorch",
-            ignore_modules=ignored,
-        )
-        model.train(mode)
+        with modes_kept(model):
+            total, _ = get_model_complexity_info(
+                model.eval(),
+                tuple(blank(model, image_size).shape[1:]),
+                as_strings=False,
+                print_per_layer_stat=False,
+                backend="pytorch",
+                ignore_modules=ignored,
+            )
         return int(total)
 
     total, other = count([]), count([nn.Conv2d, nn.Linear])

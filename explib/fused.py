@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from explib import native
+from explib.models import modes_kept
 
 _INT64 = ctypes.c_int64
 
@@ -226,16 +227,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def _traced(model: nn.Module) -> fx.Graph | None:
     """The model's graph if it has one, the same for training and evaluation."""
-    graphs, modes = [], {module: module.training for module in model.modules()}
+    graphs = []
     try:
-        for mode in (True, False):
-            model.train(mode)
-            graphs.append(fx.Tracer().trace(model))
+        with modes_kept(model):
+            for mode in (True, False):
+                model.train(mode)
+                graphs.append(fx.Tracer().trace(model))
     except Exception:  # control flow that depends on the data: any error can come of it
         return None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     same = str(graphs[0]) == str(graphs[1])
     return graphs[0] if same else None
 

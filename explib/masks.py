@@ -52,13 +52,23 @@ def hold(
     Gradients of pruned kernels become exact zeros: before each step of the optimizer where it is
     given, in one operation for all layers, else as soon as they are there. From weight 0, momentum
     0 and gradient 0, no optimizer (weight decay included) makes anything else. Put masks on before
-    the optimizer has momentum, or clear it.
+    the optimizer has momentum, or clear it. ValueError, naming the layer, for a weight that is
+    computed from other parameters (weight_norm): what is trained would not be what is held.
     """
+    check(model, masks)
+    trained = {name: model.get_submodule(name).weight for name in masks}
+    if computed := [name for name, weight in trained.items() if not weight.is_leaf]:
+        raise ValueError(
+            f"masks: {computed[0]}'s weight is computed from other parameters, as by weight_norm; "
+            "remove that first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     apply(model, masks)
-    weights = [model.get_submodule(name).weight for name in masks]
+    trained = {name: weight for name, weight in trained.items() if weight.requires_grad}
+    weights = list(trained.values())  # frozen ones stay as they are
     wide = [  # of the weight's own shape and layout, as the fused multiplication on a GPU wants it
-        torch.ones_like(weight, requires_grad=False) * mask.to(weight.device)[:, :, None, None]
-        for weight, mask in zip(weights, masks.values(), strict=True)
+        torch.ones_like(weight, requires_grad=False)
+        * masks[name].to(weight.device)[:, :, None, None]
+        for name, weight in trained.items()
     ]
 
     def mask_all(*_):

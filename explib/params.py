@@ -169,6 +169,15 @@ class Params:
                 f"compile: 'sparse', but pruned kernels fade for {self.fade_epochs} epochs, and so "
                 "have to be computed; use 'auto', or fade_epochs 0"
             )
+        if self.fade_epochs > self.epochs:
+            raise ParamError(
+                f"fade_epochs: {self.fade_epochs}, but there are {self.epochs} epochs, and what is "
+                f"left of a kernel then is not zero; give at most {math.floor(self.epochs)}"
+            )
+        if self.pruning_way == "filters" and self.start_cov:
+            raise ParamError(
+                f"start_cov: {self.start_cov} is not for filters, which span convs; leave it 0"
+            )
         if not self.name:
             object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")
         if self.mask_seed is None:
@@ -206,6 +215,8 @@ class Params:
             derived["name"] = ""
         if self.mask_seed == self.seed:
             derived["mask_seed"] = None
+        if self.normalization == ("" if self.dataset == "digits" else self.dataset):
+            derived["normalization"] = ""
         return dataclasses.replace(self, **{**derived, **changes})
 
     def asdict(self) -> dict:
@@ -213,11 +224,17 @@ class Params:
         return dataclasses.asdict(self)
 
 
+_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
+_EXAMPLES = {"compress_rate": "[0.5]", "compile": "on", "lr_decay_step": "15,25"}
+
+
 def _checked(field: str, value, kind):
     """`value` as a `kind`, within its choices and range, else ParamError."""
     kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
     if value is None and type(None) in kinds:
         return None
+    if float in kinds and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)  # YAML takes 5e-4 for a word
     if int in kinds and float in kinds:
         if type(value) is float and value.is_integer():
             value = int(value)  # however it was written, it is the same run
@@ -225,7 +242,8 @@ def _checked(field: str, value, kind):
         value = float(value)
     if type(value) not in kinds:
         names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ParamError(f"{field}: {value!r} is a {type(value).__name__}; give {names}")
+        quoted = f', in quotes, like "{_EXAMPLES.get(field, value)}"' if kinds == (str,) else ""
+        raise ParamError(f"{field}: {value!r} is a {type(value).__name__}; give {names}{quoted}")
     if field in CHOICES and value not in CHOICES[field]:
         close = difflib.get_close_matches(str(value), CHOICES[field], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""

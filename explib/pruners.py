@@ -6,6 +6,9 @@ prune the rest in that order (method: section 2). The criteria of comparison hav
 prune the first n kernels of an order.
 """
 
+from collections.abc import Sequence
+from numbers import Real
+
 import numpy as np
 import pandas as pd
 import torch
@@ -13,7 +16,7 @@ from torch import nn
 
 from explib.expectation import delta_e, levels
 from explib.models import Conv, find_convs
-from explib.params import WAYS, ParamError, keep_floor, spread_rates
+from explib.params import CHOICES, WAYS, ParamError, keep_floor, spread_rates
 
 _ALIKE = 16  # kernels next to each other by norm, among which `matched` draws anew
 _EPSILON = 1e-9  # 0.7 * 10 is 7, and ceil(0.3 * 10) is 3, whatever binary fractions say
@@ -53,6 +56,14 @@ def prune_layer(
     """
     if way not in WAYS:
         raise ParamError(f"pruning_way: {way!r} is unknown; known: {', '.join(WAYS)}")
+    if survivors not in CHOICES["survivors"]:
+        raise ParamError(
+            f"survivors: {survivors!r} is unknown; known: {', '.join(CHOICES['survivors'])}"
+        )
+    if not 0 <= floor <= 1:
+        raise ParamError(f"floor: {floor} is out of range; give 0 to 1")
+    if type(groups) is not int or groups < 1:
+        raise ParamError(f"groups: {groups!r}; give a whole number from 1")
     if way in ("A", "bn") and gamma is None:
         raise ValueError(
             f"{layer}: no BatchNorm takes this conv's output, and way {way!r} needs its scale; "
@@ -151,7 +162,7 @@ def prunable(convs: list[Conv]) -> list[Conv]:
 
 def prune(
     model: nn.Module,
-    rate: float | list[float] | dict[str, float] = 0.5,
+    rate: float | Sequence[float] | dict[str, float] = 0.5,
     way: str = "B",
     *,
     seed: int = 0,
@@ -177,12 +188,12 @@ def prune(
             raise ParamError(f"rate: {sorted(unknown)[0]!r} is not a prunable conv of the network")
         rates = rate
     else:
-        given = rate if isinstance(rate, list) else [rate]
+        given = list(rate) if isinstance(rate, list | tuple) else [rate]
         spread = spread_rates(given, len(usable))
         rates = {conv.name: value for conv, value in zip(usable, spread, strict=True)}
     for name, value in rates.items():
-        if not 0 <= value < 1:
-            raise ParamError(f"rate: {value} for {name}; give 0 to below 1")
+        if not isinstance(value, Real) or not 0 <= value < 1:
+            raise ParamError(f"rate: {value!r} for {name}; give a number from 0 to below 1")
     floor = keep_floor(list(rates.values())) if floor is None else floor
     masks = {}
     for index, conv in enumerate(convs):

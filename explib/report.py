@@ -82,4 +82,7 @@ def build(notebook: str | Path = NOTEBOOK, page: str | Path = PAGE) -> Path:
 
 
 if __name__ == "__main__":
-    print(build(*sys.argv[1:]))
+    try:
+        print(build(*sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

@@ -13,10 +13,19 @@ from explib import distributed, evaluation, records, soft_labels
 from explib import finetune as tuning
 from explib import masks as masking
 from explib.data import Data, load_data
-from explib.files import load_tensors, locked, resolve, save_tensors, write_json
+from explib.files import (
+    load_tensors,
+    locked,
+    resolve,
+    save_tensors,
+    sha256,
+    write_bytes,
+    write_json,
+)
 from explib.masks import Masks
 from explib.models import load_weights
 from explib.params import PLACES, ParamError, Params, from_mapping
+from explib.splits import DataError
 from explib.study import Dense, choose_masks, counts, dense_path, fresh, load_dense, save_masks
 
 
@@ -37,7 +46,8 @@ def _alone(run):
 def baseline(params: Params) -> dict:
     """The dense network: trained from scratch, or with `resume` loaded and evaluated.
 
-    Leaves the checkpoint where `load_dense` looks for it, and returns the record.
+    Leaves the checkpoint where `load_dense` looks for it, and in job_dir, from where a finished run
+    puts it back if another one's has come in its place; returns the record.
     """
     unnamed = params.name == f"{params.arch}-{params.pruning_way}"
     name = f"{params.arch}-baseline" if unnamed else params.name
@@ -47,7 +57,12 @@ def baseline(params: Params) -> dict:
 @_alone
 def _baseline(params: Params) -> dict:
     path = dense_path(params.replace(resume=""))
-    if (done := _finished(params, "baseline")) and (params.resume or path.is_file()):
+    own = resolve(params.job_dir) / "model.safetensors"
+    done = _finished(params, "baseline")
+    kept = done and not params.resume and own.is_file() and distributed.rank() == 0
+    if kept and not (path.is_file() and sha256(path) == sha256(own)):
+        write_bytes(path, own.read_bytes())
+    if done and (params.resume or path.is_file()):
         return _publish(params, done)
     network = load_dense(params) if params.resume else fresh(params)
     device, data = _begin(params, network)
@@ -56,7 +71,8 @@ def _baseline(params: Params) -> dict:
         run = _Run(top1={"dense": top1, "before": top1})
     else:
         run = _train(params, network, data, device, stages=[[]])
-        _save_network(path, params, network, data, {}, run.history[-1]["top1"], torch.float32)
+        for place in (own, path):
+            _save_network(place, params, network, data, {}, run.history[-1]["top1"], torch.float32)
     return _publish(params, _record(params, network, data, run, device, "baseline"))
 
 
@@ -100,7 +116,7 @@ def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     data = load_data(params).to(device)
     tuning.pieces(data, params)
     tuning.steps_of(data, params)
-    _load_state(resolve(params.job_dir) / "state.safetensors", params)
+    _load_state(resolve(params.job_dir) / "state.safetensors", params, network.sha256)
     if distributed.rank() == 0:
         write_json(resolve(params.job_dir) / "params.json", params.asdict())
     distributed.wait()  # what is read is read, so that rank 0 may write
@@ -118,6 +134,18 @@ def _finished(params: Params, kind: str) -> dict | None:
     if record["kind"] != kind:
         raise ParamError(f"job_dir: {path.parent} holds a {record['kind']}; give another job_dir")
     _same(params, record["params"], path)
+    known, dense = record.get("provenance", {}), dense_path(params)
+    if (kind == "finetune" or params.resume) and dense.is_file():
+        _same_dense(known.get("checkpoint_sha256"), sha256(dense), path)
+    then, found = known.get("data", {}).get("sha256"), None
+    if params.dataset == "imagenet":  # any folder; the others are the same everywhere
+        with contextlib.suppress(DataError):  # of images that are there no more
+            found = load_data(params).sha256
+    if then and found and found != then:
+        raise ParamError(
+            f"data_dir: {path.parent} holds a run on other images; give another job_dir, or delete "
+            "that one to start over"
+        )
     return record
 
 
@@ -127,7 +155,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     Goes on where an earlier call was interrupted.
     """
     path = resolve(params.job_dir) / "state.safetensors"
-    state = _load_state(path, params)
+    state = _load_state(path, params, dense.sha256)
     run = state["run"] if state else _Run()
     pruning = stages != [[]]
     images = params.epochs * len(stages) * len(data.train)
@@ -147,10 +175,10 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
             load_weights(dense.model, state["model"], str(path))
         elif names:
             run.masks.update(choose_masks(params, dense, names))
-            if not params.fade_epochs:
-                masking.apply(dense.model, run.masks)
-            evaluation.reestimate_bn(dense.model, data, params.bn_images)
-            run.top1.setdefault("before", evaluation.evaluate(dense.model, data, data.test))
+            pruned = copy.deepcopy(dense.model) if params.fade_epochs else dense.model
+            masking.apply(pruned, run.masks)
+            evaluation.reestimate_bn(pruned, data, params.bn_images)
+            run.top1.setdefault("before", evaluation.evaluate(pruned, data, data.test))
         masks = {} if params.fade_epochs else run.masks  # fading kernels are not zero yet
         forward = evaluation.forward_of(dense.model, params, device, images, masks)
         run.how = forward.how
@@ -178,10 +206,14 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
 
 
 def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str) -> dict:
-    """The record of a run: last epoch first, the best one (by `top1` of the history) beside it."""
+    """The record of a run: last epoch first, the best one (by `top1` of the history) beside it.
+
+    Conv by conv the best of the last stage: before it, not all convs were pruned.
+    """
     before = run.top1.get("before")
     curve = [entry["top1"] for entry in run.history] or [before]
-    best = max(range(len(curve)), key=lambda i: curve[i] or 0)
+    last = [i for i, e in enumerate(run.history) if e["stage"] == run.history[-1]["stage"]] or [0]
+    best = max(last, key=lambda i: curve[i] or 0)
     seconds = sum(entry["seconds"] for entry in run.history)
     images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
     origin = records.provenance(device)
@@ -238,6 +270,7 @@ def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -
         "normalization": params.normalization,
         "name": params.name,
         "top1": top1,
+        "evaluated_on": data.evaluated_on,
     }
     masking.save_compact(path, dense.model, masks, meta, dtype)
 
@@ -253,6 +286,15 @@ def _same(params: Params, saved: dict, path: Path) -> None:
         )
 
 
+def _same_dense(saved: str | None, found: str, path: Path) -> None:
+    """ParamError if the files in job_dir are of a run from another dense network."""
+    if saved and saved != found:
+        raise ParamError(
+            f"resume: {path.parent} holds a run from another dense network (SHA-256 {saved[:10]}, "
+            f"this one has {found[:10]}); give another job_dir, or delete that one to start over"
+        )
+
+
 def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
     """Everything that continues the run after this epoch, bit for bit."""
     if distributed.rank():
@@ -262,6 +304,7 @@ def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
     tensors |= {f"masks.{k}": v for k, v in run.masks.items()}
     meta = {
         "params": params.asdict(),
+        "dense": dense.sha256,
         "stage": stage,
         "epoch": progress["epoch"],
         "run": {"top1": run.top1, "history": run.history, "wall_s": run.wall_s},
@@ -269,8 +312,8 @@ def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
     save_tensors(path, tensors, meta)
 
 
-def _load_state(path: Path, params: Params) -> dict | None:
-    """The state of an interrupted run; None where there is none."""
+def _load_state(path: Path, params: Params, dense: str) -> dict | None:
+    """The state of an interrupted run, or None. dense: SHA-256 of the network it starts from."""
     if not path.is_file():
         return None
     tensors, state = load_tensors(path)
@@ -278,6 +321,7 @@ def _load_state(path: Path, params: Params) -> dict | None:
     if missing:
         raise ValueError(f"{path}: no state of a run, lacks {missing[0]}; delete it to start over")
     _same(params, state["params"], path)
+    _same_dense(state.get("dense"), dense, path)
     for part in ("model", "momentum", "masks"):
         own = {k: v for k, v in tensors.items() if k.startswith(f"{part}.")}
         state[part] = {k.removeprefix(f"{part}."): v for k, v in own.items()}

@@ -2,7 +2,7 @@
 
 Of several groups of runs for one row (equal but for their seeds) tables and figures show the one
 with most epochs, then the one with most seeds. Runs that diverged, or that used only a part of the
-data, are no results.
+data, are no results (of the digits, which are there to try things on, also a part).
 """
 
 import functools
@@ -15,8 +15,12 @@ from explib.params import PLACES, Params, parse_rates
 from explib.render import hardware
 
 SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
+SETTINGS |= {"bias_in_score": False, "resume_mask": "", "freeze_bn": False}
 """The published method's, which most runs have."""
-_USUAL = {**SETTINGS, "limit_train": 0, "limit_test": 0, "validation": 0}
+RECIPE = ["lr", "lr_schedule", "lr_decay_step", "batch_size", "momentum", "nesterov"]
+RECIPE += ["weight_decay", "label_smoothing", "distill", "fade_epochs", "bn_images"]
+_WHOLE = {"limit_train": 0, "limit_test": 0, "validation": 0}
+_USUAL = {**SETTINGS, **_WHOLE}
 
 
 def published() -> dict[str, pd.DataFrame]:
@@ -40,18 +44,40 @@ def named_rates(arch: str, compress_rate: str) -> str:
     return compress_rate
 
 
+def finished(frame: pd.DataFrame, kind: str, usual: bool = True) -> pd.DataFrame:
+    """The runs of a kind that ended; with `usual` only those on all the data and its test set."""
+    if frame.empty:
+        return frame
+    chosen = (frame["kind"] == kind) & (frame["status"] == "done")
+    if usual:
+        chosen &= (frame[list(_WHOLE)] == pd.Series(_WHOLE)).all(axis=1)
+    return frame[chosen]
+
+
+def _spelt_alike(rates: pd.Series) -> pd.Series:
+    """compress_rate, the same text for the same rates: the first one that says them."""
+    said = {text: tuple(parse_rates(text)) for text in rates.unique()}
+    first = {values: text for text, values in reversed(said.items())}
+    return rates.map({text: first[values] for text, values in said.items()})
+
+
 def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """Runs equal but for their seeds, one row a group, the chosen one first.
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
     (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
-    weights, sparsity and nominal_sparsity are means; hardware names every machine. Takes finished
-    fine-tunes; with `usual` only those with the published method's settings, masks that follow the
-    seed, and all the data.
+    weights, sparsity and nominal_sparsity are means; hardware names every machine. survivors are ""
+    where nobody chooses them, rates spelt alike. Takes finished fine-tunes; with `usual` only those
+    with the published method's settings, masks that follow the seed, and all the data.
     """
-    if frame.empty:
-        return frame
-    chosen = frame[(frame["kind"] == "finetune") & (frame["status"] == "done")]
+    chosen = finished(frame, "finetune", usual)
+    if chosen.empty:
+        return chosen
+    # what is not read makes no other experiment, nor does another spelling of the same rates
+    chosen = chosen.assign(
+        survivors=chosen["survivors"].where(chosen["pruning_way"].isin(["A", "B"]), ""),
+        compress_rate=_spelt_alike(chosen["compress_rate"]),
+    )
     if usual:
         for field, value in _USUAL.items():
             column = chosen[field]
@@ -91,15 +117,16 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
 
     What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
-    architecture: the one that most groups start from. Adds others: how many criteria were run at
-    these, the group's own included.
+    architecture and by one recipe of fine-tuning: those that most groups have. Adds others: how
+    many criteria were run at these, the group's own included.
     """
     runs = groups(frame, usual)
     if runs.empty:
         return runs
     equal = ["arch", "compress_rate", "trained"]
     runs = runs[runs["schedule"] == "oneshot"]
-    most = runs.groupby("arch")["start"].agg(lambda starts: starts.value_counts().index[0])
-    runs = runs[runs["start"] == runs["arch"].map(most)]
+    alike = runs.groupby(["arch", "start", *RECIPE], sort=False, dropna=False).ngroup()
+    most = alike.groupby(runs["arch"]).agg(lambda numbers: numbers.value_counts().index[0])
+    runs = runs[alike == runs["arch"].map(most)]
     runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
     return runs.assign(others=runs.groupby(equal)["n"].transform("size"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from explib import flops
 from explib.masks import Masks
-from explib.models import Conv
+from explib.models import Conv, blank, modes_kept
 
 
 def filter_masks(
@@ -83,7 +83,7 @@ def narrowed(model: nn.Module, masks: Masks, image_size: int = 32) -> nn.Module:
     import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
-    example = torch.zeros(1, 3, image_size, image_size)
+    example = blank(small, image_size)
     graph = tp.DependencyGraph().build_dependency(small, example_inputs=example)
     for name, mask in masks.items():
         gone = (~mask.any(1)).nonzero().flatten().tolist()
@@ -100,11 +100,9 @@ def _groups(model: nn.Module, image_size: int) -> dict[str, tuple[torch.Tensor, 
     """Convs whose filters can go alone: name -> (group-L1 scores (F,), convs that read them)."""
     import torch_pruning as tp
 
-    example = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-    modes = {module: module.training for module in model.modules()}
-    graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example)
-    for module, mode in modes.items():
-        module.training = mode
+    example = blank(model, image_size)
+    with modes_kept(model):
+        graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example)
     score = tp.importance.GroupMagnitudeImportance(p=1)
     names = {id(module): name for name, module in model.named_modules()}
     groups = {}

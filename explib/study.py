@@ -39,7 +39,13 @@ def fresh(params: Params) -> Dense:
     """The network of a configuration with seeded fresh weights, its rates checked against it."""
     seed_all(params)
     model = models.build(params.arch, count_classes(params))
-    convs = models.find_convs(model, params.side)
+    try:
+        convs = models.find_convs(model, params.side)
+    except RuntimeError as error:
+        raise ParamError(
+            f"image_size: {params.arch} takes no images of {params.side} pixels ({error}); give "
+            f"{models.ARCHS[params.arch].image_size}"
+        ) from None
     rates = models.rates_by_name(params.arch, convs, params.rates)
     if params.start_cov >= len(convs):
         raise ParamError(f"start_cov: {params.start_cov} of {len(convs)} convs; give a lower index")
@@ -119,9 +125,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         if missing:
             raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
         return {name: found[name] for name in wanted}
-    floor = (
-        keep_floor(list(dense.rates.values())) if params.keep_floor is None else params.keep_floor
-    )
+    floor = keep_floor(params.rates) if params.keep_floor is None else params.keep_floor
     choose = partial(
         pruners.prune,
         dense.model,
@@ -154,8 +158,13 @@ def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
 
 
 def save_masks(params: Params, masks: Masks) -> Path:
-    """Write masks where `finetune` leaves those of the same configuration."""
+    """Write masks where `finetune` leaves those of the same configuration.
+
+    Those of a finished run stay: conv by conv they come from weights that are no more.
+    """
     path = resolve(params.job_dir) / "masks.safetensors"
+    if path.is_file() and path.with_name("record.json").is_file():
+        return path
     return masking.save(path, masks, {"arch": params.arch, "name": params.name})
 
 

@@ -34,14 +34,14 @@ _COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
-_RECIPE = ("lr", "lr_schedule", "batch_size", "distill", "fade_epochs", "bn_images")
 
 
 def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = True) -> pd.DataFrame:
     """The accuracy table of one kind of survivors: the published rows with what was measured.
 
-    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not; on other
-    data one row for each group of runs. Cuts in per cent of multiply-adds, top-1 in per cent.
+    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not. Runs at
+    rates that nobody published follow, each at its longest; where nothing was published, one row
+    for each network and way. Cuts in per cent of multiply-adds, top-1 in per cent.
     """
     runs = selection.groups(frame, usual)
     if not runs.empty:
@@ -52,18 +52,16 @@ def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = Tr
         runs = runs.drop_duplicates(["arch", "pruning_way"]) if not runs.empty else runs
         lines = [_line(run, None) for _, run in runs.iterrows()]
         return _ordered(lines).sort_values(["network", "way"]) if lines else pd.DataFrame()
-    lines = []
+    lines, measured = [], {}
+    for _, run in runs.iterrows():
+        rates = tuple(parse_rates(run["compress_rate"]))
+        measured.setdefault((run["arch"], run["pruning_way"], rates), run)
     for _, row in rows.iterrows():
         for way in "AB":
-            found = None
-            for _, run in runs.iterrows():
-                same = run["arch"] == row["arch"] and run["pruning_way"] == way
-                if same and parse_rates(run["compress_rate"]) == parse_rates(row["compress_rate"]):
-                    found = run
-                    break
-            if found is not None or row["arch"] in ALWAYS:
-                lines.append(_line(found, row, way))
-    return _ordered(lines)
+            run = measured.pop((row["arch"], way, tuple(parse_rates(row["compress_rate"]))), None)
+            if run is not None or row["arch"] in ALWAYS:
+                lines.append(_line(run, row, way))
+    return _ordered(lines + [_line(run, None) for run in measured.values()])
 
 
 def _ordered(lines: list[dict]) -> pd.DataFrame:
@@ -96,7 +94,7 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
     return line | {
         "last epoch": _spread(run),
         "best epoch": f"{run['best']:.2f}",
-        "before fine-tuning": f"{run['before']:.2f}",
+        "before fine-tuning": _before(run),
         "change": f"{run['last'] - run['dense']:+.2f}",
         "epochs": f"{run['trained']:g}",
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
@@ -109,6 +107,11 @@ def _spread(run: pd.Series) -> str:
     """Mean ± standard deviation of the last epochs of a group, and its number of seeds."""
     spread = f" ± {run['last_std']:.2f}" if run["n"] > 1 else ""
     return f"{run['last']:.2f}{spread} (n={run['n']})"
+
+
+def _before(run: pd.Series) -> str:
+    """Top-1 before fine-tuning; conv by conv it would be that of one conv's mask."""
+    return f"{run['before']:.2f}" if run["schedule"] == "oneshot" else ""
 
 
 def _cut(left: float, dense: float) -> float:
@@ -193,12 +196,12 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
 
     Each beside the usual runs that are equal otherwise, after as many epochs, where there are any.
     """
-    runs, reference = selection.groups(frame, usual=False), selection.groups(frame)
+    whole = selection.finished(frame, "finetune")
+    runs, reference = selection.groups(whole, usual=False), selection.groups(frame)
     if runs.empty:
         return runs
-    whole = (runs[["limit_train", "limit_test", "validation"]] == 0).all(axis=1)
     lines = []
-    for _, run in runs[whole & runs["pruning_way"].isin(["A", "B"])].iterrows():
+    for _, run in runs[runs["pruning_way"].isin(["A", "B"])].iterrows():
         if not (changed := _changes(run)):
             continue
         same = ["arch", "start", "compress_rate", "pruning_way", "survivors", "trained"]
@@ -207,7 +210,9 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
         )
         if equal:
-            changed += [f"{name} {run[name]}" for name in _RECIPE if run[name] != equal[0][name]]
+            changed += [
+                f"{name} {run[name]}" for name in selection.RECIPE if run[name] != equal[0][name]
+            ]
         lines.append(
             {
                 "network": NAMES[run["arch"]],
@@ -216,10 +221,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "changed": ", ".join(changed),
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
-                # conv by conv it is that of one conv's mask
-                "before fine-tuning": (
-                    f"{run['before']:.2f}" if run["schedule"] == "oneshot" else ""
-                ),
+                "before fine-tuning": _before(run),
                 "epochs": f"{run['trained']:g}",
                 "hardware": run["hardware"],
             }
@@ -239,22 +241,20 @@ def _changes(run: pd.Series) -> list[str]:
     return changed
 
 
-def baselines(frame: pd.DataFrame) -> pd.DataFrame:
+def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """The dense networks: top-1 at the last and best epoch in per cent, MACs and weights in M."""
-    if frame.empty:
-        return frame
     lines = [
         {
             "network": NAMES[run["arch"]],
             "name": run["name"],
             "last epoch": f"{run['last']:.2f}",
             "best epoch": f"{run['best']:.2f}",
-            "epochs": str(len(run["history"])) if run["history"] else "none, loaded",
+            "epochs": f"{run['trained']:g}" if run["history"] else "none, loaded",
             "MACs M": f"{run['macs_dense'] / 1e6:.2f}",
             "weights M": f"{run['weights_dense'] / 1e6:.3f}",
             "hardware": hardware(run["hardware"]),
         }
-        for _, run in frame[(frame["kind"] == "baseline") & (frame["status"] == "done")].iterrows()
+        for _, run in selection.finished(frame, "baseline", usual).iterrows()
     ]
     return pd.DataFrame(lines)
 
@@ -270,7 +270,7 @@ def recount() -> pd.DataFrame:
 def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
     """Every table of a data set by name, the empty ones left out; all cells are text."""
     frame = records.frame(records.each(results_dir, dataset))
-    usual = dataset == "cifar10"
+    usual, main = dataset != "digits", dataset == "cifar10"
     compared = criteria(frame, usual)
     tables = {
         "as_published": accuracy(frame, dataset, "random", usual),
@@ -278,15 +278,15 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "overview": overview(compared),
         "criteria": compared,
         "sensitivity": sensitivity(frame),
-        "baselines": baselines(frame),
-        "flops": recount() if usual else pd.DataFrame(),
-        "controls": bench.controls(results_dir) if usual else pd.DataFrame(),
-        "settings": bench.settings(results_dir) if usual else pd.DataFrame(),
-        "training": bench.training(results_dir) if usual else pd.DataFrame(),
-        "sparse_training": bench.sparse_training(results_dir) if usual else pd.DataFrame(),
-        "processes": bench.processes(results_dir) if usual else pd.DataFrame(),
-        "speed": bench.speed(results_dir) if usual else pd.DataFrame(),
-        "exactness": bench.exactness(results_dir) if usual else pd.DataFrame(),
+        "baselines": baselines(frame, usual),
+        "flops": recount() if main else pd.DataFrame(),
+        "controls": bench.controls(results_dir) if main else pd.DataFrame(),
+        "settings": bench.settings(results_dir) if main else pd.DataFrame(),
+        "training": bench.training(results_dir) if main else pd.DataFrame(),
+        "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
+        "processes": bench.processes(results_dir) if main else pd.DataFrame(),
+        "speed": bench.speed(results_dir) if main else pd.DataFrame(),
+        "exactness": bench.exactness(results_dir) if main else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 

@@ -38,11 +38,14 @@ def verify(path: str | Path, data_dir: str = "") -> list[dict]:
     model, _, meta = load_network(path)
     if lacking := [k for k in ("dataset", "normalization", "top1") if k not in meta]:
         raise ValueError(f"{path}: does not say its {lacking[0]}; give a network that a run left")
+    if meta.get("evaluated_on", "test") != "test":
+        raise ValueError(f"{path}: was evaluated on {meta['evaluated_on']}, not on the test images")
     params = Params(
         arch=meta["arch"],
         dataset=meta["dataset"],
         normalization=meta["normalization"],
         data_dir=data_dir,
+        image_size=meta.get("image_size", 0) if meta["dataset"] == "imagenet" else 0,
     )
     data, example = load_data(params), torch.zeros(1, 3, params.side, params.side)
     ways = {}
@@ -112,4 +115,7 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

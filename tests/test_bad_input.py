@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from click.testing import CliRunner
 from explib import masks as masking
 from explib import models, records, runs, study
 from explib.__main__ import cli
-from explib.files import load_tensors, save_tensors
-from explib.params import Params
+from explib.files import ROOT, load_tensors, save_tensors
+from explib.params import ParamError, Params
 from tests.conftest import TINY, make_folders
 
 CONVS = ["conv1", *(f"layer{s}.0.conv{c}" for s in (1, 2, 3) for c in (1, 2))]
@@ -280,6 +282,25 @@ def test_damaged_files_of_an_earlier_run(good, tmp_path, name, content, message)
     job.mkdir()
     (job / name).write_text(content)
     refused(good, 1, message, job_dir=str(job))
+
+
+def test_images_of_a_size_that_a_network_does_not_take(tmp_path):
+    root = make_folders(tmp_path / "images", {"a": 4, "b": 4})
+    params = TINY.replace(dataset="imagenet", data_dir=str(root), arch="vgg_16_bn")
+    with pytest.raises(ParamError, match=r"^image_size: vgg_16_bn takes no images of 224 pixels"):
+        study.fresh(params)
+
+
+@pytest.mark.parametrize("module", ["controls", "verify", "report"])
+def test_what_a_command_does_not_know_is_one_line(module):
+    done = subprocess.run(
+        [sys.executable, "-m", f"explib.{module}", "nothing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "nothing" in done.stderr
 
 
 def test_folders_of_something_else(good, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from explib import explore, runs
 from explib.params import Params
+from tests.conftest import PUBLIC
 
 
 @pytest.fixture
@@ -69,6 +70,21 @@ def test_another_network_brings_its_own_layers(params, shown, controls):
     controls["network"].value = "VGG-16 (untrained)"
     assert len(controls["layer"].options) == 13
     assert controls["layer"].value in controls["layer"].options
+
+
+def test_another_network_has_its_own_normalization(params, shown, controls):
+    cifar10 = params.replace(
+        dataset="cifar10", normalization="imagenet", results_dir="results", resume_mask="m",
+        arch="resnet_110", resume=str(PUBLIC),
+    )  # fmt: skip
+    networks = explore._networks(cifar10)
+    assert networks["VGG-16"]().checkpoint == "vgg_16_bn.safetensors"
+
+
+@pytest.mark.parametrize("groups", [1, 100])
+def test_the_number_of_groups_is_the_configurations_own(params, shown, controls, groups):
+    explore.scores(params.replace(groups=groups))
+    assert controls["groups"].value == groups
 
 
 def test_the_mask_is_drawn_as_it_is():

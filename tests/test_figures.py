@@ -87,6 +87,17 @@ def test_scores_and_levels_are_those_of_the_network_that_runs_started_from(tmp_p
     }
 
 
+def test_where_that_network_is_no_more_or_another_the_other_figures_are_drawn(tmp_path):
+    record(tmp_path)
+    names = {path.stem for path in figures.build(tmp_path, "cifar10")}
+    assert not {name for name in names if name.startswith(("scores", "levels"))}
+    assert "accuracy_vs_cut-resnet_56" in names
+    model, meta = models.build("resnet_56", 7), {"arch": "resnet_56", "num_classes": 7}
+    path = tmp_path / "checkpoints/cifar10/resnet_56.safetensors"
+    masking.save_compact(path, model, {}, meta)
+    assert {path.stem for path in figures.build(tmp_path, "cifar10")} == names
+
+
 def test_every_figure_that_is_built_says_what_to_see(tmp_path):
     record(tmp_path, 92.0)
     record(tmp_path, 91.0, pruning_way="random")

@@ -264,7 +264,7 @@ class TestFade:
 
     def test_the_remaining_kernels_learn_meanwhile(self, net, data, masks):
         before = net[0].weight.detach().clone()
-        run(net, data, PARAMS.replace(fade_epochs=2, epochs=1), masks)
+        run(net, data, PARAMS.replace(fade_epochs=2, epochs=2), masks)
         assert (net[0].weight[masks["0"]] != before[masks["0"]]).any(-1).any(-1).all()
 
 

@@ -203,3 +203,20 @@ class TestCompact:
         save_tensors(path, tensors, meta)
         with pytest.raises(ValueError, match=r"c\.safetensors"):
             masking.load_compact(path)
+
+
+def test_frozen_convs_are_zeroed_and_stay(net, masks):
+    net[0].weight.requires_grad_(False)
+    masking.hold(net, masks)
+    before = net[0].weight.clone()
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    steps(net, torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.1))
+    assert masking.held(net, masks) and torch.equal(net[0].weight, before)
+
+
+def test_a_weight_made_of_others_is_refused_and_left_alone(net, masks):
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match="masks: 0's weight is computed from other parameters"):
+        masking.hold(net, masks)
+    assert torch.equal(net[0].weight, before)

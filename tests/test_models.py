@@ -238,3 +238,38 @@ class TestLoadWeights:
         with pytest.raises(ValueError, match=r"and \d+ more$") as caught:
             load_weights(model, {}, "x")
         assert len(str(caught.value)) < 400
+
+
+class TestAnyInput:
+    @pytest.mark.parametrize(("channels", "kind"), [(1, torch.float32), (3, torch.float64)])
+    def test_the_blank_image_is_as_the_network_takes_it(self, channels, kind):
+        model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)).to(kind)
+        (conv,) = find_convs(model, 8)
+        assert (conv.channels, conv.norm, conv.out_h) == (channels, "1", 6)
+        assert flops.macs(model, [conv], image_size=8)["dense"] == 4 * channels * 9 * 36
+
+    def test_a_synchronized_norm_is_one(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+        assert find_convs(model, 8)[0].norm == "1"
+
+    def test_a_conv_that_is_called_twice_is_listed_once_and_its_work_counted_twice(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+            def forward(self, x):
+                return self.conv(F.avg_pool2d(self.conv(x), 2))
+
+        (conv,) = find_convs(Twice(), 8)
+        assert flops.macs(Twice(), [conv], image_size=8)["dense"] == 9 * 9 * (64 + 16)
+
+    @pytest.mark.parametrize("look", [find_convs, flops.linear_macs, flops.by_ptflops])
+    def test_looking_at_it_leaves_every_mode_as_it_was(self, look):
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)
+        )
+        model.train()
+        model[1].eval()  # a frozen BatchNorm
+        look(model, 8)
+        assert model.training and model[0].training and not model[1].training

@@ -283,3 +283,45 @@ def test_everything_else_changes_the_digest(field):
     assert other != now
     changes = {"normalization": ""} if field == "dataset" else {}
     assert base.replace(**{field: other}, **changes).digest != base.digest
+
+
+def test_kernels_cannot_fade_for_longer_than_there_are_epochs():
+    assert Params(epochs=2, fade_epochs=2).fade_epochs == 2
+    for epochs, most in ((1, 1), (0.5, 0), (2.5, 2)):
+        message = (
+            f"^fade_epochs: {most + 1}, but there are {epochs} epochs, .* give at most {most}$"
+        )
+        with pytest.raises(ParamError, match=message):
+            Params(epochs=epochs, fade_epochs=most + 1)
+
+
+def test_filters_have_no_first_conv():
+    with pytest.raises(ParamError, match=r"^start_cov: 2 is not for filters"):
+        Params(pruning_way="filters", start_cov=2)
+
+
+def test_numbers_that_yaml_takes_for_words(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("lr: 1e-2\nweight_decay: 5e-4\n")
+    assert (from_yaml(path).lr, from_yaml(path).weight_decay) == (0.01, 0.0005)
+    for text in ("1", "0.1", "nan", "1e", "e5"):
+        with pytest.raises(ParamError, match=r"lr: .* is a str; give float"):
+            Params(lr=text)
+
+
+@pytest.mark.parametrize(
+    ("line", "quoted"),
+    [("compile: on", "on"), ("compress_rate: 0.5", r"\[0.5\]"), ("lr_decay_step: 15", "15,25")],
+)
+def test_what_yaml_does_not_take_for_a_word_is_to_be_quoted(tmp_path, line, quoted):
+    path = tmp_path / "x.yaml"
+    path.write_text(line)
+    with pytest.raises(ParamError, match=f'give str, in quotes, like "{quoted}"$'):
+        from_yaml(path)
+
+
+def test_normalization_follows_the_data_set_unless_it_was_chosen():
+    assert Params(dataset="cifar10").replace(dataset="imagenet").normalization == "imagenet"
+    assert Params(dataset="cifar10").replace(dataset="digits").normalization == ""
+    chosen = Params(dataset="cifar10", normalization="imagenet")
+    assert chosen.replace(seed=1).normalization == "imagenet"

@@ -290,8 +290,25 @@ class TestErrors:
 
     @pytest.mark.parametrize("rate", [1, 1.0, 1.2, -0.1, float("nan")])
     def test_a_rate_out_of_range(self, net, rate):
-        with pytest.raises(ParamError, match=r"rate: .* for 0; give 0 to below 1"):
+        with pytest.raises(ParamError, match=r"rate: .* for 0; give a number from 0 to below 1"):
             prune(net, rate, image_size=8)
+
+    def test_a_rate_that_is_no_number(self, net):
+        with pytest.raises(ParamError, match=r"rate: '0.5' for 0; give a number"):
+            prune(net, "0.5", image_size=8)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"survivors": "L1"}, "survivors: 'L1' is unknown; known: random, l1"),
+            ({"floor": 2.0}, "floor: 2.0 is out of range; give 0 to 1"),
+            ({"floor": -1}, "floor: -1 is out of range; give 0 to 1"),
+            ({"groups": 0}, "groups: 0; give a whole number from 1"),
+        ],
+    )
+    def test_an_option_that_cannot_be(self, net, option, message):
+        with pytest.raises(ParamError, match=f"^{message}$"):
+            prune(net, 0.5, image_size=8, **option)
 
     def test_a_rate_for_what_is_no_prunable_conv(self, net):
         for name in ("5", "10", "nothing"):
@@ -304,6 +321,13 @@ class TestErrors:
 
 
 class TestNetworks:
+    def test_rates_may_be_a_tuple(self, net):
+        one, other = (
+            prune(net, [0.2, 0.5, 0.5], image_size=8),
+            prune(net, (0.2, 0.5, 0.5), image_size=8),
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
     def test_grouped_convs_are_left_out(self, net):
         masks = prune(net, 0.5, image_size=8)
         assert {name: tuple(mask.shape) for name, mask in masks.items()} == {

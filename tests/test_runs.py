@@ -54,6 +54,10 @@ def weights_of(params):
     return masking.load_compact(study.resolve(params.job_dir) / "model.safetensors")[0]
 
 
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -109,6 +113,16 @@ def test_two_at_once_compute_a_run_once(trained, monkeypatch):
     with ThreadPoolExecutor(2) as pool:  # each opens the lock itself, as two processes would
         one, two = pool.map(runs.finetune, [trained, trained])
     assert as_json(one) == as_json(two) and len(trainings) == 1
+
+
+def test_a_finished_baseline_puts_its_network_back(params):
+    long, short = params.replace(epochs=2), params.replace(epochs=1)
+    record = runs.baseline(long)
+    known = weights(study.load_dense(params).model)
+    runs.baseline(short)
+    assert not equal(weights(study.load_dense(params).model), known)
+    assert as_json(runs.baseline(long)) == as_json(record)
+    assert equal(weights(study.load_dense(params).model), known)
 
 
 class TestFinetune:
@@ -210,9 +224,33 @@ class TestFinetune:
         assert sorted(shown) == list(range(64))
         assert [entry["epoch"] for entry in found["history"]] == [0.5, 0.5]
 
+    def test_layerwise_the_best_epoch_is_one_with_all_convs_pruned(self, trained):
+        half = {"schedule": "layerwise", "start_cov": 5, "compress_rate": "[0.9]", "epochs": 1}
+        found = runs.finetune(trained.replace(**half))
+        first, last = found["history"]
+        assert (first["stage"], last["stage"]) == (0, 1)
+        assert (found["accuracy"]["best"], found["accuracy"]["best_epoch"]) == (last["top1"], 2)
+
+    def test_before_fading_the_kernels_are_gone_all_the_same(self, trained):
+        at_once = runs.finetune(trained.replace(epochs=1))
+        fading = runs.finetune(trained.replace(epochs=1, fade_epochs=1))
+        assert fading["accuracy"]["before"] == at_once["accuracy"]["before"]
+        model, masks, meta = study.load_network(
+            study.resolve(fading["params"]["job_dir"]) / "model.safetensors"
+        )
+        assert meta["top1"] == fading["accuracy"]["last"] and masking.held(model, masks)
+
     def test_start_cov_beyond_the_last_conv(self, trained):
         with pytest.raises(ParamError, match="start_cov: 7 of 7 convs"):
             runs.finetune(trained.replace(start_cov=7))
+
+    def test_its_masks_are_not_overwritten_by_those_of_other_weights(self, trained):
+        record = runs.finetune(trained.replace(epochs=1))
+        params = Params(**record["params"])
+        path = study.resolve(params.job_dir) / "masks.safetensors"
+        before = path.read_bytes()
+        other = {k: torch.ones_like(mask) for k, mask in masking.load(path)[0].items()}
+        assert study.save_masks(params, other) == path and path.read_bytes() == before
 
     def test_a_wrong_number_of_rates_names_both(self, trained):
         with pytest.raises(ParamError, match="compress_rate: 6 rates for 7 convs of resnet_56"):
@@ -250,6 +288,24 @@ class TestJobDir:
         with pytest.raises(ParamError, match=r"holds a run with survivors 'random', .* 'l1'"):
             runs.finetune(broken.replace(survivors="l1"))
         assert {path.name: path.read_bytes() for path in (tmp_path / "job").iterdir()} == before
+
+    def test_of_a_run_from_another_dense_network_is_refused(self, trained):
+        done = runs.finetune(trained)
+        runs.baseline(trained.replace(epochs=2))
+        with pytest.raises(ParamError, match=r"^resume: .* holds a run from another dense network"):
+            runs.finetune(trained)
+        runs.baseline(trained.replace(epochs=1))
+        assert as_json(runs.finetune(trained)) == as_json(done)
+
+    def test_of_an_interrupted_run_from_another_dense_network_is_refused(
+        self, trained, monkeypatch
+    ):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            interrupt(patched, after=1)
+            runs.finetune(trained)
+        runs.baseline(trained.replace(epochs=2))
+        with pytest.raises(ParamError, match=r"^resume: .* holds a run from another dense network"):
+            runs.finetune(trained)
 
     def test_of_a_baseline_is_not_a_fine_tunings(self, params, tmp_path):
         params = params.replace(name="x", distill=0.0, job_dir=str(tmp_path / "job"))
@@ -416,6 +472,14 @@ class TestClassFolders:
                 runs.finetune(broken)
         assert untimed(runs.finetune(broken)) == untimed(whole)
         assert equal(weights_of(broken), weights_of(images))
+
+    def test_other_images_are_another_run(self, images, tmp_path):
+        runs.baseline(images.replace(epochs=1))
+        make_folders(tmp_path / "more", {f"n{i:08d}": 5 for i in range(12)})
+        with pytest.raises(ParamError, match=r"^data_dir: .* holds a run on other images"):
+            runs.baseline(images.replace(epochs=1, data_dir=str(tmp_path / "more")))
+        gone = images.replace(epochs=1, data_dir=str(tmp_path / "gone"))
+        assert runs.baseline(gone)["status"] == "done"  # a record can be read without the images
 
     def test_without_the_data_the_network_has_its_own_classes(self, params):
         for known, classes in ((params.replace(dataset="imagenet"), 1000), (params, 10)):

@@ -109,6 +109,9 @@ def test_most_epochs_win_then_most_seeds(tmp_path):
         {"keep_floor": 0.0},
         {"strict_rate": True},
         {"start_cov": 3},
+        {"bias_in_score": True},
+        {"freeze_bn": True},
+        {"resume_mask": "masks.safetensors"},
         {"kind": "baseline"},
         {"compress_rate": "[0.5]"},
     ],
@@ -117,6 +120,27 @@ def test_most_epochs_win_then_most_seeds(tmp_path):
 def test_what_is_no_result_of_the_row_never_shows_as_one(tmp_path, fields):
     record(tmp_path, **fields)
     assert row(tmp_path)["last epoch"] == render.NOT_MEASURED
+
+
+def test_rates_that_nobody_published_follow_those_that_were(tmp_path):
+    record(tmp_path, 91.0, compress_rate="[0.25]")
+    record(tmp_path, 90.0, compress_rate="[0.25]", epochs=1)
+    table = tables.make(tmp_path, "cifar10")["as_published"]
+    assert len(table) == 13 and set(table["last epoch"][:12]) == {"not measured yet"}
+    last = table.iloc[-1]
+    assert (last["published cut %"], last["last epoch"]) == ("", "91.00 (n=1)")
+
+
+def test_conv_by_conv_nothing_is_before_fine_tuning(tmp_path):
+    record(tmp_path, 84.0, schedule="layerwise", epochs=1, trained=54)
+    assert row(tmp_path)["before fine-tuning"] == ""
+
+
+def test_a_baseline_on_a_part_of_the_data_is_none(tmp_path):
+    record(tmp_path, kind="baseline", limit_test=100, name="part")
+    record(tmp_path, kind="baseline", name="whole", epochs=2)
+    table = tables.make(tmp_path, "cifar10")["baselines"]
+    assert table[["name", "epochs"]].values.tolist() == [["whole", "2"]]
 
 
 def test_falling_short_of_the_rate_shows(tmp_path):
@@ -257,6 +281,23 @@ class TestCriteria:
             ["53.5", "random kernels"],
             ["[0.5]", "L1 kernels"],
         ]
+
+    def test_what_is_not_read_and_another_spelling_make_no_other_criterion(self, tmp_path):
+        rates = "[0.0]+[0.4]*7+[0.4]*10+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
+        record(tmp_path, 91.0, pruning_way="l1")
+        record(tmp_path, 92.0, pruning_way="l1", survivors="l1", seed=1)
+        record(tmp_path, 93.0, pruning_way="l1", compress_rate=rates, seed=2)
+        made = tables.make(tmp_path, "cifar10")
+        assert made["criteria"]["last epoch"].tolist() == ["92.00 ± 1.00 (n=3)"]
+        assert made["overview"].values.tolist() == [["L1 kernels", "92.00 ± 1.00 (n=3)"]]
+
+    def test_another_recipe_is_not_compared(self, tmp_path):
+        for way, last in (("random", 90.0), ("l1", 91.0)):
+            record(tmp_path, last, pruning_way=way)
+        for seed in (0, 1, 2):
+            record(tmp_path, 80.0, pruning_way="l1", lr=0.001, distill=0.0, seed=seed)
+        found = tables.make(tmp_path, "cifar10")["criteria"]
+        assert found["last epoch"].tolist() == ["91.00 (n=1)", "90.00 (n=1)"]
 
     def test_at_a_glance_the_highest_ranks_stand_first(self, tmp_path):
         assert tables.overview(pd.DataFrame()).empty

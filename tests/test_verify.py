@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from explib import masks as masking
-from explib import models, study, verify
+from explib import models, runs, study, verify
 from explib.pruners import prune
+from tests.conftest import TINY, make_folders
 
 
 @pytest.fixture
@@ -57,3 +58,28 @@ def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
     monkeypatch.setattr(verify, "_engine_types", lambda: {"engine fp32": torch.float32})
     assert verify.main([str(path)]) == 0
     assert "engine fp32: the worst of 1 off by 0.00, allowed 0.05" in capsys.readouterr().out
+
+
+def test_images_are_measured_at_the_size_that_it_was_trained_with(tmp_path, resnet_8, monkeypatch):
+    folders = make_folders(tmp_path / "images", {"ants": 6, "bees": 6})
+    params = TINY.replace(
+        dataset="imagenet", data_dir=str(folders), image_size=32, results_dir=str(tmp_path),
+        limit_train=0, limit_test=0, batch_size=4, epochs=1, pruning_way="random",
+    )  # fmt: skip
+    runs.baseline(params)
+    record = runs.finetune(params)
+    monkeypatch.setattr(verify, "_engine_types", dict)
+    path = study.resolve(params.job_dir) / "model.safetensors"
+    (row,) = verify.verify(path, str(folders))
+    assert row["recorded"] == record["accuracy"]["last"]
+    assert row["top1"] == pytest.approx(row["recorded"], abs=20)  # an image, of few
+
+
+def test_what_was_measured_on_validation_images_is_not_compared_with_the_test_set(shipped):
+    path, model, masks = shipped
+    _, _, meta = masking.load_compact(path)
+    meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
+    meta["evaluated_on"] = "validation (10 training images)"
+    masking.save_compact(path, model, masks, meta)
+    with pytest.raises(ValueError, match=r"was evaluated on validation \(10 training images\)"):
+        verify.verify(path)

@@ -3,7 +3,8 @@
 A family is one file with a `build` function; ARCHS says in one line what a name means.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +55,7 @@ class Conv:
     groups: int
     out_h: int
     out_w: int
+    positions: int  # of a kernel on one image: out_h * out_w, of every call where there are several
 
     @property
     def kernels(self) -> int:
@@ -63,23 +65,43 @@ class Conv:
     @property
     def kernel_macs(self) -> int:
         """Multiply-adds of one kernel for one image."""
-        return self.kernel[0] * self.kernel[1] * self.out_h * self.out_w
+        return self.kernel[0] * self.kernel[1] * self.positions
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to modes inside, each module trains or evaluates afterwards as before."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def blank(model: nn.Module, image_size: int = 32) -> torch.Tensor:
+    """One blank image (1, C, image_size, image_size) of the model's device, type and channels."""
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = next((conv.in_channels for conv in convs), 3)
+    return next(model.parameters()).detach().new_zeros(1, channels, image_size, image_size)
 
 
 def find_convs(model: nn.Module, image_size: int = 32) -> list[Conv]:
     """The Conv2d layers of any network in forward order, found by running one blank image.
 
-    A conv's BatchNorm is the BatchNorm2d that takes its very output. A conv that the forward pass
-    visits twice is listed once. The model's mode and statistics are left as they were.
+    A conv's BatchNorm is the BatchNorm2d (or SyncBatchNorm) that takes its very output. A conv that
+    the forward pass visits twice is listed once, and its work counted twice. The model's modes and
+    statistics are left as they were.
     """
     order, owner, norms, kept, hooks = [], {}, {}, [], []
-    shapes = {}
+    shapes, positions = {}, {}
 
     def after_conv(name):
         def hook(module, inputs, output):
             if name not in shapes:
                 order.append(name)
             shapes[name] = output.shape[-2:]
+            positions[name] = positions.get(name, 0) + shapes[name].numel()
             owner[id(output)] = name
             kept.append(output)  # so that no other tensor gets its id
 
@@ -95,19 +117,14 @@ def find_convs(model: nn.Module, image_size: int = 32) -> list[Conv]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             hooks.append(module.register_forward_hook(after_conv(name)))
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             hooks.append(module.register_forward_pre_hook(before_norm(name)))
-    modes = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters())
     try:
-        model.eval()
-        with torch.no_grad():
-            model(torch.zeros(1, 3, image_size, image_size, device=parameter.device))
+        with modes_kept(model), torch.no_grad():
+            model.eval()(blank(model, image_size))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     convs = []
     for name in order:
         conv = model.get_submodule(name)
@@ -121,6 +138,7 @@ def find_convs(model: nn.Module, image_size: int = 32) -> list[Conv]:
                 tuple(conv.kernel_size),
                 conv.groups,
                 *shapes[name],
+                positions[name],
             )
         )
     return convs

@@ -22,6 +22,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from explib import native
 from explib.fused import NormAct, SmallConv, fuse, track
 from explib.masks import Masks
+from explib.models import blank, modes_kept
 
 Size = tuple[int, int]
 _INT64 = ctypes.c_int64
@@ -357,12 +358,8 @@ class _Rewriting:
         self.names = {id(module): name for name, module in dense.named_modules()}
         self.graph, self.new_modules = fx.Graph(), {}
         self.as_images, self.as_planes = {}, {}  # old node -> new node, as far as it is there
-        modes = {module: module.training for module in dense.modules()}
-        dense.eval()
-        with torch.no_grad():
-            ShapeProp(dense).propagate(torch.zeros(1, 3, side, side))
-        for module, mode in modes.items():
-            module.training = mode
+        with modes_kept(dense), torch.no_grad():
+            ShapeProp(dense.eval()).propagate(blank(dense, side))
 
     def network(self) -> fx.GraphModule:
         for node in self.dense.graph.nodes:
