@@ -120,7 +120,7 @@ def _digits(params: Params) -> Data:
 
 def _cifar10(params: Params) -> Data:
     """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
-    root = cifar10_dir(params.data_dir)
+    root = data_root(params.data_dir)
     folder = root / CIFAR10.base_folder
     wrong = [
         name
@@ -175,7 +175,7 @@ def _imagenet(params: Params) -> Data:
 
 def imagenet_dir(data_dir: str = "") -> Path:
     """Where train/ and val/ are: data_dir, else $EXPLIB_DATA, else data/; or imagenet/ in it."""
-    root = resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
+    root = data_root(data_dir)
     return root if (root / "train").is_dir() else root / "imagenet"
 
 
@@ -189,8 +189,8 @@ def count_classes(params: Params) -> int | None:
         return None
 
 
-def cifar10_dir(data_dir: str = "") -> Path:
-    """Where CIFAR-10 is: data_dir, else $EXPLIB_DATA, else data/ of the project."""
+def data_root(data_dir: str = "") -> Path:
+    """Where data sets are: data_dir, else $EXPLIB_DATA, else data/ of the project."""
     return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
 
 

@@ -23,6 +23,11 @@ Paths given to functions are as everywhere in Python: a relative one starts wher
 """
 
 
+def cache_dir() -> Path:
+    """Where this machine keeps what any project may share: ~/.cache/explib, or $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
+
+
 def resolve(path: str | Path) -> Path:
     """`path` as an absolute path; a relative one starts at the project's root."""
     path = Path(path).expanduser()

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from explib import native
 from explib.models import modes_kept
+from explib.native import pointer
 
 _INT64 = ctypes.c_int64
 
@@ -76,17 +77,13 @@ def _per_channel(x: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
     return [value.detach().float().contiguous() for value in values]
 
 
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
 def batch_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each channel of x (N, C, H, W), channels last; float64 (C,)."""
     pixels, channels, half, threads = _rows(x)
     mean, var = torch.empty(2, channels, dtype=torch.float64)
     library().fused_moments(
-        *(_pointer(x), _INT64(pixels), _INT64(channels), half, threads),
-        *map(_pointer, (mean, var)),
+        *(pointer(x), _INT64(pixels), _INT64(channels), half, threads),
+        *map(pointer, (mean, var)),
     )
     return mean, var
 
@@ -97,9 +94,9 @@ def affine(x, scale, shift, add=None, relu: bool = False) -> torch.Tensor:
     scale, shift = _per_channel(x, scale, shift)
     add, y = _like(x, add), torch.empty_like(x)
     library().fused_affine(
-        *map(_pointer, (x, add, y)),
+        *map(pointer, (x, add, y)),
         *(_INT64(pixels), _INT64(channels), half, threads),
-        *(_pointer(scale), _pointer(shift), relu),
+        *(pointer(scale), pointer(shift), relu),
     )
     return y
 
@@ -115,9 +112,9 @@ def backward(dy, x, y, weight, mean, invstd, wants_add: bool):
     dx, dadd = torch.empty_like(x), torch.empty_like(x) if wants_add else None
     dweight, dbias = torch.empty(2, channels)
     library().fused_backward(
-        *map(_pointer, (dy, x, y, dx, dadd)),
+        *map(pointer, (dy, x, y, dx, dadd)),
         *(_INT64(pixels), _INT64(channels), half, threads),
-        *map(_pointer, (weight, mean, invstd, dweight, dbias)),
+        *map(pointer, (weight, mean, invstd, dweight, dbias)),
     )
     return dx, dadd, dweight, dbias
 

@@ -7,9 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-from explib.files import locked
+from explib.files import cache_dir, locked
 
 
 def found() -> list[str]:
@@ -38,7 +37,6 @@ def taken(names: list[str]) -> Iterator[str | None]:
 
     None where there are none; where others have them all, waits for the first that comes free.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
     with ExitStack() as held:
         own, waiting = None, False
         while names and own is None:
@@ -46,7 +44,9 @@ def taken(names: list[str]) -> Iterator[str | None]:
                 time.sleep(0.5)
             for name in names:
                 try:
-                    held.enter_context(locked(cache / f"gpu-{platform.node()}-{name}.lock", False))
+                    held.enter_context(
+                        locked(cache_dir() / f"gpu-{platform.node()}-{name}.lock", False)
+                    )
                 except BlockingIOError:
                     continue
                 own = name

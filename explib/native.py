@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from explib.files import cache_dir
+
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
 TARGETS = ("-march=native", "-mcpu=native")  # the first that the compiler takes
 
@@ -37,7 +39,7 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
             break
     sources = [source, *sorted(source.parent.glob("*.h"))]
     made_from = "\n".join([*command, macros.stdout, *(path.read_text() for path in sources)])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
+    cache = cache_dir()
     kept = cache / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not kept.is_file():
@@ -52,6 +54,11 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(kept))
     except OSError as error:
         raise NoCompiler(f"{source.name} cannot be built in {cache}: {error}") from error
+
+
+def pointer(tensor) -> ctypes.c_void_p:
+    """The address of a tensor's numbers, for C++; of None, null."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:

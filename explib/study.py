@@ -168,7 +168,7 @@ def save_masks(params: Params, masks: Masks) -> Path:
     return masking.save(path, masks, {"arch": params.arch, "name": params.name})
 
 
-def counting_table(params: Params, dense: Dense, left: dict) -> pd.DataFrame:
+def counting_table(left: dict) -> pd.DataFrame:
     """One pruned network counted as published and from its masks; `left` as of `counts`."""
     total, published = left["macs"]["dense"] / 1e6, left["macs"]["published_m"]
     kernels = left["macs"]["left"] / 1e6

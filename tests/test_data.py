@@ -208,8 +208,8 @@ class TestCifar10:
 
     def test_the_folder_is_data_dir_else_the_variable_else_data(self, tmp_path, monkeypatch):
         monkeypatch.setenv("EXPLIB_DATA", str(tmp_path))
-        assert sets.cifar10_dir("/x") == sets.Path("/x")
-        assert sets.cifar10_dir() == tmp_path
+        assert sets.data_root("/x") == sets.Path("/x")
+        assert sets.data_root() == tmp_path
         monkeypatch.delenv("EXPLIB_DATA")
-        assert sets.cifar10_dir() == sets.ROOT / "data"
-        assert os.path.isabs(sets.cifar10_dir("relative"))
+        assert sets.data_root() == sets.ROOT / "data"
+        assert os.path.isabs(sets.data_root("relative"))

@@ -18,7 +18,7 @@ from torch._inductor import config as inductor
 
 from explib import flops, models, pruners, runtime, selection, structured
 from explib import masks as masking
-from explib.data import cifar10_dir, eval_batches, load_data
+from explib.data import data_root, eval_batches, load_data
 from explib.files import ROOT, write_json
 from explib.fused import keep_memory
 from explib.masks import Masks
@@ -27,6 +27,7 @@ from explib.params import Params, parse_rates
 from explib.records import provenance
 from explib.render import machine
 from explib.runtime import build, graph
+from explib.study import load_network
 
 NETWORKS = {"resnet_56": "resnet_56-71", "vgg_16_bn": "vgg_16_bn-70"}  # labels of published rates
 DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
@@ -193,10 +194,9 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
     computes again, is a real one.
     """
     rows = []
-    real = (cifar10_dir() / "cifar-10-batches-py").is_dir()
+    real = (data_root() / "cifar-10-batches-py").is_dir()
     for path in sorted((ROOT / "results/checkpoints/cifar10").glob("*.safetensors")):
-        state, masks, meta = masking.load_compact(path)
-        model = models.load_weights(models.build(meta["arch"]), state, path.name).eval()
+        model, masks, meta = load_network(path)
         images = torch.randn(batch, 3, 32, 32)
         if real:
             params = Params(dataset="cifar10", normalization=meta.get("normalization", ""))

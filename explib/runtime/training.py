@@ -23,6 +23,7 @@ from explib import native
 from explib.fused import NormAct, SmallConv, fuse, track
 from explib.masks import Masks
 from explib.models import blank, modes_kept
+from explib.native import pointer
 
 Size = tuple[int, int]
 _INT64 = ctypes.c_int64
@@ -42,10 +43,6 @@ def library() -> ctypes.CDLL | None:
         return None
     lib.training_plane.restype = _INT64
     return lib
-
-
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _ends(x: torch.Tensor) -> tuple[bool, int]:
@@ -188,18 +185,18 @@ class Conv(nn.Module):
         words = torch.empty(kernels * self.kernel**2, dtype=torch.int32)
         down, right = map(_INT64, weight.stride()[2:])
         library().training_pack(
-            *(_pointer(weight), _pointer(at), _INT64(kernels), down, right),
+            *(pointer(weight), pointer(at), _INT64(kernels), down, right),
             *(self.kernel, turned, half),
-            *(_pointer(words), threads),
+            *(pointer(words), threads),
         )
         filters = len(start) - 1
         size, stride = (self.size, 1) if turned else (self.out_size, self.stride)
         y = _empty(x, filters, size)
         bias = torch.zeros(filters) if bias is None else bias.detach().float().contiguous()
         library().training_conv(
-            *(_pointer(x), _pointer(y), _shape(x, self.size), _shape(y, size)),
+            *(pointer(x), pointer(y), _shape(x, self.size), _shape(y, size)),
             *(self.kernel, stride),
-            *map(_pointer, (words, bias, start, columns)),
+            *map(pointer, (words, bias, start, columns)),
             *(half, threads),
         )
         return y
@@ -218,9 +215,9 @@ class Conv(nn.Module):
         outer, inner, down, right = made.stride()
         at = self.f.long() * outer + self.c.long() * inner
         library().training_kernels(
-            *(_pointer(dy), _pointer(x), _shape(dy, self.size), _shape(x, self.size)),
-            *(_pointer(self.f), _pointer(self.c), _pointer(at), _INT64(len(at))),
-            *(self.kernel, _INT64(down), _INT64(right), _pointer(made), *_ends(x)),
+            *(pointer(dy), pointer(x), _shape(dy, self.size), _shape(x, self.size)),
+            *(pointer(self.f), pointer(self.c), pointer(at), _INT64(len(at))),
+            *(self.kernel, _INT64(down), _INT64(right), pointer(made), *_ends(x)),
         )
         return made
 
@@ -241,7 +238,7 @@ class _Conv(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = torch.empty(dy.shape[1])
             shape = _shape(dy, conv.out_size)
-            library().training_sums(_pointer(dy), shape, _pointer(dbias), *_ends(dy))
+            library().training_sums(pointer(dy), shape, pointer(dbias), *_ends(dy))
         dy = conv.spread(dy)
         dx = conv.run(dy, weight, None, turned=True) if ctx.needs_input_grad[0] else None
         return dx, conv.gradient(dy, x, weight), dbias, None
@@ -272,8 +269,8 @@ class Norm(nn.Module):
         y = torch.empty_like(x)
         scale, shift = scale.float().contiguous(), shift.float().contiguous()
         library().training_affine(
-            *map(_pointer, (x, add, y)), _shape(x, self.size),
-            *(_pointer(scale), _pointer(shift), self.relu, *_ends(x)),
+            *map(pointer, (x, add, y)), _shape(x, self.size),
+            *(pointer(scale), pointer(shift), self.relu, *_ends(x)),
         )  # fmt: skip
         return y
 
@@ -287,8 +284,8 @@ class _Norm(torch.autograd.Function):
         mean, var, invstd = torch.empty(3, x.shape[1]).unbind()
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
         library().training_norm(
-            *map(_pointer, (x, add, y)), shape, _pointer(weight), _pointer(bias),
-            *(ctypes.c_double(eps), relu, *map(_pointer, (mean, var, invstd)), *_ends(x)),
+            *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
+            *(ctypes.c_double(eps), relu, *map(pointer, (mean, var, invstd)), *_ends(x)),
         )  # fmt: skip
         ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
         ctx.size = size
@@ -303,8 +300,8 @@ class _Norm(torch.autograd.Function):
         dadd = torch.empty_like(x) if ctx.needs_input_grad[3] else None
         dweight, dbias = torch.empty(2, x.shape[1]).unbind()
         library().training_norm_back(
-            *map(_pointer, (dy, x, y, dx, dadd)), _shape(x, ctx.size),
-            *map(_pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
+            *map(pointer, (dy, x, y, dx, dadd)), _shape(x, ctx.size),
+            *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
         )  # fmt: skip
         return dx, dweight, dbias, dadd, None, None, None
 
