@@ -13,6 +13,7 @@ from explib import distributed, runtime
 from explib.data import Data, eval_batches
 from explib.fused import fuse
 from explib.masks import Masks
+from explib.models import blank
 from explib.params import Params
 from explib.runtime import build, training
 from explib.splits import Folders, Split
@@ -80,7 +81,7 @@ def forward_of(
     elif sparse := _sparse(model, params, device, masks or {}):
         network, how = sparse, "surviving kernels"
     elif params.compile in ("auto", "sparse") and device == "cpu":
-        network = fuse(model)
+        network = fuse(model, blank(model, params.side))
         how = "eager" if network is model else "fused passes"
     else:
         network, how = model, "eager"

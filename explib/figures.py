@@ -1,5 +1,6 @@
 """The figures that the records allow: runs against each other, and against what was published."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from explib import expectation, plots, records, selection, study
+from explib import expectation, flops, plots, records, selection, study
 from explib.bench import plots as bench
 from explib.files import resolve
 from explib.params import from_mapping, parse_rates
@@ -24,8 +25,8 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     What the ways are compared with at the same cut is drawn by `criteria`.
     """
     figure, axes = _figure(7, 5.6)
-    published = selection.published()
-    rows = published["rows"][published["rows"]["arch"] == arch]
+    published, rows = selection.published(), _published_rows()
+    rows = rows[rows["arch"] == arch]
     for way, marker in (("A", "s"), ("B", "D")):
         top1 = [cell[way] for cell in rows["top1_pct"]]
         axes.hlines(top1, rows["true_cut_pct"], rows["cut_pct"], color="#CCCCCC", linewidth=1)
@@ -88,7 +89,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
 @_style
 def published_vs_true() -> Figure:
     """The published cut of every row against the true one."""
-    rows = selection.published()["rows"].iloc[::-1]
+    rows = _published_rows().iloc[::-1]
     figure, axes = _figure(6.5, 4.6)
     place = np.arange(len(rows))
     axes.hlines(place, rows["true_cut_pct"], rows["cut_pct"], color="#BBBBBB", linewidth=2)
@@ -208,6 +209,14 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
     cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
     axes.set_title(f"{NAMES[arch]}{cut}: what longer fine-tuning brings")
+
+
+@functools.cache
+def _published_rows() -> pd.DataFrame:
+    """The published rows with true_cut_pct, by kernels, as in the table of FLOPs."""
+    rows = selection.published()["rows"]
+    counted = flops.published_rows(rows.to_dict("records"))
+    return rows.assign(true_cut_pct=counted["true cut %"].values)
 
 
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:

@@ -28,10 +28,11 @@ STATES = ("done", "diverged")
 
 def provenance(device: str = "cpu") -> dict:
     """Code, library versions and hardware of this process, for a record."""
+    changes = _git("status", "--porcelain", "--untracked-files=all", "--", "explib")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "explib")),
+        "git_commit": _git("rev-parse", "HEAD") or "",
+        "git_dirty": None if changes is None else bool(changes),
         "versions": {
             "explib": explib.__version__,
             "python": platform.python_version(),
@@ -47,9 +48,13 @@ def provenance(device: str = "cpu") -> dict:
     }
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _git(*words: str) -> str | None:
+    """What git says of this project; None where it cannot say."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:

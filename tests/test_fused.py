@@ -34,6 +34,9 @@ def trained(network, model, x):
     return out.detach(), grads | {"x": x.grad}, dict(model.named_buffers())
 
 
+IMAGES = torch.zeros(1, 3, 32, 32)
+
+
 class Block(nn.Module):
     """relu(norm(x) + add), or without one or both of them."""
 
@@ -57,7 +60,7 @@ def test_is_the_plain_layers(shape, add, relu):
     block = Block(shape[1], add, relu)
     plain = copy.deepcopy(block)
     x = (3 * torch.randn(shape) + 5).contiguous(memory_format=torch.channels_last)
-    network = fused.fuse(block)
+    network = fused.fuse(block, x)
     assert any(isinstance(m, fused.NormAct) for m in network.modules())
     for mode in (True, False):
         block.train(mode), plain.train(mode)
@@ -154,7 +157,7 @@ class TestFuse:
     @pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn", "googlenet"])
     def test_every_norm_of_our_networks_is_fused_with_its_relu(self, arch):
         model = models.build(arch, 10)
-        parts = [m for m in fused.fuse(model).modules() if isinstance(m, fused.NormAct)]
+        parts = [m for m in fused.fuse(model, IMAGES).modules() if isinstance(m, fused.NormAct)]
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         assert len(parts) == len(norms) and all(part.relu for part in parts)
 
@@ -163,14 +166,14 @@ class TestFuse:
         torch.manual_seed(0)
         model = build(num_classes=10)
         plain, x = copy.deepcopy(model), torch.randn(4, 3, 64, 64)
-        network = fused.fuse(model)
+        network = fused.fuse(model, x)
         assert any(isinstance(m, fused.NormAct) for m in network.modules())
         one, two = trained(network, model, x), trained(plain, plain, x)
         torch.testing.assert_close(one[0], two[0], rtol=1e-3, atol=1e-3)
         same(one[2], two[2], 10)
 
     def test_shares_weights_and_modes(self, net, data):
-        network = fused.fuse(net)
+        network = fused.fuse(net, torch.zeros(1, 3, 8, 8))
         assert {id(p) for p in network.parameters()} == {id(p) for p in net.parameters()}
         net.eval()
         assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
@@ -186,7 +189,7 @@ class TestFuse:
 
         for model in (Moody(), Branching()):
             model.train()
-            assert fused.fuse(model) is model and model.training
+            assert fused.fuse(model, IMAGES) is model and model.training
 
     def test_an_addition_that_broadcasts_is_done_plainly(self):
         class Gate(nn.Module):
@@ -199,7 +202,7 @@ class TestFuse:
 
         torch.manual_seed(0)
         model, x = Gate(), torch.randn(2, 4, 3, 3)
-        torch.testing.assert_close(fused.fuse(model)(x), copy.deepcopy(model)(x))
+        torch.testing.assert_close(fused.fuse(model, x)(x), copy.deepcopy(model)(x))
 
     def test_without_a_compiler_it_is_the_model_and_says_so(self, net, monkeypatch, tmp_path):
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -207,7 +210,7 @@ class TestFuse:
         fused.library.cache_clear()
         try:
             with pytest.warns(UserWarning, match="no C\\+\\+ compiler 'no-such-compiler'"):
-                assert fused.fuse(net) is net
+                assert fused.fuse(net, IMAGES) is net
         finally:
             fused.library.cache_clear()
 

@@ -83,7 +83,8 @@ def blank(model: nn.Module, image_size: int = 32) -> torch.Tensor:
     """One blank image (1, C, image_size, image_size) of the model's device, type and channels."""
     convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     channels = next((conv.in_channels for conv in convs), 3)
-    return next(model.parameters()).detach().new_zeros(1, channels, image_size, image_size)
+    like = next(model.parameters(), torch.empty(0)).detach()
+    return like.new_zeros(1, channels, image_size, image_size)
 
 
 def find_convs(model: nn.Module, image_size: int = 32) -> list[Conv]:

@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from explib.fused import follow_writes, says_the_same
+
 MAX_KERNEL = 7
 
 
@@ -48,6 +50,14 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     except Exception as error:
         raise NotImplementedError(f"torch.fx cannot trace it ({_line(error)})") from None
     modules = dict(traced.named_modules())
+    follow_writes(traced.graph, modules)
+    shape = tuple(example.shape)
+    try:
+        faithful = says_the_same(traced, model, example)
+    except Exception as error:
+        raise ValueError(f"the network does not take an input {shape} ({_line(error)})") from None
+    if not faithful:
+        raise NotImplementedError("torch.fx traces another network than the one that runs")
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not node.all_input_nodes:
             continue
@@ -68,12 +78,8 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
     traced.recompile()
-    try:
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example)
-    except Exception as error:
-        shape = tuple(example.shape)
-        raise ValueError(f"the network does not take an input {shape} ({_line(error)})") from None
+    with torch.no_grad():
+        ShapeProp(traced).propagate(example)
     return traced
 
 

@@ -99,7 +99,9 @@ def places(
     for now, op in enumerate(listed):
         done = {whole(name)[0] for name in (op.name, *op.inputs)}
         done = {name for name in done if end[name] == now}
-        if op.kind == "conv" and _in_place(op, shapes) and op.inputs[1] in done:
+        # what it reads may be a part of what is added to it, as of a concatenation
+        apart = op.kind == "conv" and whole(op.inputs[0])[0] not in op.inputs[1:]
+        if apart and _in_place(op, shapes) and op.inputs[1] in done:
             slot[op.name] = slot[op.inputs[1]]
             done.remove(op.inputs[1])
         take(whole(op.name)[0])
@@ -112,7 +114,7 @@ def places(
 
 def _in_place(op: Op, shapes: dict[str, tuple[int, int, int]]) -> bool:
     """Whether a conv may write where its residual is read: its tiles must not overlap."""
-    if len(op.inputs) < 2 or op.inputs[0] == op.inputs[1]:
+    if len(op.inputs) < 2:
         return False
     _, height, width = shapes[op.name]
     return height % 4 == width % 4 == 0

@@ -336,7 +336,7 @@ def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
     so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in torch.
     None where no masked conv is of these, the graph cannot be traced, or nothing could be compiled.
     """
-    dense = fuse(model)
+    dense = fuse(model, blank(model, side))
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None
     if not any(_native(model.get_submodule(name)) for name in masks):

@@ -194,7 +194,7 @@ FORCED inline V rectified(V x) {
 
 template <class V>
 FORCED inline V larger(V a, V b) {
-    return a < b ? b : a;
+    return (a < b) | (b != b) ? b : a;  // NaN stays
 }
 
 }  // namespace
