@@ -17,7 +17,7 @@ study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 
 test: .venv/ready  ## lint and tests
 	$(BIN)/ruff check && $(BIN)/ruff format --check
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -rs
 
 test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; installs it on Debian
 	@command -v chromium >/dev/null || { test -x /usr/bin/apt-get && { test $$(id -u) = 0 || command -v sudo >/dev/null; }; } || \

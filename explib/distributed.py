@@ -56,6 +56,13 @@ def from_rank_0(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
+def as_rank_0(answer: bool, device: str) -> bool:
+    """What rank 0 answers, on all of them."""
+    agreed = torch.tensor(answer, dtype=torch.uint8, device=device)
+    from_rank_0([agreed])
+    return bool(agreed)
+
+
 def wait() -> None:
     """Until all ranks are here."""
     if world() > 1:

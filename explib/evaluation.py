@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from explib import distributed, runtime
+from explib import distributed, native, runtime
 from explib.data import Data, eval_batches
 from explib.fused import fuse
 from explib.masks import Masks
@@ -43,7 +43,8 @@ def _bf16_wins() -> bool:
 
     Measured once, since a CPU may well take bf16 and compute it in fp32 with conversions.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # a private name of torch: where it is gone, fp32 is right, too
+    if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)():
         return False
     best = {}
     for kind in (torch.float32, torch.bfloat16) * 4:
@@ -115,7 +116,7 @@ def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.M
 
 def _in_matrices(params: Params, device: str) -> bool:
     """Whether torch multiplies matrices of bf16 in hardware (AMX), fast enough to spare no zero."""
-    return precision_of(params, device) == "bf16" and torch.cpu._is_amx_tile_supported()
+    return precision_of(params, device) == "bf16" and native.multiplies_matrices()
 
 
 def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:

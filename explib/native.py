@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from explib.files import cache_dir
 
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared")
@@ -56,7 +58,12 @@ def load(source: Path, *more: str) -> ctypes.CDLL:
         raise NoCompiler(f"{source.name} cannot be built in {cache}: {error}") from error
 
 
-def pointer(tensor) -> ctypes.c_void_p:
+def multiplies_matrices() -> bool:
+    """Whether this processor multiplies matrices of bf16 in hardware (AMX), by what torch says."""
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """The address of a tensor's numbers, for C++; of None, null."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 

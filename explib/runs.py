@@ -107,6 +107,7 @@ class _Run:
     top1: dict[str, float] = field(default_factory=dict)  # dense, and before fine-tuning
     history: list[dict] = field(default_factory=list)
     wall_s: float = 0.0
+    precision: str = ""  # chosen when it began, and kept wherever it goes on
     how: str = ""  # the network ran in training
 
 
@@ -157,6 +158,10 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     path = resolve(params.job_dir) / "state.safetensors"
     state = _load_state(path, params, dense.sha256)
     run = state["run"] if state else _Run()
+    if not run.precision:
+        short = evaluation.precision_of(params, device) == "bf16"
+        run.precision = "bf16" if distributed.as_rank_0(short, device) else "fp32"
+    computed = params.replace(precision=run.precision)
     pruning = stages != [[]]
     images = params.epochs * len(stages) * len(data.train)
     if pruning and not state:
@@ -164,7 +169,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     teacher = keep = None
     if pruning and params.distill:
         unpruned = copy.deepcopy(dense.model).eval()
-        teacher = evaluation.teacher_of(unpruned, params, device, images)
+        teacher = evaluation.teacher_of(unpruned, computed, device, images)
         keep = soft_labels.folder(params, data, dense.sha256)
     for stage, names in enumerate(stages):
         resume = None
@@ -180,7 +185,7 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
             evaluation.reestimate_bn(pruned, data, params.bn_images)
             run.top1.setdefault("before", evaluation.evaluate(pruned, data, data.test))
         masks = {} if params.fade_epochs else run.masks  # fading kernels are not zero yet
-        forward = evaluation.forward_of(dense.model, params, device, images, masks)
+        forward = evaluation.forward_of(dense.model, computed, device, images, masks)
         run.how = forward.how
         label = params.name if len(stages) == 1 else f"{params.name} {stage + 1}/{len(stages)}"
         began = time.perf_counter() - run.wall_s
@@ -218,7 +223,7 @@ def _record(params, dense: Dense, data: Data, run: _Run, device: str, kind: str)
     images = sum(entry["images_per_s"] * entry["seconds"] for entry in run.history)
     origin = records.provenance(device)
     hardware = origin.pop("hardware") | {
-        "precision": evaluation.precision_of(params, device),
+        "precision": run.precision or evaluation.precision_of(params, device),
         "trained_by": run.how,
         "processes": distributed.world(),
     }
@@ -307,7 +312,7 @@ def _save_state(path, params, dense, run: _Run, stage, progress) -> None:
         "dense": dense.sha256,
         "stage": stage,
         "epoch": progress["epoch"],
-        "run": {"top1": run.top1, "history": run.history, "wall_s": run.wall_s},
+        "run": {k: getattr(run, k) for k in ("top1", "history", "wall_s", "precision")},
     }
     save_tensors(path, tensors, meta)
 

@@ -1,6 +1,7 @@
 """Shared fixtures: one thread, the data folder if there is one, small networks and data."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ from PIL import Image
 from torch import nn
 
 from explib import models, study
-from explib.data import Data, Split
+from explib.data import Data, Split, data_root
 from explib.files import ROOT
 from explib.params import Params
 
 settings.register_profile("explib", deadline=None, max_examples=40)
 settings.load_profile("explib")
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "c++") is None, reason="no C++ compiler"
+)
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 
 
@@ -37,10 +41,10 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:
-    root = Path(os.environ.get("EXPLIB_DATA") or ROOT.parent / "shared/data")
-    if not (root / "cifar-10-batches-py").is_dir():
-        pytest.skip(f"no cifar-10-batches-py in {root}; set EXPLIB_DATA")
-    return root
+    for root in (data_root(), ROOT.parent / "shared/data"):
+        if (root / "cifar-10-batches-py").is_dir():
+            return root
+    pytest.skip(f"no cifar-10-batches-py in {data_root()}; set EXPLIB_DATA")
 
 
 @pytest.fixture(scope="session")

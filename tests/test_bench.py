@@ -1,16 +1,18 @@
 """The benchmarks on toy sizes: that they measure what they say; the time itself is no test."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from explib import recipes
-from explib.bench import plots, scoring, tables, training
+from explib.bench import plots, processes, scoring, tables, training
 from explib.data import normalize
 from explib.params import Params
 from explib.pruners import number_to_prune
+from tests.conftest import needs_compiler
 
 # The plain loop has the usual number of workers, on however small a machine
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")
@@ -49,6 +51,25 @@ def test_runs_together_add_up(make_data):
     assert training.together("resnet_56", make_data(train=16, test=4, size=32), params, 2) > 0
 
 
+def test_the_speeds_of_runs_together_are_summed(monkeypatch):
+    def spawn(work, shared, nprocs, join):
+        for number in range(nprocs):
+            (Path(shared[-1]) / f"{number}.json").write_text(str(number + 1.5))
+
+    monkeypatch.setattr(training.torch.multiprocessing, "spawn", spawn)
+    assert training.together("resnet_56", None, None, 2) == 1.5 + 2.5
+
+
+def test_processes_are_compared_with_a_linear_growth(tmp_path, resnet_8, monkeypatch):
+    speeds, path = {1: 100.0, 2: 150.0, 4: 200.0}, tmp_path / "processes.json"
+    monkeypatch.setattr(processes, "images_per_s", lambda count, params: speeds[count])
+    monkeypatch.setattr(processes, "RESULT", path)
+    monkeypatch.setattr(processes, "RUN", Params(**{**TINY, "epochs": 1, "limit_train": 32}))
+    rows = processes.measure()
+    assert [row["efficiency"] for row in rows] == [1.0, 0.75, 0.5]
+    assert json.loads(path.read_text())["rows"] == rows
+
+
 def test_what_fails_is_a_row_that_says_why(images, resnet_8, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory\nand more")
@@ -79,6 +100,7 @@ def test_the_table_has_a_line_for_each_pair(tmp_path):
     assert tables.sparse_training(tmp_path).empty  # measured on other machines only
 
 
+@needs_compiler
 def test_training_by_sparsity_is_measured_shown_and_drawn(tmp_path, resnet_8, monkeypatch):
     monkeypatch.setattr(training, "timed", lambda work: (work() or 0.5, None))
     rows = list(training.by_sparsity("resnet_56", Params(**TINY), [0.5, 0.75], repeats=1))

@@ -130,6 +130,5 @@ class TestMachine:
     def test_precision_is_measured_once(self, monkeypatch):
         evaluation._bf16_wins.cache_clear()
         found = evaluation.precision_of(PARAMS.replace(precision="auto"), "cpu")
-        assert found in ("bf16", "fp32")
         monkeypatch.setattr(F, "conv2d", None)  # a second measurement would need it
         assert evaluation.precision_of(PARAMS.replace(precision="auto"), "cpu") == found

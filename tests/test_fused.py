@@ -145,7 +145,8 @@ class TestSmallConv:
         two = trained(plain, plain, x)
         assert one[0].dtype == torch.bfloat16
         torch.testing.assert_close(one[0].float(), two[0], rtol=0.03, atol=0.03)
-        same({k: v / 10 for k, v in one[1].items()}, {k: v / 10 for k, v in two[1].items()}, 3000)
+        for name, gradient in two[1].items():
+            assert (one[1][name] - gradient).norm() < 0.02 * gradient.norm(), name
 
     def test_larger_maps_and_fp32_are_the_conv_itself(self):
         conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)

@@ -10,6 +10,7 @@ import pytest
 
 from explib.files import ROOT
 from explib.params import Params
+from tests.conftest import needs_compiler
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STEPS = [path for path in NOTEBOOKS if path.stem < "04"]  # one configuration, step by step
@@ -125,6 +126,7 @@ def test_training_shows_the_committed_measurements(study):
     assert images_in(run("06_training", study, results_dir=str(ROOT / "results"))) >= 2
 
 
+@needs_compiler
 def test_speed_is_measured_here(tmp_path):
     few = {"batches": [8, 1], "densities": [0.5, 1.0], "dense": ["eager fp32"], "seconds": 0.05}
     executed = papermill.execute_notebook(

@@ -17,7 +17,7 @@ from explib import masks as masking
 from explib.data import load_data
 from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import ParamError, Params, from_yaml
-from tests.conftest import TINY, make_folders
+from tests.conftest import TINY, make_folders, needs_compiler
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 KEYS = {
@@ -167,6 +167,8 @@ class TestFinetune:
             ({"schedule": "layerwise", "start_cov": 5}, 1),
             ({"schedule": "layerwise", "start_cov": 5}, 2),
             ({"schedule": "layerwise", "start_cov": 5, "survivors": "l1"}, 3),
+            pytest.param({"compile": "sparse", "threads": 2}, 1, marks=needs_compiler),
+            pytest.param({"compile": "sparse", "precision": "bf16"}, 1, marks=needs_compiler),
         ],
     )
     def test_an_interrupted_run_goes_on_bit_for_bit(
@@ -183,6 +185,17 @@ class TestFinetune:
         assert untimed(again) == untimed(found)
         assert equal(weights_of(broken), weights_of(whole))
         assert broken.digest == whole.digest
+
+    def test_it_goes_on_in_the_precision_that_it_began_in(self, trained, monkeypatch):
+        params = trained.replace(precision="auto", compile="auto")
+        monkeypatch.setattr(evaluation, "_bf16_wins", lambda: True)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            runs.finetune(params)
+        monkeypatch.setattr(evaluation, "_bf16_wins", lambda: False)
+        assert runs.finetune(params)["hardware"]["precision"] == "bf16"
+        other = runs.finetune(params.replace(mask_seed=1))
+        assert other["hardware"]["precision"] == "fp32"
 
     def test_another_seed_prunes_other_kernels(self, trained):
         one, two = (runs.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))

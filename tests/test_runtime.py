@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import warnings
@@ -20,13 +19,11 @@ from explib.files import ROOT
 from explib.params import Params
 from explib.runtime import build, graph, plan
 from explib.study import load_network
+from tests.conftest import needs_compiler
 from tests.runtime_sweep import BATCHES, BOUNDS, SIZES, sweep
 
 SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
 SIDES = dict.fromkeys(models.ARCHS, 32) | {"resnet_50": 64}
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
-)
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
 
 

@@ -14,6 +14,7 @@ from explib.files import ROOT
 from explib.models import find_convs
 from explib.render import machine
 from explib.runtime import bench, plots
+from tests.conftest import needs_compiler
 
 SPEEDS = {"eager fp32": 100.0, "compiled fp32": 200.0, "compiled bf16": 400.0}
 ENGINE = {"engine fp32": 800.0, "engine fp16": 1000.0}
@@ -69,6 +70,7 @@ def test_a_turn_holds_as_many_calls_as_fit(monkeypatch):
     assert len(calls) == 4 + 2 * 8  # two turns of four calls for each, and the warm-up
 
 
+@needs_compiler
 def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):
     model = bench.fresh("resnet_56")
     convs = find_convs(model)

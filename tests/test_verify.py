@@ -6,7 +6,7 @@ import torch
 from explib import masks as masking
 from explib import models, runs, study, verify
 from explib.pruners import prune
-from tests.conftest import TINY, make_folders
+from tests.conftest import TINY, make_folders, needs_compiler
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
         study.load_network(tmp_path / "x.safetensors")
 
 
+@needs_compiler
 def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
     path, _, _ = shipped
     assert verify.main([str(path)]) == 1

@@ -139,15 +139,20 @@ def test_two_jobs_run_at_once_each_with_a_gpu_of_its_own(whole):
 
 def test_a_workflow_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp_path):
     folder, chance = Folder(tmp_path / "project"), random.Random(6)
+    at_work = 0
     for _ in range(KILLS):
+        began = time.time()
         process = folder.start("local", "--cores", "2")
         time.sleep(chance.uniform(0, 0.3 * whole[2]))
         os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
+        written = [path.stat().st_mtime for path in folder.results.rglob("*.safetensors")]
+        at_work += max(written, default=0) > began
         for name in NOTEBOOKS:
             if (folder.results / f"notebooks/digits/{name}.ipynb").exists():
                 nbformat.validate(folder.executed(name))
+    assert at_work >= 2  # else the kills hit nothing
     folder.finish(folder.start("local", "--cores", "2"))
     assert folder.outcome() == whole[0].outcome()
     assert not any(folder.executed(name).metadata.papermill.exception for name in NOTEBOOKS)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from explib import flops, models, pruners, runtime, selection, structured
+from explib import flops, models, native, pruners, runtime, selection, structured
 from explib import masks as masking
 from explib.data import data_root, eval_batches, load_data
 from explib.files import ROOT, write_json
@@ -233,7 +233,7 @@ def crossover(rows: list[dict], engine: str, dense: float) -> float | None:
 def measure(archs: list[str]) -> dict:
     """The whole record."""
     networks = [row for arch in archs for row in by_network(arch)]
-    amx = torch.cpu._is_amx_tile_supported()
+    amx = native.multiplies_matrices()
     return {
         "networks": networks,
         "density": by_density(),
