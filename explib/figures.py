@@ -2,6 +2,7 @@
 
 import functools
 import json
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -113,44 +114,52 @@ def published_vs_true() -> Figure:
 @_style
 def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
-    runs = _most_compared(frame, arch, usual)
+    runs = _most_compared(frame, arch, usual, also=3)
     if len(runs) < 2:
         return None
     runs = runs.assign(
         cut=100 * (1 - runs["macs"] / runs["macs_dense"]),
         rates=[selection.named_rates(arch, rates) for rates in runs["compress_rate"]],
     )
-    panels = [alike.sort_values("last") for _, alike in runs.groupby("rates")]
+    panels = [alike.sort_values("last") for _, alike in runs.groupby(["rates", "trained"])]
     heights = [len(alike) + 0.6 for alike in panels]
-    figure, every = _figure(6.8, 0.9 + 0.42 * sum(heights) + 0.3 * len(panels), len(panels),
+    figure, every = _figure(6.8, 0.9 + 0.36 * sum(heights) + 0.5 * len(panels), len(panels),
                             sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
     for axes, alike in zip(every[:, 0], panels, strict=True):
-        labels = []
+        labels, usually = [], alike[["n", "cut"]].round(1).mode().iloc[0]
         for y, (_, run) in enumerate(alike.iterrows()):
             way = selection.way_of(run)
+            hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                          color=WAY_COLOURS[way[0]], capsize=3)  # fmt: skip
+                          color=WAY_COLOURS[way[0]], capsize=3, **hollow)  # fmt: skip
             if run["n"] > 1:
                 axes.plot(list(run["by_seed"].values()), [y - 0.22] * run["n"], "|",
                           color=WAY_COLOURS[way[0]])  # fmt: skip
             axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
                           textcoords="offset points", ha="center")  # fmt: skip
-            seeds = "one seed" if run["n"] == 1 else f"{run['n']} seeds"
-            labels.append(f"{WAY_NAMES[way]}\n{seeds}, −{run['cut']:.1f} %")
+            own = [] if run["n"] == usually["n"] else [_seeds(run["n"])]
+            own += [] if round(run["cut"], 1) == usually["cut"] else [f"−{run['cut']:.1f} %"]
+            labels.append("\n".join([WAY_NAMES[way], *([", ".join(own)] if own else [])]))
         for dense in sorted(set(alike["dense"].round(2))):
             axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
             axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
                           textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
         axes.set_yticks(range(len(labels)), labels)
         axes.set(ylim=(-0.8, len(labels) - 0.3))
-        rates = alike["rates"].iloc[0]
-        cut = f" at the published cut of {rates} %" if rates.replace(".", "").isdigit() else ""
-        trained = alike["trained"].iloc[0]
+        rates, trained = alike[["rates", "trained"]].iloc[0]
+        cut = f"cut {rates} % (truly {usually['cut']:.1f})"
+        if not rates.replace(".", "").isdigit():
+            cut = f"cut {usually['cut']:.1f} %"
         epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
-        axes.set_title(f"{NAMES[arch]}{cut}, after {epochs}")
+        axes.set_title(f"{NAMES[arch]}, {cut}, {epochs}, {_seeds(int(usually['n']))}")
+        axes.tick_params(labelbottom=True)
         axes.margins(x=0.12)
     axes.set(xlabel="top-1 at the last epoch, %")
     return figure
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 @_style
@@ -183,7 +192,7 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
         axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
                       linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
                       color=WAY_COLOURS[way])  # fmt: skip
-        ends.append((own["last"].iloc[-1], ticks[-1], WAY_NAMES[key], WAY_COLOURS[way]))
+        ends.append((*own[["last", "trained"]].iloc[-1], WAY_NAMES[key], WAY_COLOURS[way]))
     rows = selection.published()["rows"]
     named = selection.named_rates(arch, rates)
     for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
@@ -228,14 +237,17 @@ def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
 
 
-def _most_compared(frame: pd.DataFrame, arch: str, usual: bool) -> pd.DataFrame:
-    """At each of a network's rates the groups of the epochs that most criteria were run for."""
+def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = inf) -> pd.DataFrame:
+    """At each of a network's rates the groups of the epochs that most criteria were run for.
+
+    And of others that at least `also` criteria were run for.
+    """
     runs = selection.compared(frame, usual)
     if runs.empty:
         return runs
     runs = runs[runs["arch"] == arch].sort_values(["others", "trained"], ascending=False)
     chosen = runs.groupby("compress_rate")["trained"].transform("first")
-    return runs[runs["trained"] == chosen]
+    return runs[(runs["trained"] == chosen) | (runs["others"] >= also)]
 
 
 _SEE = {
@@ -243,7 +255,8 @@ _SEE = {
     "curves": "each line starts where pruning left the network; the dotted line is the network "
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
-    "the network before pruning. Bars reach one standard deviation, small marks are the seeds.",
+    "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
+    "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
     "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
     "are the published runs, their best epoch on the test set.",
     "controls": "each line joins the three published cuts of a criterion. If a score knew more "
@@ -319,7 +332,11 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         by_rates = by_rates.groupby("compress_rate", sort=False)
         for _, alike in by_rates:
             cut = int(100 * (1 - alike["macs"].min() / alike["macs_dense"].iloc[0]))
-            figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(alike)
+            names = [WAY_NAMES[selection.way_of(run)] for _, run in alike.iterrows()]
+            title = f"{NAMES[arch]}, −{cut} % of multiply-adds: fine-tuning under masks"
+            figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(
+                alike.assign(name=names), title
+            )
     scored, drawn = set(), []
     for record in records.each(results_dir, dataset):
         if record["kind"] != "finetune":

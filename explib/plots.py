@@ -175,7 +175,7 @@ def macs(layers: list[dict]) -> Figure:
 
 
 @_style
-def curves(frame: pd.DataFrame) -> Figure:
+def curves(frame: pd.DataFrame, title: str = "") -> Figure:
     """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
 
     Each way and criterion has its colour, dashed with L1 survivors; runs of one name, which differ
@@ -207,7 +207,7 @@ def curves(frame: pd.DataFrame) -> Figure:
     direct_labels(axes, labels)
     axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
              ylabel="top-1, %")  # fmt: skip
-    axes.set_title("Fine-tuning under masks" if len(tuned) else "Training")
+    axes.set_title(title or ("Fine-tuning under masks" if len(tuned) else "Training"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
@@ -228,12 +228,16 @@ def _layer_ticks(axes, names: list[str]) -> None:
 def direct_labels(axes, ends: list[tuple]) -> None:
     """Each line's name beside the longest one's end, names kept apart from each other.
 
-    ends: (y, x, name, colour) of each line.
+    ends: (y, x, name, colour) of each line. Thin lines join names with the ends of shorter ones.
     """
     low, high = axes.get_ylim()
     edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
     places = apart([value for value, *_ in ends], 0.05 * (high - low), high)
-    for (value, _, name, colour), place in zip(ends, places, strict=True):
+    for (value, x, name, colour), place in zip(ends, places, strict=True):
+        if x < edge:
+            axes.annotate("", (x, value), xytext=(edge, place), annotation_clip=False,
+                          arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6,
+                                      "alpha": 0.7, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
         axes.annotate(f"{name} {value:.2f}", (edge, place), color=colour, fontsize=8.5,
                       xytext=(7, 0), textcoords="offset points", va="center",
                       annotation_clip=False, path_effects=[HALO])  # fmt: skip
