@@ -7,6 +7,7 @@ loss = cross_entropy(trained(images), labels)
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable
 from itertools import groupby
@@ -21,6 +22,7 @@ from explib.runtime.build import NoCompiler
 from explib.runtime.plan import Network
 from explib.runtime.training import sparse
 from explib.study import load_network
+from explib.tracing import line, says_the_same
 
 __all__ = ["Compiled", "NoCompiler", "compile", "load", "sparse"]
 
@@ -47,7 +49,7 @@ class Compiled(nn.Module):
         if images.shape[1:] != self._shape or images.ndim != len(self._shape) + 1:
             shape = ", ".join(map(str, self._shape))
             raise ValueError(f"input: shape {tuple(images.shape)}; give (N, {shape})")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._run(images)
 
 
@@ -84,16 +86,21 @@ def compile(
         )
         return _rechecked(short, full, example_input, recheck)
     report = {"engine": "native", "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+
+    def in_torch(error: Exception) -> Compiled:
+        if not fallback:
+            raise error
+        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=3)
+        left = report | {"engine": "torch", "dtype": "float32", "fallbacks": [str(error)]}
+        dense = copy.deepcopy(model).cpu().float().eval()
+        # no submodule, whose mode somebody could change
+        return Compiled(lambda images: dense(images), example_input.shape[1:], left)
+
     try:
         traced = graph.trace(model, example_input)
         library = build.library()
     except (NoCompiler, NotImplementedError) as error:
-        if not fallback:
-            raise
-        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=2)
-        report |= {"engine": "torch", "dtype": "float32", "fallbacks": [str(error)]}
-        dense = copy.deepcopy(model).cpu().float().eval()
-        return Compiled(dense, example_input.shape[1:], report)
+        return in_torch(error)
     ops, alias = graph.ops(traced)
     lacking = [op.why for op in ops if op.kind == "torch"]
     if lacking and not fallback:
@@ -111,8 +118,17 @@ def compile(
         "kernels_dense": sum(weight[:, :, 0, 0].numel() for weight in convs),
         "fallbacks": lacking,
     }
-    run = _assemble(traced, ops, alias, dtype, threads)
-    return Compiled(run, example_input.shape[1:], report)
+    tolerance = 0.01 if dtype == torch.float32 else 0.5  # of the largest value: no more than sound
+    try:
+        made = Compiled(
+            _assemble(traced, ops, alias, dtype, threads), example_input.shape[1:], report
+        )
+        same = says_the_same(made, traced, example_input, tolerance=tolerance)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        return in_torch(NotImplementedError(f"the engine does not run it ({line(error)})"))
+    if not same:
+        return in_torch(NotImplementedError("the engine makes something else of it"))
+    return made
 
 
 def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:
@@ -187,7 +203,9 @@ def _assemble(
     shapes = {node.name: graph.shape(node) for node in nodes}
     entry, output = (next(n for n in nodes if n.op == op) for op in ("placeholder", "output"))
     result = {alias.get(node.name, node.name) for node in output.all_input_nodes}
-    own = {n.name: getattr(traced, n.target) for n in nodes if n.op == "get_attr"}
+    own = {n.name: operator.attrgetter(n.target)(traced) for n in nodes if n.op == "get_attr"}
+    # of other arguments of `forward` their defaults
+    own |= {n.name: n.args[0] for n in nodes if n.op == "placeholder" and n.args}
     groups = [list(group) for _, group in groupby(ops, key=lambda op: op.kind == "torch")]
     steps: list[Callable] = []
     for i, group in enumerate(groups):
@@ -202,7 +220,7 @@ def _assemble(
         steps.append(native(Network(fused, inputs, outputs, dtype=dtype, threads=threads)))
 
     def run(images: torch.Tensor):
-        values = {entry.name: images, **own}
+        values = own | {entry.name: images}
         for step in steps:
             step(values)
         return value_of(values, output.args[0])

@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from explib.fused import follow_writes, says_the_same
+from explib import tracing
+from explib.tracing import line
 
 MAX_KERNEL = 7
 
@@ -44,20 +45,24 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
     The model is not changed. Raises NotImplementedError for a network that torch.fx cannot trace,
     ValueError for one that does not take the example.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
     try:
-        traced = fx.symbolic_trace(model)
+        model = copy.deepcopy(model).cpu().float().eval()
+    except RuntimeError as error:  # a weight that is computed from others
+        raise ValueError(
+            f"the network cannot be copied ({line(error)}); remove what computes its weights, as "
+            "by torch.nn.utils.prune.remove"
+        ) from None
+    try:
+        with torch.no_grad():
+            model(example.clone())
     except Exception as error:
-        raise NotImplementedError(f"torch.fx cannot trace it ({_line(error)})") from None
+        shape = tuple(example.shape)
+        raise ValueError(f"the network does not take an input {shape} ({line(error)})") from None
+    traced = tracing.trace(model, example)
+    traced.graph.eliminate_dead_code()
+    with torch.no_grad():
+        ShapeProp(traced).propagate(example)
     modules = dict(traced.named_modules())
-    follow_writes(traced.graph, modules)
-    shape = tuple(example.shape)
-    try:
-        faithful = says_the_same(traced, model, example)
-    except Exception as error:
-        raise ValueError(f"the network does not take an input {shape} ({_line(error)})") from None
-    if not faithful:
-        raise NotImplementedError("torch.fx traces another network than the one that runs")
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or not node.all_input_nodes:
             continue
@@ -68,7 +73,11 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
             continue
         if isinstance(norm, nn.BatchNorm2d) and type(source) is nn.Conv2d:
             folded = fuse_conv_bn_eval(source, norm)
-        elif isinstance(norm, nn.BatchNorm1d) and type(source) is nn.Linear:
+        elif (
+            isinstance(norm, nn.BatchNorm1d)
+            and type(source) is nn.Linear
+            and len(node.meta["tensor_meta"].shape) == 2  # of sequences it is another axis
+        ):
             folded = fuse_linear_bn_eval(source, norm)
         else:
             continue
@@ -78,13 +87,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
     traced.recompile()
-    with torch.no_grad():
-        ShapeProp(traced).propagate(example)
     return traced
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def ops(traced: fx.GraphModule) -> tuple[list[Op], dict[str, str]]:

@@ -137,6 +137,7 @@ class Network:
         # a linear layer at the end writes its result itself, unrounded
         used = {name for op in listed for name in op.inputs}
         last = {op.name for op in listed if op.kind == "linear" and op.name not in used}
+        last &= set(outputs)
         made += [
             self._native(op, index, outputs.index(op.name) if op.name in last else -1)
             for op in listed
@@ -162,10 +163,15 @@ class Network:
             self._library.explib_free(self._handle)
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Results for checked inputs: float32, on the CPU, of the planned shapes."""
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        """Results for inputs of the planned shapes, on the CPU; ValueError for any others."""
+        tensors = [tensor.detach().float().contiguous() for tensor in tensors]
         count = len(tensors[0])
-        results = [torch.empty(count, *self.shapes[name]) for name in self.outputs]
+        for tensor, (name, shape) in zip(tensors, self.inputs.items(), strict=True):
+            if tensor.shape != (count, *shape):
+                raise ValueError(f"{name}: {tuple(tensor.shape)}; give ({count}, {shape})")
+        results = [
+            torch.empty(count, *self.shapes[name], dtype=torch.float32) for name in self.outputs
+        ]
         pointers = ctypes.c_void_p * len(tensors), ctypes.c_void_p * len(results)
         status = self._library.explib_run(
             self._handle,
@@ -191,7 +197,11 @@ class Network:
         more = dict(kernel=op.kernel, stride=op.stride, pad=op.pad, relu=op.relu, before=op.before)
         if op.kind in ("conv", "linear"):
             layer, features = op.module, op.module.weight.shape[0]
-            bias = torch.zeros(features) if layer.bias is None else layer.bias.detach().float()
+            bias = (
+                torch.zeros(features, dtype=torch.float32)
+                if layer.bias is None
+                else layer.bias.detach().float()
+            )
             more["bias"] = self._held(bias.numpy())
             weight = layer.weight.detach().float().numpy()
             arrays = (

@@ -7,6 +7,7 @@ float32 or bfloat16 tensor (blocks, C, plane, lanes), in which a plane is H * W 
 a few that mean nothing.
 """
 
+import copy
 import ctypes
 import functools
 import operator
@@ -18,12 +19,15 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_map
 
+from explib import masks as masking
 from explib import native
-from explib.fused import NormAct, SmallConv, fuse, track
+from explib.fused import NormAct, SmallConv, fuse, sound, track
 from explib.masks import Masks
 from explib.models import blank, modes_kept
 from explib.native import pointer
+from explib.tracing import says_the_same
 
 Size = tuple[int, int]
 _INT64 = ctypes.c_int64
@@ -192,7 +196,11 @@ class Conv(nn.Module):
         filters = len(start) - 1
         size, stride = (self.size, 1) if turned else (self.out_size, self.stride)
         y = _empty(x, filters, size)
-        bias = torch.zeros(filters) if bias is None else bias.detach().float().contiguous()
+        bias = (
+            torch.zeros(filters, dtype=torch.float32)
+            if bias is None
+            else bias.detach().float().contiguous()
+        )
         library().training_conv(
             *(pointer(x), pointer(y), _shape(x, self.size), _shape(y, size)),
             *(self.kernel, stride),
@@ -236,7 +244,7 @@ class _Conv(torch.autograd.Function):
         (x, weight), conv = ctx.saved_tensors, ctx.conv
         dy, dbias = dy.to(x.dtype).contiguous(), None
         if ctx.needs_input_grad[2]:
-            dbias = torch.empty(dy.shape[1])
+            dbias = torch.empty(dy.shape[1], dtype=torch.float32)
             shape = _shape(dy, conv.out_size)
             library().training_sums(pointer(dy), shape, pointer(dbias), *_ends(dy))
         dy = conv.spread(dy)
@@ -281,7 +289,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, add, eps, relu, size):
         y, shape = torch.empty_like(x), _shape(x, size)
-        mean, var, invstd = torch.empty(3, x.shape[1]).unbind()
+        mean, var, invstd = torch.empty(3, x.shape[1], dtype=torch.float32).unbind()
         weight, bias = weight.float().contiguous(), bias.float().contiguous()
         library().training_norm(
             *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
@@ -298,7 +306,7 @@ class _Norm(torch.autograd.Function):
         x, y, weight, mean, invstd = ctx.saved_tensors
         dy, dx = _beside(x, dy), torch.empty_like(x)
         dadd = torch.empty_like(x) if ctx.needs_input_grad[3] else None
-        dweight, dbias = torch.empty(2, x.shape[1]).unbind()
+        dweight, dbias = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
         library().training_norm_back(
             *map(pointer, (dy, x, y, dx, dadd)), _shape(x, ctx.size),
             *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
@@ -315,18 +323,20 @@ class Sparse(nn.Module):
     def __init__(self, dense: nn.Module, network: nn.Module, side: int):
         super().__init__()
         self.dense, self.network, self.side = dense, network, side
-        self.norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.norms = [m for m in dense.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, x):
         count, lanes = len(x), library().training_lanes()
         missing = -count % lanes
-        if x.shape[2:] != (self.side, self.side):
+        if not count or x.shape[2:] != (self.side, self.side):
             return self.dense(x)
-        if missing and (count < lanes or any(norm.training for norm in self.norms)):
+        mixes = any(norm.training or norm.running_mean is None for norm in self.norms)
+        if missing and (count < lanes or mixes):
             return self.dense(x)
-        if missing:
-            x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-        return self.network(x)[:count]
+        if not missing:
+            return self.network(x)
+        made = self.network(torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))
+        return tree_map(lambda tensor: tensor[:count], made)
 
 
 def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
@@ -335,16 +345,26 @@ def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
     It shares weights and modes. side: of the images, in pixels. Convs 3x3 padded by 1 and 1x1 run
     so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in torch.
     None where no masked conv is of these, the graph cannot be traced, or nothing could be compiled.
+    ValueError, naming the layer, for masks that do not fit.
     """
-    dense = fuse(model, blank(model, side))
+    masking.check(model, masks)
+    like = blank(model, side)
+    dense = fuse(model, like)
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None
     if not any(_native(model.get_submodule(name)) for name in masks):
         return None
     norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
-    if any(not norm.affine or norm.running_mean is None for norm in norms):
+    if not all(map(sound, norms)):
         return None
-    return Sparse(dense, _Rewriting(dense, masks, side).network(), side)
+    try:
+        made = Sparse(dense, _Rewriting(dense, masks, side).network(), side)
+        masked = copy.deepcopy(model)
+        masking.apply(masked, masks)
+        same = says_the_same(made, masked, like, library().training_lanes(), 0.01)
+    except Exception:  # whatever a network does that nobody thought of: torch does it right
+        return None
+    return made if same else None
 
 
 class _Rewriting:
@@ -365,10 +385,10 @@ class _Rewriting:
                 self.as_planes[node] = made
             else:
                 self.as_images[node] = self.graph.node_copy(node, self._images)
-        modules = dict(self.dense.named_modules()) | self.new_modules
-        return fx.GraphModule(
-            {name: module for name, module in modules.items() if name}, self.graph
-        )
+        root = dict(self.dense.named_modules()) | self.new_modules
+        own = [node.target for node in self.graph.nodes if node.op == "get_attr"]
+        root |= {name: operator.attrgetter(name)(self.dense) for name in own}
+        return fx.GraphModule({name: part for name, part in root.items() if name}, self.graph)
 
     def _call(self, node, module: nn.Module, *inputs) -> fx.Node:
         name = f"planes_{len(self.new_modules)}_{node.name}"
@@ -395,19 +415,29 @@ class _Rewriting:
             return self._call(node, made, self._planes(node.args[0]))
         if not any(source in self.as_planes for source in node.all_input_nodes):
             return None
-        if any(len(_shape_of(source)) != 4 for source in node.all_input_nodes):
+        if any(
+            len(_shape_of(source)) != 4 or source.op == "get_attr"
+            for source in node.all_input_nodes
+        ):
             return None
+        alike = all(_shape_of(source) == _shape_of(node) for source in node.all_input_nodes)
         if isinstance(module, NormAct):
+            if not alike:  # it broadcasts
+                return None
             inputs = [arg and self._planes(arg) for arg in node.args]
             return self._call(node, Norm(module.norm, module.relu, _size(node)), *inputs)
         if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
+            if getattr(module, "return_indices", False):
+                return None
             return self._call(node, Pool(module, _size(node.args[0])), self._planes(node.args[0]))
         if node.op == "call_function" and node.target is operator.getitem:
             index = node.args[1]
-            if isinstance(index, tuple) and all(isinstance(i, slice) for i in index):
+            slices = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+            if slices and index[0] == slice(None):  # of images there are blocks
                 size = _size(node.args[0])
                 return self._call(node, Indexed(index, size), self._planes(node.args[0]))
-        if _same_on_planes(node, module):
+        adds = node.target in (operator.add, operator.iadd, torch.add)
+        if _same_on_planes(node, module) and (alike or not adds):
             return self.graph.node_copy(node, self._planes)
         return None
 
