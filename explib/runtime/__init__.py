@@ -71,7 +71,8 @@ def compile(
     than this apart are computed once more in float32, so that rounding decides nothing.
     threads: torch's number of threads by default; fixed from here on.
     Nodes the engine has no kernel for, and everything where there is no C++ compiler, run in torch
-    with a warning; with fallback=False they raise NotImplementedError and NoCompiler. The model is
+    with a warning; with fallback=False they raise NotImplementedError and NoCompiler. What was made
+    is compared with the model on two random images, and not used where it differs. The model is
     not changed, and later changes of it have no effect.
     """
     if dtype not in build.TYPES:
