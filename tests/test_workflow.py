@@ -124,8 +124,8 @@ def test_two_workflows_at_once_share_the_work(whole):
     waiting = f"{folder.results}/runs/digits: another process is at work here; waiting\n"
     assert sorted(text.count(waiting) for text in said) == [0, 1]
     assert sorted(text.count("Finished jobid") for text in said) == [0, 4]
-    # dense, as shipped and in its run; masks and weights; records; the soft labels of three epochs for
-    # each of three convs, of which the run in one go learns from the first three
+    # dense, as shipped and in its run; masks and weights; records; the soft labels of three epochs
+    # for each of three convs, of which the run in one go learns from the first three
     assert len(folder.outcome()) == 2 + 2 * 2 + 3 + 3 * 3
 
 
