@@ -31,7 +31,7 @@ def lively(model: nn.Module) -> nn.Module:
     """The model in evaluation mode, its BatchNorms no identities."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.uniform_(module.weight, 0.5, 1.2)
+            nn.init.uniform_(module.weight, 0.4, 0.9)
             nn.init.normal_(module.bias, std=0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -467,6 +467,19 @@ def test_a_view_of_what_is_overwritten_runs_in_torch():
     with pytest.warns(UserWarning, match="relu_ overwrites what .* reads; .* runs dense, in torch"):
         fast = runtime.compile(model, torch.zeros(1, 3, 8, 8))
     assert error(model, fast, images) == 0
+
+
+def test_what_outgrows_float16_is_computed_in_float32():
+    if not build.computes(build.library(), torch.float16):
+        pytest.skip("this processor does not compute in torch.float16")
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 1)).eval(), torch.randn(17, 3, 8, 8)
+    model[0].weight.data *= 1e5
+    with pytest.warns(UserWarning, match="in float16 it makes something else; using float32"):
+        fast = runtime.compile(model, images, dtype=torch.float16)
+    assert (fast.report["engine"], fast.report["dtype"]) == ("native", "float32")
+    assert error(model, fast, images) < 1e-5
+    with pytest.raises(NotImplementedError, match="in float16 the engine makes something else"):
+        runtime.compile(model, images, dtype=torch.float16, fallback=False)
 
 
 @pytest.mark.parametrize("count", [1, 16])

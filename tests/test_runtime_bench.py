@@ -4,16 +4,17 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("torch_pruning")
 
-from explib import flops, pruners, structured
+from explib import flops, pruners, runtime, structured
 from explib import masks as masking
 from explib.bench import tables as bench_tables
 from explib.files import ROOT
 from explib.models import find_convs
 from explib.render import machine
-from explib.runtime import bench, plots
+from explib.runtime import bench, build, plots
 from tests.conftest import needs_compiler
 
 SPEEDS = {"eager fp32": 100.0, "compiled fp32": 200.0, "compiled bf16": 400.0}
@@ -68,6 +69,18 @@ def test_a_turn_holds_as_many_calls_as_fit(monkeypatch):
 
     bench.images_per_s([("a", forward), ("b", forward)], [0], seconds=0)
     assert len(calls) == 4 + 2 * 8  # two turns of four calls for each, and the warm-up
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arch", bench.NETWORKS)
+def test_what_is_timed_stays_within_16_bits(arch, dtype):
+    if not build.computes(build.library(), dtype):
+        pytest.skip(f"this processor does not compute in {dtype}")
+    fast = runtime.compile(
+        bench.fresh(arch), torch.zeros(1, 3, 32, 32), dtype=dtype, fallback=False
+    )
+    assert fast.report["dtype"] == str(dtype).removeprefix("torch.")
 
 
 @needs_compiler

@@ -21,7 +21,7 @@ import pytest
 from explib.files import ROOT
 from explib.params import PLACES
 
-KILLS = 20
+KILLS = 12
 TINY = {
     "epochs": 3,
     "batch_size": 32,
@@ -143,12 +143,12 @@ def test_a_workflow_killed_at_random_moments_ends_as_one_that_was_not(whole, tmp
     for _ in range(KILLS):
         began = time.time()
         process = folder.start("local", "--cores", "2")
-        time.sleep(chance.uniform(0, 0.3 * whole[2]))
+        time.sleep(chance.uniform(0, 0.4 * whole[2]))
         os.killpg(process.pid, signal.SIGKILL)
         process.stdout.close()
         process.wait()
-        written = [path.stat().st_mtime for path in folder.results.rglob("*.safetensors")]
-        at_work += max(written, default=0) > began
+        made = [path for path in folder.results.rglob("*.*") if path.name != ".lock"]
+        at_work += any(path.stat().st_mtime > began for path in made)
         for name in NOTEBOOKS:
             if (folder.results / f"notebooks/digits/{name}.ipynb").exists():
                 nbformat.validate(folder.executed(name))

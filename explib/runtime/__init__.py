@@ -72,8 +72,9 @@ def compile(
     threads: torch's number of threads by default; fixed from here on.
     Nodes the engine has no kernel for, and everything where there is no C++ compiler, run in torch
     with a warning; with fallback=False they raise NotImplementedError and NoCompiler. What was made
-    is compared with the model on two random images, and not used where it differs. The model is
-    not changed, and later changes of it have no effect.
+    is compared with the model on two random images, and not used where it differs; in 16 bits, as
+    where values grow beyond what float16 holds, float32 is tried before torch. The model is not
+    changed, and later changes of it have no effect.
     """
     if dtype not in build.TYPES:
         raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
@@ -127,9 +128,13 @@ def compile(
         same = says_the_same(made, traced, example_input, tolerance=tolerance)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         return in_torch(NotImplementedError(f"the engine does not run it ({line(error)})"))
-    if not same:
-        return in_torch(NotImplementedError("the engine makes something else of it"))
-    return made
+    if same:
+        return made
+    if dtype == torch.float32 or not fallback:
+        name = report["dtype"]
+        return in_torch(NotImplementedError(f"in {name} the engine makes something else of it"))
+    warnings.warn(f"in {report['dtype']} it makes something else; using float32", stacklevel=2)
+    return compile(model, example_input, threads=threads)
 
 
 def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:

@@ -126,9 +126,17 @@ def engine_ways(model: nn.Module, images: torch.Tensor) -> Ways:
 
 
 def fresh(arch: str) -> nn.Module:
-    """The network with fresh weights, in evaluation mode."""
+    """The network with fresh weights, in evaluation mode.
+
+    With BatchNorm statistics of random images: without them values outgrow float16.
+    """
     torch.manual_seed(0)
-    return models.build(arch).eval()
+    model = models.build(arch)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32))
+    return model.eval()
 
 
 def published(arch: str, label: str = "") -> tuple[nn.Module, Masks]:
