@@ -1,6 +1,5 @@
 """The figures that the records allow: runs against each other, and against what was published."""
 
-import functools
 import json
 from math import inf
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from explib import expectation, flops, plots, records, selection, study
+from explib import expectation, plots, records, selection, study
 from explib.bench import plots as bench
 from explib.files import resolve
 from explib.params import from_mapping, parse_rates
@@ -220,12 +219,10 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     axes.set_title(f"{NAMES[arch]}{cut}: what longer fine-tuning brings")
 
 
-@functools.cache
 def _published_rows() -> pd.DataFrame:
     """The published rows with true_cut_pct, by kernels, as in the table of FLOPs."""
     rows = selection.published()["rows"]
-    counted = flops.published_rows(rows.to_dict("records"))
-    return rows.assign(true_cut_pct=counted["true cut %"].values)
+    return rows.assign(true_cut_pct=selection.recounted()["true cut %"].values)
 
 
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:

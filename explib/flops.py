@@ -113,15 +113,16 @@ def published_rows(rows: list[dict]) -> pd.DataFrame:
     convention M (the published count of what is left), convention cut % (mixed units, as
     published), MACs left M (all rates met, kernels), true cut %, weights left M.
     """
-    table = []
+    table, networks = [], {}
     for row in rows:
-        with torch.device("meta"):
-            model = models.build(row["arch"])
-        size = models.ARCHS[row["arch"]].image_size
-        convs = models.find_convs(model, size)
+        if row["arch"] not in networks:
+            with torch.device("meta"):
+                model = models.build(row["arch"])
+            size = models.ARCHS[row["arch"]].image_size
+            networks[row["arch"]] = model, models.find_convs(model, size), linear_macs(model, size)
+        model, convs, linear = networks[row["arch"]]
         rates = models.rates_by_name(row["arch"], convs, parse_rates(row["compress_rate"]))
         layers = layer_table(convs, rates=rates)
-        linear = linear_macs(model, size)
         dense = sum(layer["macs_dense"] for layer in layers) + linear
         pruned = sum(
             layer["nominal"] * conv.kernel_macs for layer, conv in zip(layers, convs, strict=True)

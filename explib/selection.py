@@ -10,6 +10,7 @@ import functools
 import pandas as pd
 import yaml
 
+from explib import flops
 from explib.files import ROOT
 from explib.params import PLACES, Params, parse_rates
 from explib.render import hardware
@@ -27,6 +28,12 @@ def published() -> dict[str, pd.DataFrame]:
     """The published figures of params/published.yaml: `rows` and `others`, in per cent."""
     content = yaml.safe_load((ROOT / "params/published.yaml").read_text())
     return {name: pd.DataFrame(rows) for name, rows in content.items()}
+
+
+@functools.cache
+def recounted() -> pd.DataFrame:
+    """The published rows as `flops.published_rows` counts them, in the order of `published`."""
+    return flops.published_rows(published()["rows"].to_dict("records"))
 
 
 def way_of(run: pd.Series) -> tuple[str, str]:

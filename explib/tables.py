@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
-from explib import flops, records, selection
+from explib import records, selection
 from explib.bench import tables as bench
 from explib.files import ROOT, resolve, write_text
 from explib.params import parse_rates
@@ -261,8 +261,8 @@ def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
 def recount() -> pd.DataFrame:
     """The published configurations counted both ways; see `flops.published_rows`."""
-    table = flops.published_rows(selection.published()["rows"].to_dict("records"))
-    table["arch"] = table["arch"].map(NAMES)
+    table = selection.recounted()
+    table = table.assign(arch=table["arch"].map(NAMES))
     table = table.rename(columns={"arch": "network"}).drop(columns="rates")
     return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
 

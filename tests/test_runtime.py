@@ -175,7 +175,7 @@ def test_nothing_is_read_or_written_out_of_bounds(target, batches):
         pytest.skip("the compiler has no sanitizers")
     done = run_sweep(
         # calls instead of checks in line: compiling takes a third of the time
-        f"{target} -O1 -fsanitize=address,bounds,shift,signed-integer-overflow "
+        f"{target} -Og -fsanitize=address,bounds,shift,signed-integer-overflow "
         "-fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0",
         *batches,
         LD_PRELOAD=":".join(found), ASAN_OPTIONS="detect_leaks=0",
