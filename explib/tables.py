@@ -29,8 +29,8 @@ CAPTIONS = {
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
-_COLUMNS += ["kernels pruned %", "weights M", "published top-1", "last epoch", "best epoch"]
-_COLUMNS += ["before fine-tuning", "change", "epochs", "hardware"]
+_COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
+_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hardware"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
@@ -39,9 +39,10 @@ _RATES = ["arch", "compress_rate"]
 def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = True) -> pd.DataFrame:
     """The accuracy table of one kind of survivors: the published rows with what was measured.
 
-    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not. Runs at
-    rates that nobody published follow, each at its longest; where nothing was published, one row
-    for each network and way. Cuts in per cent of multiply-adds, top-1 in per cent.
+    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not, once for each
+    dense network that it was measured from. Runs at rates that nobody published follow, each at its
+    longest; where nothing was published, one row for each network and way. Cuts in per cent of
+    multiply-adds, top-1 in per cent.
     """
     runs = selection.groups(frame, usual)
     if not runs.empty:
@@ -55,13 +56,16 @@ def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = Tr
     lines, measured = [], {}
     for _, run in runs.iterrows():
         rates = tuple(parse_rates(run["compress_rate"]))
-        measured.setdefault((run["arch"], run["pruning_way"], rates), run)
+        starts = measured.setdefault((run["arch"], run["pruning_way"], rates), {})
+        starts.setdefault(run["start"], run)
     for _, row in rows.iterrows():
         for way in "AB":
-            run = measured.pop((row["arch"], way, tuple(parse_rates(row["compress_rate"]))), None)
-            if run is not None or row["arch"] in ALWAYS:
-                lines.append(_line(run, row, way))
-    return _ordered(lines + [_line(run, None) for run in measured.values()])
+            key = row["arch"], way, tuple(parse_rates(row["compress_rate"]))
+            unmeasured = [None] if row["arch"] in ALWAYS else []
+            of_row = measured.pop(key, {}).values() or unmeasured
+            lines += [_line(run, row, way) for run in of_row]
+    others = [run for starts in measured.values() for run in starts.values()]
+    return _ordered(lines + [_line(run, None) for run in others])
 
 
 def _ordered(lines: list[dict]) -> pd.DataFrame:
@@ -92,6 +96,7 @@ def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
         line["published top-1"] = f"{row['top1_pct'][line['way']]:.2f}"
     short = run["nominal_sparsity"] - run["sparsity"] > 5e-5
     return line | {
+        "dense": f"{run['dense']:.2f}",
         "last epoch": _spread(run),
         "best epoch": f"{run['best']:.2f}",
         "before fine-tuning": _before(run),

@@ -11,7 +11,7 @@ from torch import nn
 
 from explib import evaluation, fused, masks, models, pruners, runtime
 from explib.params import Params
-from explib.runtime import training
+from explib.runtime import bench, build, training
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
@@ -309,3 +309,18 @@ def test_the_teacher_runs_in_the_engine(resnet_8, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     in_torch = evaluation.teacher_of(model, params.replace(precision="bf16"), "cpu", 0)
     assert in_torch.how == "fused passes"
+
+
+def test_the_teacher_of_a_run_in_fp32_takes_half_the_time_unless_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(evaluation, "_bf16_wins", lambda: False)
+    model, params = bench.fresh("resnet_56"), Params(arch="resnet_56")
+    half = build.computes(build.library(), torch.float16)
+    teacher = evaluation.teacher_of(model, params, "cpu", 0)
+    assert teacher.report["dtype"] == ("float16" if half else "float32")
+    images = torch.randn(20, 3, 32, 32)
+    with torch.no_grad():
+        assert close(teacher(images), model(images), 0.01)
+    asked = evaluation.teacher_of(model, params.replace(precision="fp32"), "cpu", 0)
+    assert asked.report["dtype"] == "float32"
+    model.linear.weight.data *= 1e6  # beyond float16
+    assert evaluation.teacher_of(model, params, "cpu", 0).report["dtype"] == "float32"

@@ -98,6 +98,16 @@ def test_most_epochs_win_then_most_seeds(tmp_path):
     assert row(tmp_path)["last epoch"] == "90.00 (n=1)"
 
 
+def test_a_row_stands_once_for_each_dense_network_it_was_measured_from(tmp_path):
+    for start, epochs, last in (("a", 10, 92.0), ("a", 5, 91.0), ("b", 5, 93.0)):
+        record(tmp_path, last, start=start, epochs=epochs)
+    made = tables.make(tmp_path, "cifar10")["as_published"]
+    measured = made[made["last epoch"] != render.NOT_MEASURED]
+    assert list(measured["last epoch"]) == ["92.00 (n=1)", "93.00 (n=1)"]
+    assert list(measured["dense"]) == ["93.00", "93.00"]
+    assert len(made) == 12 + 1
+
+
 @pytest.mark.parametrize(
     "fields",
     [

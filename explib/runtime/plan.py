@@ -211,7 +211,8 @@ class Network:
         return self._op(op.kind, source, other, index[op.name], **more)
 
     def _scalars(self, values: np.ndarray) -> np.ndarray:
-        return values.astype(np.float16 if self.dtype == torch.float16 else np.float32)
+        with np.errstate(over="ignore"):  # what is infinite then shows in the results, too
+            return values.astype(np.float16 if self.dtype == torch.float16 else np.float32)
 
     def _words(self, values: np.ndarray) -> np.ndarray:
         """Each value as a 32-bit word: a float, or the same half twice."""
