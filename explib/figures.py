@@ -226,12 +226,15 @@ def _published_rows() -> pd.DataFrame:
 
 
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
-    """The group of runs that the tables choose for each way, criterion and rates of a network."""
+    """The group of runs that the tables choose for each way, criterion and rates of a network.
+
+    One for each dense network that they start from.
+    """
     runs = selection.groups(frame)
     if runs.empty:
         return runs
     runs = runs[runs["arch"] == arch]
-    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate"])
+    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate", "start"])
 
 
 def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = inf) -> pd.DataFrame:
