@@ -119,12 +119,13 @@ def _in_matrices(params: Params, device: str) -> bool:
     return precision_of(params, device) == "bf16" and native.multiplies_matrices()
 
 
-def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Callable:
+def teacher_of(
+    model: nn.Module, params: Params, device: str, images: int, exact: bool = True
+) -> Callable:
     """The unpruned network for distillation: images in, fp32 logits out, in evaluation mode.
 
-    On a CPU in the engine, unless its processor multiplies matrices: in the run's precision, but
-    in fp16 rather than fp32 where nobody asked for that and the processor computes in it, which
-    takes half the time.
+    On a CPU in the engine, in the run's precision, unless its processor multiplies matrices. Not
+    exact: in fp16 rather than fp32 where the processor computes in it, which takes half the time.
     """
     if (
         device == "cpu"
@@ -135,7 +136,7 @@ def teacher_of(model: nn.Module, params: Params, device: str, images: int) -> Ca
         types = [torch.float32]
         if precision_of(params, device) == "bf16":
             types = [torch.bfloat16]
-        elif params.precision == "auto":
+        elif not exact:
             types = [torch.float16, torch.float32]
         for dtype in types:
             if engine := _engine(model, example, dtype):

@@ -169,7 +169,8 @@ def _train(params: Params, dense: Dense, data: Data, device: str, stages: list) 
     teacher = keep = None
     if pruning and params.distill:
         unpruned = copy.deepcopy(dense.model).eval()
-        teacher = evaluation.teacher_of(unpruned, computed, device, images)
+        asked = params.precision != "auto"
+        teacher = evaluation.teacher_of(unpruned, computed, device, images, exact=asked)
         keep = soft_labels.folder(params, data, dense.sha256)
     for stage, names in enumerate(stages):
         resume = None

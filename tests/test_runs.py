@@ -212,6 +212,17 @@ class TestFinetune:
         runs.finetune(trained.replace(seed=1, name="other", distill=0.5))
         assert len(set(kept)) == len(kept) == 2 * trained.epochs
 
+    @pytest.mark.parametrize(("precision", "exact"), [("auto", False), ("fp32", True)])
+    def test_soft_labels_are_exact_where_a_precision_is_asked_for(
+        self, trained, monkeypatch, precision, exact
+    ):
+        asked, made = [], evaluation.teacher_of
+        monkeypatch.setattr(
+            evaluation, "teacher_of", lambda *a, **k: asked.append(k["exact"]) or made(*a, **k)
+        )
+        runs.finetune(trained.replace(precision=precision, distill=0.5, epochs=1))
+        assert asked == [exact]
+
     @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn", "matched"])
     def test_every_way_runs(self, trained, way):
         params = trained.replace(pruning_way=way, name=f"way-{way}", epochs=1, strict_rate=True)
