@@ -272,8 +272,9 @@ _SEE = {
     "sparsity": "bars that end below their mark did not meet their rate. Runs that prune as many "
     "kernels of every layer share one figure.",
     "accuracy_vs_cut": "up and to the right is better. Stars were measured here, a row's longest "
-    "run. What random kernels and others reach at the same cuts, `criteria` shows. Grey lines join "
-    "a published cut as claimed (hollow) with the true one of the same row.",
+    "run from each dense network. What random kernels and others reach at the same cuts, "
+    "`criteria` shows. Grey lines join a published cut as claimed (hollow) with the true one of "
+    "the same row.",
 }
 
 

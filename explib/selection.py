@@ -1,8 +1,9 @@
 """Which runs belong together: seeds of one experiment, and experiments that can be compared.
 
-Of several groups of runs for one row (equal but for their seeds) tables and figures show the one
-with most epochs, then the one with most seeds. Runs that diverged, or that used only a part of the
-data, are no results (of the digits, which are there to try things on, also a part).
+Of several groups of runs (equal but for their seeds) for one row and dense network tables and
+figures show the one with most epochs, then the one with most seeds. Runs that diverged, or that
+used only a part of the data, are no results (of the digits, which are there to try things on, also
+a part).
 """
 
 import functools

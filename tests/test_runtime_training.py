@@ -311,7 +311,7 @@ def test_the_teacher_runs_in_the_engine(resnet_8, monkeypatch):
     assert in_torch.how == "fused passes"
 
 
-def test_a_teacher_that_need_not_be_exact_takes_half_the_time():
+def test_a_teacher_that_need_not_be_exact_is_in_float16():
     model, params = bench.fresh("resnet_56"), Params(arch="resnet_56", precision="fp32")
     half = build.computes(build.library(), torch.float16)
     teacher = evaluation.teacher_of(model, params, "cpu", 0, exact=False)

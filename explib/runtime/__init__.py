@@ -130,10 +130,10 @@ def compile(
         return in_torch(NotImplementedError(f"the engine does not run it ({line(error)})"))
     if same:
         return made
+    why = f"in {report['dtype']} the engine makes something else of it"
     if dtype == torch.float32 or not fallback:
-        name = report["dtype"]
-        return in_torch(NotImplementedError(f"in {name} the engine makes something else of it"))
-    warnings.warn(f"in {report['dtype']} it makes something else; using float32", stacklevel=2)
+        return in_torch(NotImplementedError(why))
+    warnings.warn(f"{why}; using float32", stacklevel=2)
     return compile(model, example_input, threads=threads)
 
 
