@@ -23,10 +23,10 @@ test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; inst
 	@command -v chromium >/dev/null || { test -x /usr/bin/apt-get && { test $$(id -u) = 0 || command -v sudo >/dev/null; }; } || \
 		{ echo 'test-browser: no chromium here and no apt-get as root to install it; install chromium'; exit 1; }
 	@command -v chromium >/dev/null || { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) apt-get install -qq -y chromium >/dev/null; }
-	$(BIN)/pytest -m browser tests/test_browser.py
+	$(BIN)/pytest -m browser tests/system/test_browser.py
 
 audit: .venv/ready  ## known vulnerabilities of the packages installed, where the database can be reached
-	$(BIN)/pytest -m 'audit or not browser' -rs tests/test_security.py
+	$(BIN)/pytest -m 'audit or not browser' -rs tests/system/test_security.py
 
 reproduce: .venv/ready  ## the twelve published rows on CIFAR-10, anew, in reproduced/: many hours without a GPU
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
@@ -36,23 +36,23 @@ tables: .venv/ready  ## every table and figure, and those of the README, from th
 	@$(MAKE) --no-print-directory --jobs 2 readme 04_tables
 
 readme: .venv/ready
-	$(BIN)/python -m explib.tables
+	$(BIN)/python -m explib.report.tables
 
 04_tables: .venv/ready
 	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
 
 report: tables  ## the study as one HTML page, results/report.html: seconds
-	$(BIN)/python -m explib.report
+	$(BIN)/python -m explib.report.page
 
 verify: .venv/ready  ## the shipped networks' accuracy, measured anew, in torch and in the engine: minutes
-	$(BIN)/python -m explib.verify
+	$(BIN)/python -m explib.study.verify
 
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
 bench: .venv/ready  ## how fast this machine scores, trains, evaluates and runs what is left: minutes
-	$(BIN)/python -m explib.bench.scoring
-	$(BIN)/python -m explib.bench.training
-	$(BIN)/python -m explib.bench.processes
-	$(BIN)/python -m explib.runtime.bench
-	$(BIN)/python -m explib.runtime.plots
+	$(BIN)/python -m explib.study.bench.scoring
+	$(BIN)/python -m explib.study.bench.training
+	$(BIN)/python -m explib.study.bench.processes
+	$(BIN)/python -m explib.study.bench.inference
+	$(BIN)/python -m explib.report.inference_plots

@@ -8,7 +8,7 @@ import sys
 
 import yaml
 
-from explib import gpus
+from explib.study import gpus
 from explib.files import locked, write_text
 from explib.params import from_yaml
 

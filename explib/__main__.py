@@ -13,7 +13,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import click
 
-from explib.params import CHOICES, ParamError, Params, from_mapping, from_yaml
+from explib.errors import ParamError
+from explib.params import CHOICES, Params, from_mapping, from_yaml
 
 # Everything that needs torch is imported where it is used: --help and completion are to be quick.
 
@@ -104,13 +105,14 @@ def score(as_json, **options):
     params = _params(options)
 
     def work():
-        from explib import expectation, pruners, study
+        from explib.pruning import scores as scoring
+        from explib.study import networks
 
-        found = study.scores(params, study.load_dense(params))
-        table = pruners.redundancy_table(found, params.groups).to_dict("records")
+        found = networks.scores(params, networks.load_dense(params))
+        table = scoring.redundancy(found, params.groups)
         for row in table:
             delta = found[row["layer"]]
-            levels = expectation.levels(delta, params.groups)
+            levels = scoring.levels(delta, params.groups)
             row |= {
                 "delta_e_min": float(delta.min()),
                 "delta_e_max": float(delta.max()),
@@ -129,11 +131,14 @@ def prune(as_json, **options):
     params = _params(options)
 
     def work():
-        from explib import study
+        from explib.study import networks
 
-        dense = study.load_dense(params)
-        masks = study.choose_masks(params, dense)
-        return {"masks": str(study.save_masks(params, masks)), **study.counts(params, dense, masks)}
+        dense = networks.load_dense(params)
+        masks = networks.choose_masks(params, dense)
+        return {
+            "masks": str(networks.save_masks(params, masks)),
+            **networks.counts(params, dense, masks),
+        }
 
     _run(work, as_json, _left)
 
@@ -145,13 +150,13 @@ def flops(as_json, **options):
     params = _params(options)
 
     def work():
-        from explib import study
+        from explib.study import networks
 
-        trained = params.resume or study.dense_path(params).is_file()
+        trained = params.resume or networks.dense_path(params).is_file()
         if not trained:
             click.echo(f"{params.arch}: not trained yet, so masks of fresh weights", err=True)
-        dense = study.load_dense(params) if trained else study.fresh(params)
-        return study.counts(params, dense, study.choose_masks(params, dense))
+        dense = networks.load_dense(params) if trained else networks.fresh(params)
+        return networks.counts(params, dense, networks.choose_masks(params, dense))
 
     _run(work, as_json, _left)
 
@@ -190,7 +195,7 @@ def baseline(as_json, **options):
     params = _params(options)
 
     def work():
-        from explib import runs
+        from explib.study import runs
 
         return runs.baseline(params)
 
@@ -204,7 +209,7 @@ def finetune(as_json, **options):
     params = _params(options)
 
     def work():
-        from explib import runs
+        from explib.study import runs
 
         return runs.finetune(params)
 
@@ -230,7 +235,7 @@ def batch(files, seeds, seconds, results_dir):
         for seed in range(seeds)
         for file in pruned
     ]
-    from explib import runs
+    from explib.study import runs
 
     started, longest, failed = time.monotonic(), 0.0, 0
     for file, params in chosen:
@@ -268,7 +273,7 @@ def evaluate(network, data_dir, as_json):
     """
 
     def work():
-        from explib.verify import verify
+        from explib.study.verify import verify
 
         return [{"network": network, **row} for row in verify(network, data_dir)]
 
@@ -283,8 +288,8 @@ def tables(results_dir, dataset, as_json):
     """Write every table and figure that the records allow; prints the tables' paths."""
 
     def work():
-        from explib import figures
-        from explib import tables as making
+        from explib.report import figures
+        from explib.report import tables as making
 
         written = making.build(results_dir, dataset) + figures.build(results_dir, dataset)
         return [str(path) for path in written]

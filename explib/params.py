@@ -15,6 +15,9 @@ from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
+from explib.errors import ParamError
+from explib.rates import parse_rates
+
 ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
 WAYS = ("A", "B", "random", "l1", "bn", "matched")
 CHOICES = {
@@ -55,10 +58,6 @@ RANGES = {
 }
 # What may differ between two runs that compute the same
 PLACES = ("data_dir", "data_url", "job_dir", "results_dir", "threads", "workers")
-
-
-class ParamError(ValueError):
-    """A parameter that cannot be: the message names it, what is wrong and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -309,31 +308,6 @@ def from_notebook(namespace: dict) -> Params:
     return from_mapping(chosen, source="notebook")
 
 
-_TERM = re.compile(r"\[\s*([0-9]*\.?[0-9]+|[0-9]+\.)\s*\](?:\s*\*\s*([0-9]{1,5}))?")
-
-
-def parse_rates(text: str) -> list[float]:
-    """Pruning rates from `[0.1]*2+[0.4]*2`: `[rate]` with an optional `*count`, joined by `+`.
-
-    A rate is the share of a conv's kernels to prune, 0 up to but not including 1. ParamError
-    names the offending term.
-    """
-    rates = []
-    for term in text.split("+"):
-        match = _TERM.fullmatch(term.strip())
-        if not match:
-            raise ParamError(
-                f"compress_rate: cannot read {term.strip()!r}; give terms like [0.4]*17 joined by +"
-            )
-        rate, count = float(match[1]), int(match[2] or 1)
-        if not rate < 1:
-            raise ParamError(f"compress_rate: rate {rate} in {term.strip()!r}; give 0 to below 1")
-        if not 1 <= count <= 10_000:
-            raise ParamError(f"compress_rate: count {count} in {term.strip()!r}; give 1 to 10000")
-        rates += [rate] * count
-    return rates
-
-
 def parse_steps(text: str) -> list[int]:
     """Epochs from `15,25`, ascending; the empty text is no step. ParamError otherwise."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
@@ -343,19 +317,3 @@ def parse_steps(text: str) -> list[int]:
     if steps != sorted(set(steps)):
         raise ParamError(f"lr_decay_step: {text!r} is not ascending; give epochs like 15,25")
     return steps
-
-
-def spread_rates(rates: list[float], places: int, what: str = "convs") -> list[float]:
-    """One rate for each of `places`; a single rate serves all. ParamError on any other count."""
-    if len(rates) == 1:
-        return rates * places
-    if len(rates) != places:
-        raise ParamError(
-            f"compress_rate: {len(rates)} rates for {places} {what}; give {places}, or one for all"
-        )
-    return rates
-
-
-def keep_floor(rates: list[float]) -> float:
-    """The published share of each redundant set that stays: 1 - max(rates) - 0.1, at least 0."""
-    return max(0.0, round(1 - max(rates) - 0.1, 12)) if rates else math.nan

@@ -11,10 +11,11 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
-from explib import models, study
+from explib import models
 from explib.data import Data, Split, data_root
 from explib.files import ROOT
 from explib.params import Params
+from explib.study import networks
 
 settings.register_profile("explib", deadline=None, max_examples=40)
 settings.load_profile("explib")
@@ -48,10 +49,10 @@ def cifar10_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def public() -> study.Dense:
+def public() -> networks.Dense:
     """The public ResNet-56, 93.39 % on CIFAR-10; not to be changed by a test."""
     params = Params(dataset="cifar10", normalization="imagenet", resume=str(PUBLIC))
-    return study.load_dense(params)
+    return networks.load_dense(params)
 
 
 TINY = Params(

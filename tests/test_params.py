@@ -6,21 +6,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from explib.errors import ParamError
 from explib.files import ROOT
 from explib.params import (
     CHOICES,
     PLACES,
     RANGES,
-    ParamError,
     Params,
     from_mapping,
     from_notebook,
     from_yaml,
-    keep_floor,
-    parse_rates,
     parse_steps,
-    spread_rates,
 )
+from explib.rates import keep_floor, parse_rates, spread_rates
 
 RESNET_56 = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
 
@@ -218,10 +216,10 @@ class TestYaml:
         "path", sorted((ROOT / "params").glob("*/*.yaml")), ids=lambda path: path.stem
     )
     def test_a_configuration_of_the_study_loads_and_fits_its_network(self, path):
-        from explib import study
+        from explib.study import networks
 
         params = from_yaml(path)
-        rates = study.fresh(params).rates
+        rates = networks.fresh(params).rates
         convs = {"vgg_16_bn": 13, "resnet_56": 55, "resnet_110": 109, "resnet_50": 53}
         convs["googlenet"] = 1 + 9 * 5  # all but the two reductions of each block
         assert len(rates) == convs[params.arch]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from explib import params
+from explib import rates as rates_module
 from explib.files import ROOT
 
 CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
@@ -37,7 +38,7 @@ def test_every_published_row_has_its_configurations():
     wanted = {
         (
             *(row["arch"], row["dataset"]),
-            tuple(params.parse_rates(row["compress_rate"])),
+            tuple(rates_module.parse_rates(row["compress_rate"])),
             way,
             survivors,
         )

@@ -1,1 +1,0 @@
-"""How fast this machine is: one module a benchmark, each `python -m explib.bench.NAME`."""

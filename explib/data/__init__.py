@@ -1,0 +1,254 @@
+"""The data sets, and batches of them: augmented, normalized, on the device."""
+
+import functools
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+
+from explib.data.download import fetch, unpack
+from explib.data.splits import Folders, Split, find
+from explib.errors import DataError
+from explib.files import ROOT, resolve
+from explib.params import Params
+
+MEAN_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "digits": ((0.3054,) * 3, (0.3237,) * 3),
+}
+"""Per-channel mean and standard deviation of inputs in 0 to 1. digits: of its training split."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set ready for use: `train` to learn from, `test` to evaluate on.
+
+    `evaluated_on` says what `test` is: the test set, or a validation split of the training set.
+    """
+
+    name: str
+    train: Split | Folders
+    test: Split | Folders
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool  # whether a mirrored image is still of its class
+    sha256: str  # of the images and labels as loaded; of folders, of the names and sizes of files
+    evaluated_on: str = "test"
+    workers: int = 0  # processes that decode images on disk; 0: one per core
+
+    def to(self, device: str) -> "Data":
+        """The same data on a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def summary(self) -> dict:
+        """What a record says of the data."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "train_images": len(self.train),
+            "test_images": len(self.test),
+            "evaluated_on": self.evaluated_on,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def load_data(params: Params) -> Data:
+    """The data set of a configuration. DataError, in one line, if it is not to be had.
+
+    `validation` images are taken from the training set, the same ones for every seed, and stand
+    in for the test set; limit_train and limit_test then cut both.
+    """
+    data = _LOADERS[params.dataset](params)
+    if params.normalization:
+        mean, std = MEAN_STD[params.normalization]
+        data = replace(data, mean=mean, std=std)
+    if params.validation:
+        if params.validation >= len(data.train):
+            raise DataError(
+                f"validation: {params.validation} of {len(data.train)} training images; give fewer"
+            )
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(2023))
+        held, rest = order[: params.validation], order[params.validation :].sort().values
+        data = replace(
+            data,
+            train=data.train.take(rest),
+            test=data.train.take(held),
+            evaluated_on=f"validation ({params.validation} training images)",
+        )
+    return replace(
+        data,
+        train=data.train.first(params.limit_train),
+        test=data.test.first(params.limit_test),
+    )
+
+
+def _digits(params: Params) -> Data:
+    """scikit-learn's 1,797 handwritten digits, 8x8 to 3x32x32, a fifth of each class for test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+    images = images.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    mean, std = MEAN_STD["digits"]
+    return Data(
+        "digits",
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        tuple("0123456789"),
+        mean,
+        std,
+        flip=False,
+        sha256=_digest(images, labels),
+    )
+
+
+def _cifar10(params: Params) -> Data:
+    """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
+    root = data_root(params.data_dir)
+    folder = root / CIFAR10.base_folder
+    wrong = [
+        name
+        for name, md5 in CIFAR10.train_list + CIFAR10.test_list
+        if (folder / name).exists() and not check_integrity(str(folder / name), md5)
+    ]
+    if wrong:
+        raise DataError(f"{folder / wrong[0]}: damaged (its MD5 is wrong); delete it and try again")
+    try:
+        if not folder.is_dir():
+            archive = fetch(
+                params.data_url or CIFAR10.url, root / CIFAR10.filename, CIFAR10.tgz_md5
+            )
+            unpack(archive, CIFAR10.base_folder, root)
+        train, test = CIFAR10(root, train=True), CIFAR10(root, train=False)
+    except (RuntimeError, OSError, tarfile.TarError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{root}: no complete CIFAR-10 here and it could not be downloaded ({why}); "
+            "put cifar-10-batches-py there, or set data_dir or EXPLIB_DATA to where it is, or "
+            "data_url to a mirror"
+        ) from None
+
+    def split(part):
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(part.targets))
+
+    train, test, classes = split(train), split(test), tuple(train.classes)
+    mean, std = MEAN_STD["cifar10"]
+    digest = _digest(train.images, train.labels, test.images, test.labels)
+    return Data("cifar10", train, test, classes, mean, std, flip=True, sha256=digest)
+
+
+def _imagenet(params: Params) -> Data:
+    """Class folders: train/CLASS/*.JPEG and val/CLASS/*.JPEG, of ImageNet or of anything else."""
+    root = imagenet_dir(params.data_dir)
+    train, classes = find(root / "train", params.side)
+    test, _ = find(root / "val", params.side, classes)
+    mean, std = MEAN_STD["imagenet"]
+    names = hashlib.sha256()  # the contents, 150 GB, would take too long
+    for split in (train, test):
+        for file in sorted(split.files):
+            names.update(f"{os.path.relpath(file, root)} {os.path.getsize(file)}\n".encode())
+    digest = names.hexdigest()
+    return Data(
+        *("imagenet", train, test, tuple(classes), mean, std),
+        flip=True,
+        sha256=digest,
+        workers=params.workers,
+    )
+
+
+def imagenet_dir(data_dir: str = "") -> Path:
+    """Where train/ and val/ are: data_dir, else $EXPLIB_DATA, else data/; or imagenet/ in it."""
+    root = data_root(data_dir)
+    return root if (root / "train").is_dir() else root / "imagenet"
+
+
+def count_classes(params: Params) -> int | None:
+    """How many classes the data set has; None, the network's own number, where it is not there."""
+    if params.dataset != "imagenet":
+        return 10
+    try:
+        return len([e for e in os.scandir(imagenet_dir(params.data_dir) / "train") if e.is_dir()])
+    except OSError:
+        return None
+
+
+def data_root(data_dir: str = "") -> Path:
+    """Where data sets are: data_dir, else $EXPLIB_DATA, else data/ of the project."""
+    return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
+
+
+_LOADERS = {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet}
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
+    """uint8 (N, 3, H, W) to float32 with the data set's mean and std, channels last."""
+    mean, std = _constants(data.mean, data.std, images.device)
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache  # a copy to a GPU in every step would stop it, and a CUDA graph allows none
+def _constants(mean: tuple, std: tuple, device: torch.device) -> list[torch.Tensor]:
+    """Mean and std in units of a pixel's 0 to 255, (1, 3, 1, 1)."""
+    return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std)]
+
+
+def epoch_plan(data: Data, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+    """An epoch's order and augmentation, from (seed, epoch) alone: int64 (batches, 4, batch_size).
+
+    For each image of a batch: its index, the crop's row and column, and whether it is mirrored; of
+    an image on disk its index and the seed of its crop. So an epoch is the same on every device,
+    and whether or not the run was interrupted before it. A short last batch is left out (its
+    gradient would be noisier), unless it is the only one.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    count, batches = len(data.train), batches_per_epoch(data, batch_size)
+    order = torch.randperm(count, generator=generator)
+    crops = torch.randint(0, data.train.choices, (2, count), generator=generator)
+    mirrored = torch.randint(0, 2 if data.flip else 1, (count,), generator=generator)
+    plan = torch.stack([order, *crops, mirrored])[:, : batches * batch_size]
+    plan = plan.view(4, batches, -1).transpose(0, 1).contiguous()
+    return plan.to(data.train.labels.device)
+
+
+def train_batch(data: Data, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The augmented, normalized images and the labels of one batch of `data.train.inputs`."""
+    images, labels = data.train.augmented(*inputs)
+    return normalize(images, data), labels
+
+
+def batches_per_epoch(data: Data, batch_size: int) -> int:
+    """How many batches an epoch has."""
+    return max(len(data.train) // batch_size, 1)
+
+
+def eval_batches(
+    split: Split | Folders, data: Data, batch_size: int = 500
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All images of a split in order, normalized, not augmented."""
+    for images, labels in split.in_order(batch_size, data.workers):
+        yield normalize(images, data), labels

@@ -1,0 +1,54 @@
+"""The compiled kernels: built at first use for this machine, and cached."""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from explib.engine import native
+from explib.engine.native import NoCompiler
+
+__all__ = ["TYPES", "NoCompiler", "computes", "instructions", "library"]
+
+SOURCE = Path(__file__).parent / "csrc/kernels.cpp"
+_P, _I = ctypes.c_void_p, ctypes.c_int
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the engine may compute in, as the C++ numbers them."""
+
+
+def library() -> ctypes.CDLL:
+    """The kernels as a C library, compiled first where that is not done (some 10 s).
+
+    Raises NoCompiler, in one line, where it cannot be built; see `native.load`.
+    """
+    return _library(os.environ.get("CXX"), os.environ.get("EXPLIB_CXXFLAGS"))
+
+
+@cache  # for each setting of the environment
+def _library(compiler: str | None, target: str | None) -> ctypes.CDLL:
+    try:
+        return _declared(native.load(SOURCE, "-pthread", "-fopenmp"))
+    except NoCompiler:  # of those, not every one has OpenMP
+        return _declared(native.load(SOURCE, "-pthread"))
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    lib.explib_new.restype = _P
+    lib.explib_new.argtypes = [_P, _I, _P, _I, _P, _I, _I, _I, _I]
+    lib.explib_run.argtypes = [_P, ctypes.POINTER(_P), ctypes.POINTER(_P), ctypes.c_int64]
+    lib.explib_free.argtypes = [_P]
+    lib.explib_free.restype = None
+    return lib
+
+
+def computes(lib: ctypes.CDLL, dtype: torch.dtype) -> bool:
+    """Whether the library computes in this one of TYPES."""
+    return bool(lib.explib_computes(TYPES.index(dtype)))
+
+
+def instructions(lib: ctypes.CDLL) -> str:
+    """The library's vectors, for reports."""
+    more = [str(t).removeprefix("torch.") for t in TYPES[1:] if computes(lib, t)]
+    return f"{8 * lib.explib_vector_bytes()}-bit vectors" + "".join(f", {name}" for name in more)

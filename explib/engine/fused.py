@@ -1,0 +1,297 @@
+"""Training on a CPU at the speed of its memory: BatchNorm, shortcut and ReLU in one pass.
+
+On a CPU a ResNet spends more time between its convolutions than in them. `fuse` rewrites a network,
+whose weights it shares, so that what lies between them reads and writes each activation once per
+direction; the arithmetic is that of the plain network, up to rounding. Also, a small convolution
+(maps of up to 4 x 4) becomes a matrix product.
+"""
+
+import ctypes
+import functools
+import operator
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.autograd.function import once_differentiable
+
+from explib.engine import native
+from explib.engine.native import pointer
+from explib.engine.tracing import says_the_same, trace
+from explib.pruning.layers import modes_kept
+
+_INT64 = ctypes.c_int64
+
+
+@functools.cache
+def library():
+    """The compiled passes; None, with a warning, where they cannot be built."""
+    try:
+        return native.load(Path(__file__).parent / "csrc/fused.cpp", "-fopenmp")
+    except native.NoCompiler as error:
+        warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
+        return None
+
+
+@functools.cache
+def keep_memory() -> bool:
+    """Have this process keep the memory it frees; whether its C library (glibc) can.
+
+    A step of training frees its activations; returned to the system, each page of them would cost a
+    fault at the next step (ResNet-56 with batch 128: 20,000 to 80,000 of them, a tenth of the time
+    and more).
+    """
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    large = mallopt(mmap, 1 << 30) or mallopt(mmap, 32 << 20)  # older ones take no more
+    return bool(large and mallopt(trim, (1 << 31) - 1))
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, bool, int]:
+    """Pixels, channels, whether bfloat16, and threads, as the C++ wants them."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not x.is_cpu:
+        raise ValueError(
+            f"x: {tuple(x.shape)}; give a channels-last (N, C, H, W) tensor on the CPU"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
+        raise ValueError(f"x: {x.numel()} values of {x.dtype}; give some in float32 or bfloat16")
+    pixels, channels = x.numel() // x.shape[1], x.shape[1]
+    return pixels, channels, x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def _like(x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor | None:
+    """`other` in the type and layout of x."""
+    if other is not None and other.shape != x.shape:
+        raise ValueError(f"a tensor {tuple(other.shape)} beside one of {tuple(x.shape)}")
+    return (
+        None if other is None else other.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _per_channel(x: torch.Tensor, *values: torch.Tensor) -> list[torch.Tensor]:
+    if any(value.numel() != x.shape[1] for value in values):
+        raise ValueError(f"values per channel: give {x.shape[1]} of each")
+    return [value.detach().float().contiguous() for value in values]
+
+
+def batch_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each channel of x (N, C, H, W), channels last; float64 (C,)."""
+    pixels, channels, half, threads = _rows(x)
+    mean, var = torch.empty(2, channels, dtype=torch.float64)
+    library().fused_moments(
+        *(pointer(x), _INT64(pixels), _INT64(channels), half, threads),
+        *map(pointer, (mean, var)),
+    )
+    return mean, var
+
+
+def affine(x, scale, shift, add=None, relu: bool = False) -> torch.Tensor:
+    """x * scale + shift (+ add), then ReLU where it is wanted; scale and shift (C,)."""
+    pixels, channels, half, threads = _rows(x)
+    scale, shift = _per_channel(x, scale, shift)
+    add, y = _like(x, add), torch.empty_like(x)
+    library().fused_affine(
+        *map(pointer, (x, add, y)),
+        *(_INT64(pixels), _INT64(channels), half, threads),
+        *(pointer(scale), pointer(shift), relu),
+    )
+    return y
+
+
+def backward(dy, x, y, weight, mean, invstd, wants_add: bool):
+    """Gradients of x, of add (None unless wanted), weight and bias, from that of the result.
+
+    y: the result where a ReLU made it, else None.
+    """
+    pixels, channels, half, threads = _rows(x)
+    dy, y = _like(x, dy), _like(x, y)
+    weight, mean, invstd = _per_channel(x, weight, mean, invstd)
+    dx, dadd = torch.empty_like(x), torch.empty_like(x) if wants_add else None
+    dweight, dbias = torch.empty(2, channels, dtype=torch.float32)
+    library().fused_backward(
+        *map(pointer, (dy, x, y, dx, dadd)),
+        *(_INT64(pixels), _INT64(channels), half, threads),
+        *map(pointer, (weight, mean, invstd, dweight, dbias)),
+    )
+    return dx, dadd, dweight, dbias
+
+
+@torch.no_grad()
+def track(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
+    """Update running statistics with a batch's mean and biased variance, each (C,)."""
+    if not norm.track_running_stats:
+        return
+    norm.num_batches_tracked += 1
+    # without momentum it is the plain average over batches
+    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+    norm.running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(norm.running_var), share)
+
+
+class _NormAct(torch.autograd.Function):
+    """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, add, eps, relu):
+        mean, var = batch_moments(x)
+        invstd = (var + eps).rsqrt()
+        scale = weight * invstd
+        y = affine(x, scale, bias - mean * scale, add, relu)
+        ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        dx, dadd, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[3])
+        return dx, dweight, dbias, dadd, None, None
+
+
+def sound(norm: nn.BatchNorm2d) -> bool:
+    """Whether a BatchNorm has all that the passes read: weight, bias and running statistics."""
+    return all(t is not None for t in (norm.weight, norm.bias, norm.running_mean))
+
+
+class NormAct(nn.Module):
+    """A BatchNorm2d of the network with what follows it: relu(norm(x) + add)."""
+
+    def __init__(self, norm: nn.BatchNorm2d, relu: bool):
+        super().__init__()
+        self.norm, self.relu = norm, relu
+
+    def forward(self, x, add=None):
+        norm = self.norm
+        if (
+            not sound(norm)
+            or x.numel() <= x.shape[1]  # torch says what is wrong with one value a channel, or none
+            or (not norm.training and torch.is_grad_enabled())
+            or x.dtype not in (torch.float32, torch.bfloat16)
+            or (add is not None and add.shape != x.shape)
+        ):
+            y = norm(x) if add is None else norm(x) + add
+            return F.relu(y) if self.relu else y
+        x = x.contiguous(memory_format=torch.channels_last)
+        add = _like(x, add)
+        if norm.training:
+            y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
+            track(norm, mean, var, x.numel() // x.shape[1])
+            return y
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return affine(x, scale, norm.bias - norm.running_mean * scale, add, self.relu)
+
+
+class SmallConv(nn.Module):
+    """A conv 3x3 of the network; in bfloat16 on maps of up to 4 x 4, as one matrix product.
+
+    There oneDNN spends its time laying weights out anew (512 filters on 2 x 2: a fifth of the
+    speed of the product, forward and backward).
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        conv = self.conv
+        n, channels, height, width = x.shape
+        if height * width > 16 or not torch.is_autocast_enabled("cpu"):
+            return conv(x)
+        x = F.pad(x.bfloat16().permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        taps = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        columns = torch.cat(taps, 3).view(n * height * width, 9 * channels)
+        weight = conv.weight.bfloat16().permute(2, 3, 1, 0).reshape(9 * channels, -1)
+        y = columns @ weight if conv.bias is None else torch.addmm(conv.bias, columns, weight)
+        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
+    """A network that computes what `model` does, faster on a CPU, with the same weights and modes.
+
+    like: images as it takes them, of whatever content. The model itself where it cannot be traced,
+    where training mode changes more than its layers do, or where nothing could be compiled.
+    """
+    graph = _traced(model, like)
+    if graph is None or library() is None:
+        return model
+    modules = dict(model.named_modules())
+    fused = fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        module = modules.get(node.target) if node.op == "call_module" else None
+        if type(module) is nn.BatchNorm2d and node.args:
+            _fuse_norm(fused, node, module, modules)
+        elif type(module) is nn.Conv2d and _like_3x3(module):
+            _replace(fused, node, [node], SmallConv(module), node.args)
+    graph.eliminate_dead_code()
+    fused.recompile()
+    return fused if says_the_same(fused, model, like) else model
+
+
+def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph | None:
+    """The model's graph if it has one, the same for training and evaluation."""
+    graphs = []
+    try:
+        with modes_kept(model):
+            for mode in (True, False):
+                graphs.append(trace(model.train(mode), like).graph)
+    except NotImplementedError:
+        return None
+    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+
+
+def _like_3x3(conv: nn.Conv2d) -> bool:
+    same = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
+    square = all(getattr(conv, field) == (value, value) for field, value in same.items())
+    return square and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def _fuse_norm(fused, norm, module, modules) -> None:
+    """Put a BatchNorm, an addition that only it feeds from this side, and a ReLU into one node."""
+    chain, add, relu = [norm], None, False
+    follower = _only_user(norm)
+    if follower and _is_add(follower):
+        others = [arg for arg in follower.args if arg is not norm]
+        if (
+            len(others) == 1
+            and isinstance(others[0], fx.Node)
+            and _is_relu(_only_user(follower), modules)
+        ):
+            add = others[0]
+            chain.append(follower)
+            follower = _only_user(follower)
+    if follower and _is_relu(follower, modules):
+        chain.append(follower)
+        relu = True
+    _replace(fused, norm, chain, NormAct(module, relu), (norm.args[0], add))
+
+
+def _replace(fused, node, chain, module, args) -> None:
+    name = f"fused_{node.name}"
+    fused.add_submodule(name, module)
+    with fused.graph.inserting_before(chain[-1]):
+        new = fused.graph.call_module(name, args)
+    chain[-1].replace_all_uses_with(new)
+    for old in reversed(chain):
+        fused.graph.erase_node(old)
+
+
+def _only_user(node):
+    return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
+
+
+def _is_add(node) -> bool:
+    plain = len(node.args) == 2 and not node.kwargs  # alpha
+    return plain and node.target in (operator.add, operator.iadd, torch.add)
+
+
+def _is_relu(node, modules) -> bool:
+    if node is None:
+        return False
+    if node.op == "call_module":
+        return type(modules.get(node.target)) is nn.ReLU
+    return node.op == "call_function" and node.target in (F.relu, torch.relu)

@@ -1,0 +1,133 @@
+"""A network as a graph of torch.fx that means what the network does, or none."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten
+
+from explib.pruning.layers import modes_kept
+
+_WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
+    """The model in its present mode as a graph in which the order of writing no longer matters.
+
+    like: images as it takes them, of whatever content. It shares the model's modules. Raises
+    NotImplementedError where torch.fx cannot trace it, or traces something else.
+    """
+    for name, module in model.named_modules():
+        if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
+            raise NotImplementedError(
+                f"{name or 'the network'} has hooks, which tracing would lose"
+            )
+    try:
+        traced = fx.GraphModule(model, fx.Tracer().trace(model))
+    except Exception as error:  # control flow that depends on the data: any error can come of it
+        raise NotImplementedError(f"torch.fx cannot trace it ({line(error)})") from None
+    try:
+        _follow_writes(traced, like)
+        faithful = says_the_same(traced, model, like)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise NotImplementedError(f"what torch.fx traces does not run ({line(error)})") from None
+    if not faithful:
+        raise NotImplementedError("torch.fx traces another network than the one that runs")
+    return traced
+
+
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+def line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def says_the_same(
+    built: nn.Module, model: nn.Module, like: torch.Tensor, count: int = 2, tolerance: float = 1e-3
+) -> bool:
+    """Whether both make the same of `count` random images, in evaluation mode.
+
+    tolerance: of the largest value. torch.fx takes `a += b` for `a = a + b`, which is something
+    else where the old `a` is still read; of Python's own branches it sees the one that was taken;
+    and what is built from a graph may lack something that nobody has thought of.
+    """
+    images = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    images = images.to(like)
+    with modes_kept(model), modes_kept(built), torch.no_grad():
+        wanted, form = tree_flatten(model.eval()(images.clone()))
+        found, found_form = tree_flatten(built.eval()(images.clone()))
+    return form == found_form and all(
+        _close(a, b, tolerance) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _close(found, wanted, tolerance: float) -> bool:
+    if not isinstance(wanted, torch.Tensor):
+        return found == wanted
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(found, wanted)
+    found, wanted = found.double(), wanted.double()
+    finite = wanted[wanted.isfinite()].abs()
+    most = tolerance * float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(found, wanted, rtol=0, atol=most + 1e-6, equal_nan=True)
+
+
+def _follow_writes(traced: fx.GraphModule, like: torch.Tensor) -> None:
+    """Let every op that reads what an op in place has overwritten read that op's result.
+
+    NotImplementedError where it is read later through another view of the same memory.
+    """
+    modules = dict(traced.named_modules())
+    written = {node: _written(node, modules) for node in traced.graph.nodes}
+    if not any(written.values()):
+        return
+    place = {node: number for number, node in enumerate(traced.graph.nodes)}
+    memory = _memory(traced, like)
+    for node, target in written.items():
+        if target is None:
+            continue
+        for other in [n for n in place if place[n] < place[node] and memory[n] & memory[target]]:
+            for later in [user for user in other.users if place[user] > place[node]]:
+                if other is not target:
+                    raise NotImplementedError(f"{node.name} overwrites what {later.name} reads")
+                later.replace_input_with(target, node)
+    traced.recompile()
+
+
+def _memory(traced: fx.GraphModule, like: torch.Tensor) -> dict[fx.Node, set[int]]:
+    """Where the tensors of each node's result lie."""
+    found, kept = {}, []
+
+    class Watching(fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            tensors = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor)]
+            found[node] = {t.untyped_storage().data_ptr() for t in tensors}
+            kept.append(result)  # so that no other tensor gets its place
+            return result
+
+    with modes_kept(traced), torch.no_grad():
+        Watching(traced.eval()).run(like[:1].clone())
+    return found
+
+
+def _written(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The node whose tensor this one overwrites, if it is an op in place."""
+    if node.op == "call_module":
+        in_place = modules[node.target].__dict__.get("inplace") is True
+    else:
+        name = str(getattr(node.target, "__name__", node.target))
+        in_place = node.op in ("call_function", "call_method") and (
+            node.target in _WRITES
+            or (name.endswith("_") and not name.endswith("__"))
+            or node.kwargs.get("inplace") is True
+            or (node.target is F.relu and node.args[1:] == (True,))
+        )
+    return next(iter(node.all_input_nodes), None) if in_place else None

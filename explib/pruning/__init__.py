@@ -1,0 +1,1 @@
+"""The method: layers, scores, criteria, masks, counting, filters, checkpoints."""

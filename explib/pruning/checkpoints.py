@@ -1,0 +1,158 @@
+"""Files of masks and of pruned networks, and state dicts as found in the wild."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from explib import models
+from explib.files import load_tensors, resolve, save_tensors
+from explib.pruning import masks as masking
+from explib.pruning.masks import Masks
+
+
+def save(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
+    """Write masks, one bit a kernel."""
+    tensors = {name: _pack(mask) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return save_tensors(path, tensors, {"kind": "masks", "shapes": shapes, **(meta or {})})
+
+
+def load(path: str | Path) -> tuple[Masks, dict]:
+    """Masks of `save`, and their meta data. ValueError for any other file."""
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "masks":
+        raise ValueError(f"{path}: holds no masks; give a file that masks.save wrote")
+    shapes = _shapes(path, meta, tensors)
+    return {name: _unpack(tensors[name], shape) for name, shape in shapes.items()}, meta
+
+
+def _shapes(path, meta: dict, tensors: dict, suffix: str = "") -> dict[str, list[int]]:
+    """The shapes (F, C) that a file states for its masks; ValueError unless it holds their bits."""
+    shapes = meta.get("shapes")
+    if not isinstance(shapes, dict):
+        raise ValueError(f"{path}: lacks the shapes of its masks; save it anew")
+    for name, shape in shapes.items():
+        sizes = shape if isinstance(shape, list) else []
+        if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
+            raise ValueError(f"{path}: {name} has a mask of shape {shape!r}; give [F, C]")
+        bits = tensors.get(name + suffix)
+        wanted = (math.ceil(math.prod(sizes) / 8),)
+        if bits is None or bits.dtype != torch.uint8 or tuple(bits.shape) != wanted:
+            raise ValueError(f"{path}: lacks the {math.prod(sizes)} bits of {name}; save it anew")
+    return shapes
+
+
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+
+
+def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    return torch.from_numpy(flat.astype(bool)).reshape(shape)
+
+
+def save_compact(
+    path: str | Path,
+    model: nn.Module,
+    masks: Masks,
+    meta: dict,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a network as its surviving kernels and their positions only.
+
+    meta must say `arch` and `num_classes`. Weights of more than one dimension are stored as
+    `dtype`, everything else (BatchNorm, biases) as it is.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        mask = masks.get(name.removesuffix(".weight"))
+        if mask is not None and name.endswith(".weight"):
+            tensors[f"{name}.positions"] = _pack(mask)
+            tensor = tensor[mask.to(tensor.device)]
+        wide = tensor.is_floating_point() and tensor.ndim > 1
+        tensors[name] = tensor.to(dtype) if wide else tensor
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return save_tensors(path, tensors, {**meta, "kind": "compact", "shapes": shapes})
+
+
+def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
+    """A file of `save_compact`: (dense state dict in fp32, masks, meta)."""
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "compact":
+        raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
+    masks = {}
+    for name, shape in _shapes(path, meta, tensors, ".weight.positions").items():
+        if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].ndim == 0:
+            raise ValueError(f"{path}: lacks the kernels of {name}; save it anew")
+        mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
+        kernels = tensors[f"{name}.weight"]
+        if int(mask.sum()) != len(kernels):
+            raise ValueError(
+                f"{path}: {name} has {len(kernels)} kernels for {int(mask.sum())} places"
+            )
+        weight = kernels.new_zeros(*shape, *kernels.shape[1:])
+        weight[mask] = kernels
+        tensors[f"{name}.weight"], masks[name] = weight, mask
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    return state, masks, meta
+
+
+def load_weights(model: nn.Module, state: dict, source: str) -> nn.Module:
+    """Load a state dict as found in the wild: nested, with `module.`, `fc` or `linear` heads.
+
+    Raises ValueError, listing what does not match, before anything is changed; so too for
+    weights that are not finite.
+    """
+    for key in ("state_dict", "model", "net"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    own = model.state_dict()
+    found = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.")
+        for old, new in (("fc.", "linear."), ("linear.", "fc.")):
+            if name not in own and name.startswith(old) and new + name.removeprefix(old) in own:
+                name = new + name.removeprefix(old)
+        found[name] = value
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    problems = [f"lacks {name}" for name in own if name not in found and name not in optional]
+    problems += [f"has unknown {name}" for name in found if name not in own]
+    for name, value in found.items():
+        if name not in own:
+            continue
+        if not isinstance(value, torch.Tensor):
+            problems.append(f"{name} is a {type(value).__name__}, not a tensor")
+        elif value.shape != own[name].shape:
+            problems.append(f"{name} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        elif value.is_floating_point() and not torch.isfinite(value).all():
+            problems.append(f"{name} has NaN or infinite values")
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{source}: does not fit the network: {'; '.join(problems[:6])}{more}")
+    model.load_state_dict({**{name: own[name] for name in optional}, **found})
+    return model
+
+
+def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
+    """A network of a compact file, ready to evaluate: (model, its masks, what the file says of it).
+
+    ValueError, in one line, for a file that is no such network.
+    """
+    path = resolve(path)
+    state, masks, meta = load_compact(path)
+    if meta.get("arch") not in list(models.ARCHS):
+        raise ValueError(f"{path}: is a {meta.get('arch')!r}; known: {', '.join(models.ARCHS)}")
+    classes = meta.get("num_classes")
+    if type(classes) is not int or not 1 <= classes <= 1_000_000:
+        raise ValueError(
+            f"{path}: num_classes is {classes!r}; give how many classes it tells apart"
+        )
+    model = models.build(meta["arch"], meta.get("num_classes"))
+    masking.check(model, masks, str(path))
+    return load_weights(model, state, str(path)).eval(), masks, meta

@@ -1,0 +1,93 @@
+"""Figures of the benchmarks: their records in, a matplotlib Figure out."""
+
+from matplotlib.figure import Figure
+
+from explib.report.names import NAMES, WAY_NAMES
+from explib.report.plots import BLUE, GREY, ORANGE, WAY_COLOURS, _figure, _style
+from explib.study.records import hardware
+
+
+@_style
+def training_speed(record: dict) -> Figure:
+    """Images/s of the plain loop and ours, one group a network and task; of a training record."""
+    rows = [row for row in record["rows"] if row["images_per_s"] and row.get("task")]
+    speed = {(r["network"], r["task"], r["loop"]): r["images_per_s"] for r in rows}
+    groups = list(dict.fromkeys((r["network"], r["task"]) for r in rows if r["loop"] == "plain"))
+    figure, axes = _figure(6.8, 0.9 + 0.75 * len(groups))
+    for y, group in enumerate(groups):
+        plain, ours = speed[*group, "plain"], speed[*group, "ours"]
+        axes.barh(y - 0.19, plain, height=0.36, color=GREY)
+        axes.barh(y + 0.19, ours, height=0.36, color=BLUE)
+        axes.annotate(f" plain loop {plain:,.0f}", (plain, y - 0.19), va="center", fontsize=9)
+        text = f" ours {ours:,.0f}, {ours / plain:.1f} times"
+        axes.annotate(text, (ours, y + 0.19), va="center", fontsize=9)
+    axes.set_yticks(range(len(groups)), [f"{NAMES[arch]}\n{task}" for arch, task in groups])
+    axes.invert_yaxis()
+    axes.margins(x=0.28)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="images/s")
+    axes.set_title(f"On {record['provenance']['hardware']['name']}")
+    return figure
+
+
+@_style
+def sparse_training(record: dict) -> Figure | None:
+    """Images/s forward and backward against kernels pruned, all of them multiplied or the rest."""
+    rows = record.get("by_sparsity")
+    if not rows:
+        return None
+    figure, axes = _figure(6.8, 4.2)
+    for arch, marker in (("resnet_56", "o"), ("vgg_16_bn", "s")):
+        own = [row for row in rows if row["network"] == arch]
+        x = [row["pruned_pct"] for row in own]
+        for way, colour in (("all_kernels", GREY), ("surviving_kernels", ORANGE)):
+            axes.plot(x, [row[way] for row in own], f"{marker}-", color=colour, markersize=5,
+                      label=f"{NAMES[arch]}, {way.replace('_', ' ')}")  # fmt: skip
+        for row in own:
+            text = f"{row['surviving_kernels'] / row['all_kernels']:.1f}×"
+            axes.annotate(text, (row["pruned_pct"], row["surviving_kernels"]), fontsize=8.5,
+                          xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+    axes.set(xlabel="kernels pruned, %", ylabel="images per second, forward and backward")
+    axes.set_ylim(0)
+    axes.margins(y=0.12)
+    axes.set_title(f"Training, {hardware(record['provenance']['hardware']['name'])}")
+    axes.legend(fontsize=8.5, loc="best")
+    return figure
+
+
+@_style
+def recipes(record: dict) -> Figure:
+    """Validation top-1 of every recipe after the same epochs, sorted; of the record of recipes."""
+    rows = sorted(record["rows"], key=lambda row: row["last"])
+    figure, axes = _figure(6.8, 1.0 + 0.3 * len(rows))
+    for y, row in enumerate(rows):
+        ours = row["recipe"].startswith("ours")
+        axes.plot(row["last"], y, "o", color=ORANGE if ours else BLUE)
+        axes.annotate(f"{row['last']:.2f}", (row["last"], y), xytext=(7, 0), va="center",
+                      textcoords="offset points", fontsize=8.5)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["recipe"] for row in rows])
+    axes.set(xlabel=f"top-1 on {record['pruned']['validation']:,} validation images, %")
+    axes.margins(x=0.1)
+    axes.set_title(f"{record['pruned']['epochs']} epochs under masks, by recipe")
+    return figure
+
+
+@_style
+def controls(record: dict) -> Figure:
+    """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
+    usual = [row for row in record["rows"] if not row["changed"]]
+    figure, axes = _figure(7, 4.8)
+    for key, name in WAY_NAMES.items():
+        rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]
+        if not rows:
+            continue
+        rows = sorted(rows, key=lambda row: row["norm_kept_pct"])
+        x = [row["norm_kept_pct"] for row in rows]
+        y = [sum(row["top1"]) / len(row["top1"]) for row in rows]
+        hollow = {"markerfacecolor": "white"} if key[1] == "l1" else {}
+        axes.plot(x, y, "o-", color=WAY_COLOURS[key[0]], linewidth=1, **hollow, label=name)
+    axes.set(xlabel="squared weights left, %, mean over convs",
+             ylabel="top-1 before fine-tuning, %")  # fmt: skip
+    axes.set_title(f"{NAMES[usual[0]['arch']]}: top-1 against the magnitude that survives")
+    axes.legend(fontsize=8.5, loc="best")
+    return figure

@@ -1,0 +1,368 @@
+"""The figures that the records allow: runs against each other, and against what was published."""
+
+import json
+from math import inf
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from explib.files import resolve
+from explib.params import from_mapping
+from explib.pruning import scores as scoring
+from explib.rates import parse_rates
+from explib.report import bench_plots as bench
+from explib.report import plots, selection
+from explib.report.names import NAMES, WAY_NAMES
+from explib.report.plots import (
+    BLUE,
+    GREY,
+    RED,
+    WAY_COLOURS,
+    _figure,
+    _style,
+    curves,
+    save,
+    sparsity,
+)
+from explib.study import networks, records
+from explib.study import published as published_figures
+
+PUBLISHED_EPOCHS = 30  # after each conv
+
+
+@_style
+def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
+    """Top-1 against the cut of multiply-adds: both ways measured, published, and other methods.
+
+    What the ways are compared with at the same cut is drawn by `criteria`.
+    """
+    figure, axes = _figure(7, 5.6)
+    published, rows = published_figures.published(), _published_rows()
+    rows = rows[rows["arch"] == arch]
+    for way, marker in (("A", "s"), ("B", "D")):
+        top1 = [cell[way] for cell in rows["top1_pct"]]
+        axes.hlines(top1, rows["true_cut_pct"], rows["cut_pct"], color="#CCCCCC", linewidth=1)
+        axes.plot(rows["cut_pct"], top1, marker, color=WAY_COLOURS[way], markerfacecolor="none",
+                  markersize=6, alpha=0.6)  # fmt: skip
+        axes.plot(rows["true_cut_pct"], top1, marker, color=WAY_COLOURS[way], markersize=6,
+                  alpha=0.6, label=f"published, way {way} (hollow: as claimed)")  # fmt: skip
+    others = published["others"][published["others"]["arch"] == arch]
+    axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
+              label="other methods, as they claim")  # fmt: skip
+    # names to the right of their crosses, of close ones around them in turn
+    around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
+    for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
+        right = (others["cut_pct"] - other["cut_pct"]).between(0, 3)
+        crowded = (
+            right
+            & (others["name"] != other["name"])
+            & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
+        )
+        offset, side = around[i % 4 if crowded.any() else 0]
+        axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
+                      textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
+    runs = _best_of(frame, arch)
+    runs = runs[runs["pruning_way"].isin(["A", "B"])] if len(runs) else runs
+    shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
+    names: dict[tuple, list] = {}  # of stars one above the other
+    for _, run in runs[::-1].iterrows():
+        key = selection.way_of(run)
+        style = {"markerfacecolor": "white"} if key[1] == "l1" else {}
+        axes.errorbar(
+            100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
+            yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
+            color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
+            label=None if shown else "measured, epochs in brackets (hollow: L1 survivors)",
+        )  # fmt: skip
+        shown = True
+        cut = 100 * (1 - run["macs"] / run["macs_dense"])
+        # names and crosses of others to the right
+        crosses = others["top1_pct"][(others["cut_pct"] - cut).between(0, 5)]
+        beside = (cuts - cut).between(0.5, 5).any() or ((crosses - run["last"]).abs() < 0.25).any()
+        text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
+        label = (run["last"], cut, text, WAY_COLOURS[key[0]])
+        names.setdefault((beside, round(cut)), []).append(label)
+    axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
+    axes.set_title(f"{NAMES[arch]}: accuracy against cut")
+    axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
+    axes.margins(x=0.09, y=0.08)
+    low, high = axes.get_ylim()
+    for (beside, _), labels in names.items():
+        labels.sort()
+        places = plots.apart([last for last, *_ in labels], 0.032 * (high - low), high)
+        for place, (_, cut, text, colour) in zip(places, labels, strict=True):
+            axes.annotate(
+                text, (cut, place), color=colour, xytext=(-10 if beside else 10, -3),
+                ha="right" if beside else "left", fontsize=8.5, textcoords="offset points",
+            )  # fmt: skip
+    return figure
+
+
+@_style
+def published_vs_true() -> Figure:
+    """The published cut of every row against the true one."""
+    rows = _published_rows().iloc[::-1]
+    figure, axes = _figure(6.5, 4.6)
+    place = np.arange(len(rows))
+    axes.hlines(place, rows["true_cut_pct"], rows["cut_pct"], color="#BBBBBB", linewidth=2)
+    axes.plot(rows["true_cut_pct"], place, "o", color=BLUE, label="true")
+    axes.plot(rows["cut_pct"], place, "o", color=RED, markerfacecolor="white", label="published")
+    for y, (_, row) in zip(place, rows.iterrows(), strict=True):
+        axes.annotate(f"{row['true_cut_pct'] - row['cut_pct']:+.2f}", (row["true_cut_pct"], y),
+                      xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
+                      fontsize=8.5, color="#333333")  # fmt: skip
+    axes.set_yticks(
+        place, [f"{NAMES[r['arch']]}, {r['cut_pct']:.1f} %" for _, r in rows.iterrows()]
+    )
+    axes.set(xlabel="FLOPs or multiply-adds removed, %")
+    axes.set_title("Every published cut is overstated (difference in points)")
+    axes.legend(ncols=2, loc="lower right", fontsize=9)
+    axes.margins(x=0.12)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+@_style
+def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
+    """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
+    runs = _most_compared(frame, arch, usual, also=3)
+    if len(runs) < 2:
+        return None
+    runs = runs.assign(
+        cut=100 * (1 - runs["macs"] / runs["macs_dense"]),
+        rates=[published_figures.named_rates(arch, rates) for rates in runs["compress_rate"]],
+    )
+    panels = [alike.sort_values("last") for _, alike in runs.groupby(["rates", "trained"])]
+    heights = [len(alike) + 0.6 for alike in panels]
+    figure, every = _figure(6.8, 0.9 + 0.36 * sum(heights) + 0.5 * len(panels), len(panels),
+                            sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
+    for axes, alike in zip(every[:, 0], panels, strict=True):
+        labels, usually = [], alike[["n", "cut"]].round(1).mode().iloc[0]
+        for y, (_, run) in enumerate(alike.iterrows()):
+            way = selection.way_of(run)
+            hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
+            axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
+                          color=WAY_COLOURS[way[0]], capsize=3, **hollow)  # fmt: skip
+            if run["n"] > 1:
+                axes.plot(list(run["by_seed"].values()), [y - 0.22] * run["n"], "|",
+                          color=WAY_COLOURS[way[0]])  # fmt: skip
+            axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
+                          textcoords="offset points", ha="center")  # fmt: skip
+            own = [] if run["n"] == usually["n"] else [_seeds(run["n"])]
+            own += [] if round(run["cut"], 1) == usually["cut"] else [f"−{run['cut']:.1f} %"]
+            labels.append("\n".join([WAY_NAMES[way], *([", ".join(own)] if own else [])]))
+        for dense in sorted(set(alike["dense"].round(2))):
+            axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
+            axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
+                          textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(ylim=(-0.8, len(labels) - 0.3))
+        rates, trained = alike[["rates", "trained"]].iloc[0]
+        cut = f"cut {rates} % (truly {usually['cut']:.1f})"
+        if not rates.replace(".", "").isdigit():
+            cut = f"cut {usually['cut']:.1f} %"
+        epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
+        axes.set_title(f"{NAMES[arch]}, {cut}, {epochs}, {_seeds(int(usually['n']))}")
+        axes.tick_params(labelbottom=True)
+        axes.margins(x=0.12)
+    axes.set(xlabel="top-1 at the last epoch, %")
+    return figure
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+@_style
+def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
+    """Top-1 at the end of longer and shorter fine-tunings, beside the published ones.
+
+    A panel for each of a network's rates, with the criteria that were run at several lengths.
+    """
+    runs = selection.compared(frame, usual)
+    if runs.empty:
+        return None
+    runs = runs[runs["arch"] == arch]
+    several = runs.groupby(["compress_rate", "pruning_way", "survivors"])["trained"]
+    runs = runs[several.transform("nunique") > 1]
+    if runs.empty:
+        return None
+    panels = [alike for _, alike in runs.groupby("compress_rate")]
+    figure, every = _figure(7, 4.2 * len(panels), len(panels), squeeze=False)
+    for axes, alike in zip(every[:, 0], panels, strict=True):
+        _lengths(axes, alike.sort_values("trained"))
+    return figure
+
+
+def _lengths(axes, runs: pd.DataFrame) -> None:
+    """One panel of `lengths`: runs of one network at the same rates, the short ones first."""
+    arch, rates = runs[["arch", "compress_rate"]].iloc[0]
+    ends, published, ticks = [], [], sorted(set(runs["trained"]))
+    for (way, _), own in runs.groupby(["pruning_way", "survivors"]):
+        key = selection.way_of(own.iloc[0])
+        axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
+                      linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
+                      color=WAY_COLOURS[way])  # fmt: skip
+        ends.append((*own[["last", "trained"]].iloc[-1], WAY_NAMES[key], WAY_COLOURS[way]))
+    rows = published_figures.published()["rows"]
+    named = published_figures.named_rates(arch, rates)
+    for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
+        ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
+        published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
+        for top1, way in published:
+            axes.plot(ticks[-1], top1, "D", color=WAY_COLOURS[way], markersize=6, alpha=0.6)
+    for dense in sorted(set(runs["dense"].round(2))):
+        axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
+        axes.annotate(f"dense {dense:.2f}", (ticks[0], dense), xytext=(0, 3), fontsize=8.5,
+                      textcoords="offset points", color="#555555")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(y=0.08)
+    low, high = axes.get_ylim()  # with everything drawn, so that labels stand where they belong
+    places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
+    for place, (top1, way) in zip(places, published, strict=True):
+        axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(7, 0),
+                      textcoords="offset points", fontsize=8.5, va="center",
+                      annotation_clip=False, color=WAY_COLOURS[way])  # fmt: skip
+    plots.direct_labels(axes, ends)
+    axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
+    cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
+    axes.set_title(f"{NAMES[arch]}{cut}: what longer fine-tuning brings")
+
+
+def _published_rows() -> pd.DataFrame:
+    """The published rows with true_cut_pct, by kernels, as in the table of FLOPs."""
+    rows = published_figures.published()["rows"]
+    return rows.assign(true_cut_pct=published_figures.recounted()["true cut %"].values)
+
+
+def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
+    """The group of runs that the tables choose for each way, criterion and rates of a network.
+
+    One for each dense network that they start from.
+    """
+    runs = selection.groups(frame)
+    if runs.empty:
+        return runs
+    runs = runs[runs["arch"] == arch]
+    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate", "start"])
+
+
+def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = inf) -> pd.DataFrame:
+    """At each of a network's rates the groups of the epochs that most criteria were run for.
+
+    And of others that at least `also` criteria were run for.
+    """
+    runs = selection.compared(frame, usual)
+    if runs.empty:
+        return runs
+    runs = runs[runs["arch"] == arch].sort_values(["others", "trained"], ascending=False)
+    chosen = runs.groupby("compress_rate")["trained"].transform("first")
+    return runs[(runs["trained"] == chosen) | (runs["others"] >= also)]
+
+
+_SEE = {
+    "published_vs_true": "every published cut (hollow) lies to the right of the true one.",
+    "curves": "each line starts where pruning left the network; the dotted line is the network "
+    "before pruning, and the distance to it at the right end is the price.",
+    "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
+    "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
+    "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
+    "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
+    "are the published runs, their best epoch on the test set.",
+    "controls": "each line joins the three published cuts of a criterion. If a score knew more "
+    "than the magnitudes of what it keeps, its line would lie above the black one, random kernels "
+    "of the magnitudes that way B keeps; below it, the score does harm.",
+    "recipes": "each recipe is one change away from ours (orange).",
+    "training": "the plain loop and ours, by turns in one run.",
+    "sparse_training": "what leaving out pruned kernels brings in training, by turns in one run.",
+    "scores": "most kernels of a layer lie near 0, where they neither pass on nor invert the mean "
+    "of their input; the long tails are the few that do.",
+    "levels": "a dark column is one large redundant set: to the mean, any kernel in it may stand "
+    "for the others.",
+    "sparsity": "bars that end below their mark did not meet their rate. Runs that prune as many "
+    "kernels of every layer share one figure.",
+    "accuracy_vs_cut": "up and to the right is better. Stars were measured here, a row's longest "
+    "run from each dense network. What random kernels and others reach at the same cuts, "
+    "`criteria` shows. Grey lines join a published cut as claimed (hollow) with the true one of "
+    "the same row.",
+}
+
+
+def what_to_see(name: str) -> str:
+    """A sentence on what a figure of `build` shows, by the name of its file."""
+    return _SEE[name.split("-")[0]]
+
+
+def _benchmarks(folder: Path) -> dict[str, Figure]:
+    """The figures of what was measured apart from whole runs, where it was."""
+    draw = {
+        "controls-*": bench.controls,
+        "recipes": bench.recipes,
+        "training-*": bench.training_speed,
+    }
+    figures = {
+        path.stem: figure(json.loads(path.read_text()))
+        for names, figure in draw.items()
+        for path in sorted(folder.glob(f"{names}.json"))
+    }
+    for path in sorted(folder.glob("training-*.json")):
+        figures[f"sparse_{path.stem}"] = bench.sparse_training(json.loads(path.read_text()))
+    return figures
+
+
+def _scores(params: dict) -> dict[str, Figure]:
+    """The scores and levels of the dense network that a run started from, where it is there."""
+    params = from_mapping(params)
+    try:
+        delta = networks.scores(params, networks.load_dense(params))
+    except (OSError, ValueError):  # the records are what a figure needs; this one needs more
+        return {}
+    level = {name: scoring.levels(values, params.groups) for name, values in delta.items()}
+    return {
+        f"scores-{params.arch}": plots.scores(delta, NAMES[params.arch]),
+        f"levels-{params.arch}": plots.levels(level, NAMES[params.arch]),
+    }
+
+
+def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
+    """Draw every figure that the records allow into results_dir/figures/DATASET."""
+    frame = records.frame(records.each(results_dir, dataset))
+    figures, usual = {}, dataset != "digits"
+    if dataset == "cifar10":
+        for arch in ("resnet_56", "vgg_16_bn"):
+            figures[f"accuracy_vs_cut-{arch}"] = accuracy_vs_cut(frame, arch)
+        figures["published_vs_true"] = published_vs_true()
+        figures |= _benchmarks(resolve(results_dir) / "bench")
+    done = frame[frame["status"] == "done"] if not frame.empty else frame
+    tuned = done[done["kind"] == "finetune"] if len(done) else done
+    for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
+        figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
+        chosen = _most_compared(frame, arch, usual).get("runs", [])
+        by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]
+        by_rates = by_rates.groupby("compress_rate", sort=False)
+        for _, alike in by_rates:
+            cut = int(100 * (1 - alike["macs"].min() / alike["macs_dense"].iloc[0]))
+            names = [WAY_NAMES[selection.way_of(run)] for _, run in alike.iterrows()]
+            title = f"{NAMES[arch]}, −{cut} % of multiply-adds: fine-tuning under masks"
+            figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(
+                alike.assign(name=names), title
+            )
+    scored, drawn = set(), []
+    for record in records.each(results_dir, dataset):
+        if record["kind"] != "finetune":
+            continue
+        params, layers = record["params"], record["layers"]
+        if params["arch"] not in scored:
+            scored.add(params["arch"])
+            figures |= _scores(params | {"results_dir": str(results_dir)})
+        # the other criteria meet their rates; runs that differ in who survives look the same
+        if record["status"] == "done" and params["pruning_way"] in "AB" and layers not in drawn:
+            drawn.append(layers)
+            figures[f"sparsity-{params['name']}"] = sparsity(layers, params["name"])
+    folder = resolve(results_dir) / "figures" / dataset
+    return [p for name, f in figures.items() if f for p in save(f, folder / name)]

@@ -1,0 +1,271 @@
+"""Every figure of the study, in one style: plain data in, a matplotlib Figure out."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from scipy.optimize import isotonic_regression
+
+from explib.files import write_bytes
+from explib.study import records
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey print
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
+)  # fmt: skip
+PALE = "#D9D9D9"  # what was there before
+WAY_COLOURS = {
+    "A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK,
+    "matched": BLACK,
+}  # fmt: skip
+HALO = withStroke(linewidth=3, foreground="white")  # of a label over lines
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "explib",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure and its axes; closed at once, so that a notebook shows it where it is returned."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def _style(draw):
+    """Draw with the study's style."""
+
+    def styled(*args, **options):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **options)
+
+    styled.__doc__, styled.__name__ = draw.__doc__, draw.__name__
+    return styled
+
+
+@_style
+def linear_relation(delta_e, ratio, r2: float, title: str) -> Figure:
+    """Measured E[output] / E[input] of each kernel against its δ_E, both of shape (n,)."""
+    figure, axes = _figure(5.2, 4.4)
+    x, y = np.asarray(delta_e), np.asarray(ratio)
+    ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
+    axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1)
+    size = np.clip(4000 / len(x), 3, 16)
+    axes.scatter(x, y, s=size, color=BLUE, alpha=0.35, linewidths=0, rasterized=True)
+    axes.set(
+        xlabel="expectation scaling factor $\\delta_E$", ylabel="measured E[output] / E[input]"
+    )
+    axes.set_title(f"{title}: {len(x):,} kernels, R² = {r2:.3f}")
+    return figure
+
+
+@_style
+def scores(delta_by_layer: dict, name: str = "") -> Figure:
+    """Distribution of δ_E in each layer: median, middle half, and 1 to 99 per cent."""
+    names = list(delta_by_layer)
+    figure, axes = _figure(max(6.5, 0.16 * len(names) + 1.5), 4)
+    marks = np.array(
+        [np.percentile(np.asarray(v).ravel(), (1, 25, 50, 75, 99)) for v in delta_by_layer.values()]
+    )
+    place = np.arange(len(names))
+    axes.vlines(place, marks[:, 0], marks[:, 4], color=SKY, linewidth=1.4, label="1 to 99 %")
+    axes.vlines(place, marks[:, 1], marks[:, 3], color=BLUE, linewidth=4, label="middle half")
+    axes.plot(place, marks[:, 2], "o", color="white", markersize=2.5, label="median",
+              markeredgecolor=BLACK, markeredgewidth=0.6)  # fmt: skip
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set(ylabel="expectation scaling factor $\\delta_E$")
+    spread = marks[:, 4] - marks[:, 0]
+    if spread.max() > 30 * spread.min() > 0:  # a straight scale would show the widest layers only
+        axes.set_yscale("symlog", linthresh=10 ** np.round(np.log10(spread.min())))
+    axes.set_title(f"Scores by layer: {name}" if name else "Scores by layer")
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
+    _layer_ticks(axes, names)
+    return figure
+
+
+@_style
+def levels(levels_by_layer: dict, name: str = "") -> Figure:
+    """Share of each layer's kernels in each level, as a heat map."""
+    names = list(levels_by_layer)
+    found = [np.asarray(v).ravel() for v in levels_by_layer.values()]
+    low, high = min(v.min() for v in found), max(v.max() for v in found)
+    share = np.array([np.bincount(v - low, minlength=high - low + 1) / len(v) for v in found])
+    figure, axes = _figure(6.5, max(3.2, 0.13 * len(names) + 1.4))
+    sns.heatmap(
+        pd.DataFrame(100 * share, index=names, columns=range(low, high + 1)),
+        ax=axes, cmap="Blues", vmin=0, cbar_kws={"label": "kernels of the layer, %", "pad": 0.02},
+        linewidths=0.4, linecolor="white", yticklabels=_thinned(names, 40),
+    )  # fmt: skip
+    axes.set(xlabel="level")
+    axes.set_title(f"Levels by layer: {name}" if name else "Levels by layer")
+    axes.tick_params(axis="y", labelsize=7, rotation=0)
+    axes.tick_params(axis="x", rotation=0)
+    return figure
+
+
+@_style
+def redundancy(rows: list[dict]) -> Figure:
+    """Share of redundant kernels and number of levels per layer, of `scores.redundancy`."""
+    table = pd.DataFrame(rows)
+    figure, (top, bottom) = _figure(max(6.5, 0.16 * len(table) + 1.5), 5, 2, sharex=True)
+    place = np.arange(len(table))
+    top.bar(place, table["redundant_pct"], color=BLUE, width=0.75)
+    top.set(ylabel="kernels with a twin, %", ylim=(0, 104))
+    top.set_title("Redundancy by layer")
+    bottom.bar(place, table["levels"], color=ORANGE, width=0.75)
+    bottom.set(ylabel="levels in use")
+    _layer_ticks(bottom, list(table["layer"]))
+    return figure
+
+
+@_style
+def sparsity(layers: list[dict], name: str = "") -> Figure:
+    """Kernels pruned per layer (bars) and asked for (marks), in per cent; layers of a record."""
+    figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
+    place = np.arange(len(layers))
+    achieved = [100 * row["pruned"] / row["kernels"] for row in layers]
+    nominal = [100 * row["nominal"] / row["kernels"] for row in layers]
+    axes.bar(place, achieved, color=SKY, width=0.75, label="achieved")
+    axes.hlines(nominal, place - 0.45, place + 0.45, color=BLACK, linewidth=1.6, label="asked for")
+    axes.set(ylabel="kernels pruned, %", ylim=(0, 104))
+    axes.set_title(f"Sparsity by layer: {name}" if name else "Sparsity by layer")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
+    _layer_ticks(axes, [row["name"] for row in layers])
+    return figure
+
+
+@_style
+def macs(layers: list[dict]) -> Figure:
+    """Multiply-adds per layer, dense and left, in millions; layers of a record."""
+    figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
+    place = np.arange(len(layers))
+    dense = [row["macs_dense"] / 1e6 for row in layers]
+    left = [row["macs"] / 1e6 for row in layers]
+    axes.bar(place, dense, color=PALE, width=0.8, label="dense")
+    axes.bar(place, left, color=GREEN, width=0.8, label="left")
+    axes.set(ylabel="multiply-adds per image, millions")
+    axes.set_title(f"Work by layer: {sum(left):.1f} M left of {sum(dense):.1f} M")
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
+    _layer_ticks(axes, [row["name"] for row in layers])
+    return figure
+
+
+@_style
+def curves(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
+
+    Each way and criterion has its colour, dashed with L1 survivors; runs of one name, which differ
+    in their seed, share a label, with their mean.
+    """
+    figure, axes = _figure(6.5, 4)
+    ends: dict[str, list] = {}
+    for _, run in frame.iterrows():
+        colour = WAY_COLOURS.get(run["pruning_way"], BLUE) if run["kind"] == "finetune" else BLACK
+        top1 = [entry["top1"] for entry in run["history"]]
+        epochs = records.epochs_of(run["history"])
+        if run["kind"] == "finetune":
+            top1, epochs = [run["before"], *top1], [0, *epochs]
+        dashes = "-" if run["survivors"] == "random" else "--"
+        axes.plot(epochs, top1, dashes, color=colour, marker="o", markersize=3)
+        ends.setdefault(run["name"], []).append((top1[-1], epochs[-1], colour))
+    tuned = frame[frame["kind"] == "finetune"]
+    for dense in sorted(set(tuned["dense"])):
+        axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
+    for dense in sorted(set(tuned["dense"]))[-1:]:
+        axes.annotate(f"dense {dense:.2f}", (0, dense), xytext=(0, 3), color="#555555",
+                      textcoords="offset points", fontsize=8.5)  # fmt: skip
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
+    labels = []
+    for name, own in ends.items():
+        top1, epochs, colours = zip(*own, strict=True)
+        labels.append((float(np.mean(top1)), max(epochs), name, colours[0]))
+    direct_labels(axes, labels)
+    axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
+             ylabel="top-1, %")  # fmt: skip
+    axes.set_title(title or ("Fine-tuning under masks" if len(tuned) else "Training"))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _thinned(names: list[str], most: int) -> list[str]:
+    step = -(-len(names) // most)
+    return [name if i % step == 0 else "" for i, name in enumerate(names)]
+
+
+def _layer_ticks(axes, names: list[str]) -> None:
+    """Layer names under the axis, as many as can be read."""
+    shown = [(i, name) for i, name in enumerate(_thinned(names, 28)) if name]
+    axes.set_xticks([i for i, _ in shown], [name for _, name in shown], rotation=90, fontsize=7.5)
+    axes.set_xlim(-0.8, len(names) - 0.2)
+    axes.grid(axis="x", visible=False)
+
+
+def direct_labels(axes, ends: list[tuple]) -> None:
+    """Each line's name beside the longest one's end, names kept apart from each other.
+
+    ends: (y, x, name, colour) of each line. Thin lines join names with the ends of shorter ones.
+    """
+    low, high = axes.get_ylim()
+    edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
+    places = apart([value for value, *_ in ends], 0.05 * (high - low), high)
+    for (value, x, name, colour), place in zip(ends, places, strict=True):
+        if x < edge:
+            axes.annotate("", (x, value), xytext=(edge, place), annotation_clip=False,
+                          arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6,
+                                      "alpha": 0.7, "shrinkA": 0, "shrinkB": 3})  # fmt: skip
+        axes.annotate(f"{name} {value:.2f}", (edge, place), color=colour, fontsize=8.5,
+                      xytext=(7, 0), textcoords="offset points", va="center",
+                      annotation_clip=False, path_effects=[HALO])  # fmt: skip
+    axes.set_ylim(low, high)
+
+
+def apart(values: list[float], gap: float, high: float) -> list[float]:
+    """Places of labels: nearest to their ascending values, `gap` apart, none above `high`."""
+    steps = gap * np.arange(len(values))
+    low = np.subtract(values, steps)  # nowhere falling is what gives each label its gap
+    return list(np.minimum(isotonic_regression(low).x, high - steps[-1:].sum()) + steps)
+
+
+def save(figure: Figure, path: str | Path) -> list[Path]:
+    """Write `path`.svg and `path`.png; equal figures give equal files."""
+    svg, png, path = io.BytesIO(), io.BytesIO(), Path(path)
+    with matplotlib.rc_context(STYLE):
+        # by the canvases themselves and the layout solved once: savefig draws each file twice
+        figure.dpi = STYLE["savefig.dpi"]
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+        figure.set_layout_engine("none")
+        figure.dpi = STYLE["savefig.dpi"]  # an SVG has 72
+        FigureCanvasAgg(figure).print_png(png)
+        figure.dpi = STYLE["figure.dpi"]
+    return [
+        write_bytes(path.with_name(f"{path.name}.{kind}"), stream.getvalue())
+        for kind, stream in {"svg": svg, "png": png}.items()
+    ]

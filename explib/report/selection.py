@@ -1,0 +1,114 @@
+"""Which runs belong together: seeds of one experiment, and experiments that can be compared.
+
+Of several groups of runs (equal but for their seeds) for one row and dense network tables and
+figures show the one with most epochs, then the one with most seeds. Runs that diverged, or that
+used only a part of the data, are no results (of the digits, which are there to try things on, also
+a part).
+"""
+
+import pandas as pd
+
+from explib.params import PLACES, Params
+from explib.rates import parse_rates
+from explib.study.records import hardware
+
+SETTINGS = {"groups": 13, "keep_floor": None, "strict_rate": False, "start_cov": 0}
+SETTINGS |= {"bias_in_score": False, "resume_mask": "", "freeze_bn": False}
+"""The published method's, which most runs have."""
+RECIPE = ["lr", "lr_schedule", "lr_decay_step", "batch_size", "momentum", "nesterov"]
+RECIPE += ["weight_decay", "label_smoothing", "distill", "fade_epochs", "bn_images"]
+_WHOLE = {"limit_train": 0, "limit_test": 0, "validation": 0}
+_USUAL = {**SETTINGS, **_WHOLE}
+
+
+def way_of(run: pd.Series) -> tuple[str, str]:
+    """(pruning way, survivors) as in WAY_NAMES: only ways A and B choose survivors."""
+    return run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else ""
+
+
+def finished(frame: pd.DataFrame, kind: str, usual: bool = True) -> pd.DataFrame:
+    """The runs of a kind that ended; with `usual` only those on all the data and its test set."""
+    if frame.empty:
+        return frame
+    chosen = (frame["kind"] == kind) & (frame["status"] == "done")
+    if usual:
+        chosen &= (frame[list(_WHOLE)] == pd.Series(_WHOLE)).all(axis=1)
+    return frame[chosen]
+
+
+def _spelt_alike(rates: pd.Series) -> pd.Series:
+    """compress_rate, the same text for the same rates: the first one that says them."""
+    said = {text: tuple(parse_rates(text)) for text in rates.unique()}
+    first = {values: text for text, values in reversed(said.items())}
+    return rates.map({text: first[values] for text, values in said.items()})
+
+
+def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """Runs equal but for their seeds, one row a group, the chosen one first.
+
+    Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
+    (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
+    weights, sparsity and nominal_sparsity are means; hardware names every machine. survivors are ""
+    where nobody chooses them, rates spelt alike. Takes finished fine-tunes; with `usual` only those
+    with the published method's settings, masks that follow the seed, and all the data.
+    """
+    chosen = finished(frame, "finetune", usual)
+    if chosen.empty:
+        return chosen
+    # what is not read makes no other experiment, nor does another spelling of the same rates
+    chosen = chosen.assign(
+        survivors=chosen["survivors"].where(chosen["pruning_way"].isin(["A", "B"]), ""),
+        compress_rate=_spelt_alike(chosen["compress_rate"]),
+    )
+    if usual:
+        for field, value in _USUAL.items():
+            column = chosen[field]
+            chosen = chosen[column.isna() if value is None else column == value]
+        chosen = chosen[chosen["mask_seed"] == chosen["seed"]]
+    if chosen.empty:
+        return chosen
+    key = _experiments(chosen)
+    means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
+    table = chosen[~key.duplicated()].copy()
+    same = key[table.index]  # the order of `table`, in which every group stands once
+    machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
+    table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
+    table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
+    # a seed that ran on several machines counts once, with their mean
+    once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
+    by = once.reset_index("seed").groupby(level=0)
+    table[means] = by[means].mean().loc[same].values
+    table["n"] = by.size().loc[same].values
+    table["last_std"] = by["last"].std().loc[same].values
+    scores = by[["seed", "last"]].agg(list).loc[same]
+    table["by_seed"] = [dict(zip(*row, strict=True)) for row in scores.values.tolist()]
+    return table.sort_values(["trained", "n"], ascending=False, kind="stable")
+
+
+def _experiments(frame: pd.DataFrame) -> pd.Series:
+    """A number for each run, equal for runs of one experiment, which differ by their seed only."""
+    ignored = {*PLACES, "name", "seed", "resume"}  # where a dense network lies, not which it is
+    fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
+    chosen = frame[[*fields, "start"]].copy()
+    # training seeds with their masks make one group, mask seeds under one training seed another
+    chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
+    return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
+
+
+def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
+
+    What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
+    architecture and by one recipe of fine-tuning: those that most groups have. Adds others: how
+    many criteria were run at these, the group's own included.
+    """
+    runs = groups(frame, usual)
+    if runs.empty:
+        return runs
+    equal = ["arch", "compress_rate", "trained"]
+    runs = runs[runs["schedule"] == "oneshot"]
+    alike = runs.groupby(["arch", "start", *RECIPE], sort=False, dropna=False).ngroup()
+    most = alike.groupby(runs["arch"]).agg(lambda numbers: numbers.value_counts().index[0])
+    runs = runs[alike == runs["arch"].map(most)]
+    runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
+    return runs.assign(others=runs.groupby(equal)["n"].transform("size"))

@@ -1,0 +1,330 @@
+"""Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from explib.files import ROOT, resolve, write_text
+from explib.rates import parse_rates
+from explib.report import bench_tables as bench
+from explib.report import selection
+from explib.report.markup import fill, to_html, to_markdown
+from explib.report.names import NAMES, NOT_MEASURED, WAY_NAMES
+from explib.study import published, records
+from explib.study.records import hardware
+
+CAPTIONS = {
+    "as_published": "Ways A and B with random survivors, as published",
+    "ours": "Ways A and B with the survivors of largest L1 norm",
+    "overview": "Criteria at a glance: top-1 at the last epoch, of one seed where no n is given",
+    "criteria": "Criteria of comparison at the same rates; differences ± half their 95 % interval",
+    "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
+    "baselines": "Dense networks",
+    "flops": "Published cuts, recounted",
+    "controls": "Every criterion before fine-tuning",
+    "settings": "Other settings of way B before fine-tuning",
+    "training": "Training and evaluation, the plain loop and ours",
+    "sparse_training": "One batch forward and backward, over all kernels and the surviving ones",
+    "processes": "One run in several processes",
+    "speed": "Images per second, dense in torch and in the engine",
+    "exactness": "The engine's answers beside torch's, over the shipped networks",
+}
+_COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
+_COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
+_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hardware"]
+ALWAYS = ("vgg_16_bn", "resnet_56")
+"""Networks whose rows are in the tables even before they are measured."""
+_RATES = ["arch", "compress_rate"]
+
+
+def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = True) -> pd.DataFrame:
+    """The accuracy table of one kind of survivors: the published rows with what was measured.
+
+    On CIFAR-10 every published row of VGG-16 and ResNet-56 is there, measured or not, once for each
+    dense network that it was measured from. Runs at rates that nobody published follow, each at its
+    longest; where nothing was published, one row for each network and way. Cuts in per cent of
+    multiply-adds, top-1 in per cent.
+    """
+    runs = selection.groups(frame, usual)
+    if not runs.empty:
+        runs = runs[runs["pruning_way"].isin(["A", "B"]) & (runs["survivors"] == survivors)]
+    rows = published.published()["rows"]
+    rows = rows[rows["dataset"] == dataset]
+    if rows.empty:
+        runs = runs.drop_duplicates(["arch", "pruning_way"]) if not runs.empty else runs
+        lines = [_line(run, None) for _, run in runs.iterrows()]
+        return _ordered(lines).sort_values(["network", "way"]) if lines else pd.DataFrame()
+    lines, measured = [], {}
+    for _, run in runs.iterrows():
+        rates = tuple(parse_rates(run["compress_rate"]))
+        starts = measured.setdefault((run["arch"], run["pruning_way"], rates), {})
+        starts.setdefault(run["start"], run)
+    for _, row in rows.iterrows():
+        for way in "AB":
+            key = row["arch"], way, tuple(parse_rates(row["compress_rate"]))
+            unmeasured = [None] if row["arch"] in ALWAYS else []
+            of_row = measured.pop(key, {}).values() or unmeasured
+            lines += [_line(run, row, way) for run in of_row]
+    others = [run for starts in measured.values() for run in starts.values()]
+    return _ordered(lines + [_line(run, None) for run in others])
+
+
+def _ordered(lines: list[dict]) -> pd.DataFrame:
+    table = pd.DataFrame(lines)
+    return table[[column for column in _COLUMNS if column in table]]
+
+
+def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
+    """One line of the accuracy table."""
+    line = {
+        "network": NAMES[(run if row is None else row)["arch"]],
+        "way": way or run["pruning_way"],
+    }
+    if row is not None:
+        line["published cut %"] = f"{row['cut_pct']:.1f}"
+    if run is None:
+        line |= {
+            "true cut %": "",
+            "weights M": "",
+            "published top-1": f"{row['top1_pct'][way]:.2f}",
+        }
+        return line | {"last epoch": NOT_MEASURED}
+    if row is not None:
+        line["cut by its convention %"] = f"{_cut(run['published_m'], run['macs_dense'] / 1e6):.2f}"
+    line["true cut %"] = f"{_cut(run['macs'], run['macs_dense']):.2f}"
+    line["weights M"] = f"{run['weights'] / 1e6:.3f}"
+    if row is not None:
+        line["published top-1"] = f"{row['top1_pct'][line['way']]:.2f}"
+    short = run["nominal_sparsity"] - run["sparsity"] > 5e-5
+    return line | {
+        "dense": f"{run['dense']:.2f}",
+        "last epoch": _spread(run),
+        "best epoch": f"{run['best']:.2f}",
+        "before fine-tuning": _before(run),
+        "change": f"{run['last'] - run['dense']:+.2f}",
+        "epochs": f"{run['trained']:g}",
+        "kernels pruned %": f"{100 * run['sparsity']:.2f}"
+        + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
+        "hardware": run["hardware"],
+    }
+
+
+def _spread(run: pd.Series) -> str:
+    """Mean ± standard deviation of the last epochs of a group, and its number of seeds."""
+    spread = f" ± {run['last_std']:.2f}" if run["n"] > 1 else ""
+    return f"{run['last']:.2f}{spread} (n={run['n']})"
+
+
+def _before(run: pd.Series) -> str:
+    """Top-1 before fine-tuning; conv by conv it would be that of one conv's mask."""
+    return f"{run['before']:.2f}" if run["schedule"] == "oneshot" else ""
+
+
+def _cut(left: float, dense: float) -> float:
+    return 100 * (1 - left / dense)
+
+
+def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """All ways and criteria side by side where one of comparison was run at the same rates.
+
+    By network, rates and epochs, the best one first. Differences to the criteria that know no
+    score are means over the seeds both sides have, with their 95 % interval and a paired t-test.
+    """
+    runs = selection.compared(frame, usual)
+    if runs.empty:
+        return runs
+    runs = runs.assign(rates=[published.named_rates(*pair) for pair in runs[_RATES].values])
+    controlled = runs.assign(control=~runs["pruning_way"].isin(["A", "B"]))
+    runs = runs[controlled.groupby([*_RATES, "trained"])["control"].transform("any")]
+    lines = []
+    for _, run in runs.sort_values(
+        ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
+    ).iterrows():
+        line = _line(run, None)
+        first = {
+            "network": line["network"],
+            "published cut %": run["rates"],
+            "epochs": line["epochs"],
+            "criterion": WAY_NAMES[selection.way_of(run)],
+            "last epoch": line["last epoch"],
+            "against random kernels": _against(run, runs, "random"),
+            "against B's norms": _against(run, runs, "matched"),
+            "against L1 kernels": _against(run, runs, "l1"),
+        }
+        lines.append(
+            first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
+        )
+    return pd.DataFrame(lines)
+
+
+def overview(compared: pd.DataFrame) -> pd.DataFrame:
+    """The table of `criteria` at a glance: a line a criterion, a column a network, cut and epochs.
+
+    Cells are top-1 at the last epoch; what ranks highest on the mean of the columns stands first.
+    """
+    if compared.empty:
+        return compared
+    epochs = compared["epochs"].map(lambda e: "1 epoch" if e == "1" else f"{e} epochs")
+    column = compared["network"] + ", " + compared["published cut %"] + " %, " + epochs
+    cells = compared.assign(column=column).pivot(
+        index="criterion", columns="column", values="last epoch"
+    )
+    ranks = cells.map(lambda cell: float(cell.split()[0]), na_action="ignore").rank(pct=True)
+    best = ranks.mean(axis=1).sort_values(ascending=False, kind="stable").index
+    cells = cells.loc[best, list(dict.fromkeys(column))]
+    return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
+
+
+def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
+    """Mean difference to a criterion over the seeds both have.
+
+    ± half of its 95 % interval and the p of a paired t-test, not corrected for how many there are.
+    """
+    same = [*_RATES, "trained"]
+    others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
+    if others.empty or run["pruning_way"] == way:
+        return ""
+    other = others.iloc[0]["by_seed"]
+    seeds = sorted(set(run["by_seed"]) & set(other))
+    pairs = [[by_seed[seed] for seed in seeds] for by_seed in (run["by_seed"], other)]
+    if not seeds:
+        return ""
+    mean = sum(pairs[0]) / len(seeds) - sum(pairs[1]) / len(seeds)
+    if len(seeds) == 1:
+        return f"{mean:+.2f} (n=1)"
+    test = stats.ttest_rel(*pairs)
+    half = test.confidence_interval(0.95).high - mean
+    return f"{mean:+.2f} ± {half:.2f} (p = {test.pvalue:.3f}, n={len(seeds)})"
+
+
+def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
+    """What one setting changes: runs of ways A and B with another one than the study's usual.
+
+    Each beside the usual runs that are equal otherwise, after as many epochs, where there are any.
+    """
+    whole = selection.finished(frame, "finetune")
+    runs, reference = selection.groups(whole, usual=False), selection.groups(frame)
+    if runs.empty:
+        return runs
+    lines = []
+    for _, run in runs[runs["pruning_way"].isin(["A", "B"])].iterrows():
+        if not (changed := _changes(run)):
+            continue
+        same = ["arch", "start", "compress_rate", "pruning_way", "survivors", "trained"]
+        equal = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
+        equal = (
+            [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
+        )
+        if equal:
+            changed += [
+                f"{name} {run[name]}" for name in selection.RECIPE if run[name] != equal[0][name]
+            ]
+        lines.append(
+            {
+                "network": NAMES[run["arch"]],
+                "published cut %": published.named_rates(*run[_RATES]),
+                "way": WAY_NAMES[selection.way_of(run)],
+                "changed": ", ".join(changed),
+                "last epoch": _spread(run),
+                "usual setting": _spread(equal[0]) if equal else "",
+                "before fine-tuning": _before(run),
+                "epochs": f"{run['trained']:g}",
+                "hardware": run["hardware"],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _changes(run: pd.Series) -> list[str]:
+    """The settings of a run that are not the usual ones, as `name value`."""
+    changed = []
+    for field, usual in {**selection.SETTINGS, "schedule": "oneshot"}.items():
+        value = None if pd.isna(run[field]) else run[field]
+        if value != usual:
+            changed.append(f"{field} {value}")
+    if run["mask_seed"] != run["seed"]:
+        changed.append("mask_seed varied")
+    return changed
+
+
+def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+    """The dense networks: top-1 at the last and best epoch in per cent, MACs and weights in M."""
+    lines = [
+        {
+            "network": NAMES[run["arch"]],
+            "name": run["name"],
+            "last epoch": f"{run['last']:.2f}",
+            "best epoch": f"{run['best']:.2f}",
+            "epochs": f"{run['trained']:g}" if run["history"] else "none, loaded",
+            "MACs M": f"{run['macs_dense'] / 1e6:.2f}",
+            "weights M": f"{run['weights_dense'] / 1e6:.3f}",
+            "hardware": hardware(run["hardware"]),
+        }
+        for _, run in selection.finished(frame, "baseline", usual).iterrows()
+    ]
+    return pd.DataFrame(lines)
+
+
+def recount() -> pd.DataFrame:
+    """The published configurations counted both ways; see `flops.published_rows`."""
+    table = published.recounted()
+    table = table.assign(arch=table["arch"].map(NAMES))
+    table = table.rename(columns={"arch": "network"}).drop(columns="rates")
+    return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
+
+
+def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
+    """Every table of a data set by name, the empty ones left out; all cells are text."""
+    frame = records.frame(records.each(results_dir, dataset))
+    usual, main = dataset != "digits", dataset == "cifar10"
+    compared = criteria(frame, usual)
+    tables = {
+        "as_published": accuracy(frame, dataset, "random", usual),
+        "ours": accuracy(frame, dataset, "l1", usual),
+        "overview": overview(compared),
+        "criteria": compared,
+        "sensitivity": sensitivity(frame),
+        "baselines": baselines(frame, usual),
+        "flops": recount() if main else pd.DataFrame(),
+        "controls": bench.controls(results_dir) if main else pd.DataFrame(),
+        "settings": bench.settings(results_dir) if main else pd.DataFrame(),
+        "training": bench.training(results_dir) if main else pd.DataFrame(),
+        "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
+        "processes": bench.processes(results_dir) if main else pd.DataFrame(),
+        "speed": bench.speed(results_dir) if main else pd.DataFrame(),
+        "exactness": bench.exactness(results_dir) if main else pd.DataFrame(),
+    }
+    return {name: table.fillna("") for name, table in tables.items() if not table.empty}
+
+
+def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
+    """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths."""
+    folder = resolve(results_dir) / "tables" / dataset
+    written = []
+    for name, table in make(results_dir, dataset).items():
+        written += [
+            write_text(folder / f"{name}.csv", table.to_csv(index=False)),
+            write_text(folder / f"{name}.md", to_markdown(table)),
+            write_text(folder / f"{name}.html", to_html(table, CAPTIONS[name])),
+        ]
+    return written
+
+
+def counting_table(left: dict) -> pd.DataFrame:
+    """One pruned network counted as published and from its masks; `left` as of `counts`."""
+    total, published = left["macs"]["dense"] / 1e6, left["macs"]["published_m"]
+    kernels = left["macs"]["left"] / 1e6
+    rows = {
+        "published convention": (total, published, 100 * (1 - published / total)),
+        "true, from the masks": (total, kernels, 100 * (1 - kernels / total)),
+    }
+    columns = ["dense, millions", "left, millions", "cut, %"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    write_text(readme, fill(readme.read_text(), make()))
+    print(*build(), readme, sep="\n", file=sys.stdout)

@@ -1,0 +1,1 @@
+"""How fast this machine is: one module a benchmark, each `python -m explib.study.bench.NAME`."""

@@ -1,0 +1,167 @@
+"""What a run starts from: the dense network of a configuration, its masks, and what they leave."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from explib import models
+from explib.data import count_classes
+from explib.errors import ParamError
+from explib.files import resolve, sha256
+from explib.params import Params
+from explib.pruning import checkpoints, counting, criteria
+from explib.pruning import layers as layer_finding
+from explib.pruning import masks as masking
+from explib.pruning import scores as scoring
+from explib.pruning.layers import Conv
+from explib.pruning.masks import Masks
+from explib.rates import keep_floor
+from explib.study import published as published_figures
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense network with what a run needs to know of it."""
+
+    model: nn.Module
+    convs: list[Conv]  # in forward order
+    rates: dict[str, float]  # nominal, by conv, in the order of compress_rate
+    checkpoint: str = ""  # the file it came from, as named in the record
+    sha256: str = ""
+
+
+def seed_all(params: Params) -> None:
+    """Seed initialisation, and set the number of CPU threads."""
+    torch.manual_seed(params.seed)
+    if params.threads:
+        torch.set_num_threads(params.threads)
+
+
+def fresh(params: Params) -> Dense:
+    """The network of a configuration with seeded fresh weights, its rates checked against it."""
+    seed_all(params)
+    model = models.build(params.arch, count_classes(params))
+    try:
+        convs = layer_finding.find_convs(model, params.side)
+    except RuntimeError as error:
+        raise ParamError(
+            f"image_size: {params.arch} takes no images of {params.side} pixels ({error}); give "
+            f"{models.ARCHS[params.arch].image_size}"
+        ) from None
+    rates = models.rates_by_name(params.arch, [conv.name for conv in convs], params.rates)
+    if params.start_cov >= len(convs):
+        raise ParamError(f"start_cov: {params.start_cov} of {len(convs)} convs; give a lower index")
+    names = [conv.name for conv in convs][params.start_cov :]
+    return Dense(model, convs, {n: r for n, r in rates.items() if n in names})
+
+
+def dense_path(params: Params) -> Path:
+    """The checkpoint of the dense network: `resume`, else the one that 00_baseline writes."""
+    if params.resume:
+        return resolve(params.resume)
+    return resolve(params.results_dir) / f"checkpoints/{params.dataset}/{params.arch}.safetensors"
+
+
+def load_dense(params: Params) -> Dense:
+    """The dense network to prune, from `dense_path`: a file of ours or a foreign torch checkpoint.
+
+    One line of FileNotFoundError or ValueError where it is missing, damaged, of another network or
+    trained with another normalization of its inputs.
+    """
+    network, path = fresh(params), dense_path(params)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"resume: {path} is not there; run notebooks/00_baseline.ipynb with dataset "
+            f"{params.dataset!r} and arch {params.arch!r}, or set resume to a checkpoint"
+        )
+    if path.suffix == ".safetensors":
+        state, _, meta = checkpoints.load_compact(path)
+        if meta.get("arch", params.arch) != params.arch:
+            raise ValueError(f"resume: {path} is a {meta['arch']}, not a {params.arch}")
+        if meta.get("normalization", params.normalization) != params.normalization:
+            raise ParamError(
+                f"normalization: {params.normalization!r}, but {path.name} was trained with "
+                f"{meta['normalization']!r}; set that"
+            )
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(f"resume: {path} is no readable checkpoint ({why})") from None
+        if not isinstance(state, dict):
+            raise ValueError(f"resume: {path} holds a {type(state).__name__}, not a state dict")
+    checkpoints.load_weights(network.model, state, f"resume: {path.name}")
+    return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
+
+
+def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -> Masks:
+    """The masks of a configuration (or of some of its convs) from the model's present weights.
+
+    With `resume_mask` they come from that file instead.
+    """
+    wanted = {n: dense.rates[n] for n in (dense.rates if names is None else names)}
+    if params.resume_mask:
+        found, _ = checkpoints.load(resolve(params.resume_mask))
+        masking.check(dense.model, found, f"resume_mask: {params.resume_mask}")
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
+        return {name: found[name] for name in wanted}
+    floor = keep_floor(params.rates) if params.keep_floor is None else params.keep_floor
+    choose = partial(
+        criteria.prune,
+        dense.model,
+        wanted,
+        seed=params.mask_seed,
+        floor=floor,
+        convs=dense.convs,
+        bias_in_score=params.bias_in_score,
+        survivors=params.survivors,
+        groups=params.groups,
+        strict_rate=params.strict_rate,
+    )
+    if params.pruning_way != "filters":
+        return choose(params.pruning_way)
+    from explib.pruning import filters  # needs torch-pruning, which only this comparison uses
+
+    equal = counting.macs(dense.model, dense.convs, choose("random"), params.side)
+    return filters.filter_masks(dense.model, equal["left"], dense.convs, params.side)
+
+
+def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
+    """The expectation scaling factors (F, C) of the convs that the configuration prunes."""
+    modules = {name: dense.model.get_submodule(name) for name in dense.rates}
+    return {
+        name: scoring.delta_e(module.weight, module.bias if params.bias_in_score else None, name)
+        for name, module in modules.items()
+    }
+
+
+def save_masks(params: Params, masks: Masks) -> Path:
+    """Write masks where `finetune` leaves those of the same configuration.
+
+    Those of a finished run stay: conv by conv they come from weights that are no more.
+    """
+    path = resolve(params.job_dir) / "masks.safetensors"
+    if path.is_file() and path.with_name("record.json").is_file():
+        return path
+    return checkpoints.save(path, masks, {"arch": params.arch, "name": params.name})
+
+
+def counts(params: Params, dense: Dense, masks: Masks) -> dict:
+    """What masks leave of a network, as a record says it: layers, MACs, weights, sparsity."""
+    layers = counting.layer_table(dense.convs, masks, dense.rates)
+    published = published_figures.published_convention(dense.model, dense.convs, dense.rates)
+    kernels = sum(row["kernels"] for row in layers)
+    return {
+        "layers": layers,
+        "macs": counting.macs(dense.model, dense.convs, masks, params.side)
+        | {"published_m": published["macs_m"]},
+        "weights": counting.weights(dense.model, masks),
+        "sparsity": sum(row["pruned"] for row in layers) / kernels,
+        "nominal_sparsity": sum(row["nominal"] for row in layers) / kernels,
+    }

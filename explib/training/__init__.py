@@ -1,0 +1,1 @@
+"""Training under masks, evaluation, BatchNorm statistics, and how a network runs here."""

@@ -1,0 +1,327 @@
+"""Training over surviving kernels against torch's convs, BatchNorm and autograd under masks."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from explib import engine, models
+from explib.engine import build, fused, training
+from explib.params import Params
+from explib.pruning import criteria
+from explib.pruning import masks as masking
+from explib.study.bench import inference
+from explib.training import backend
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+
+
+@pytest.fixture
+def lanes() -> int:
+    return training.library().training_lanes()
+
+
+def half_too(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not training.library().training_halves():
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+def as_planes(images: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+    lanes = training.library().training_lanes()
+    return training.planes(images.to(dtype).unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1))
+
+
+def as_images(x: torch.Tensor, size) -> torch.Tensor:
+    return training.FromPlanes(size)(x).float()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, share: float) -> bool:
+    """Whether they differ by no more than a share of the largest value."""
+    return bool((found - wanted).abs().max() <= share * wanted.abs().max().clamp(min=1e-6))
+
+
+SIZES = [(1, 1), (2, 2), (3, 5), (4, 4), (5, 1), (7, 7), (8, 8), (9, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout, kernel, lanes):
+    half_too(dtype)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 6, kernel, stride, padding=kernel // 2).to(memory_format=layout)
+    mask = torch.rand(6, 5) < 0.6
+    mask[2], mask[0] = False, torch.arange(5) < 3  # a filter of none, one of an odd number
+    with torch.no_grad():
+        conv.weight.mul_(mask[:, :, None, None])
+        if dtype == torch.bfloat16:  # so that both multiply the same numbers
+            conv.weight.copy_(conv.weight.bfloat16())
+    x = torch.randn(3 * lanes, 5, *size).to(dtype).float()
+    own = as_planes(x, dtype).requires_grad_()
+    x.requires_grad_()
+    wanted = conv(x)
+    dy = torch.randn_like(wanted).to(dtype).float()
+    wanted.backward(dy)
+    torch_grads = [p.grad.clone() for p in conv.parameters()]
+    conv.zero_grad()
+    out_size = tuple(wanted.shape[2:])
+    found = training.Conv(conv, mask, size, out_size)(own)
+    found.backward(as_planes(dy, dtype))
+    exact = 1e-5 if dtype == torch.float32 else 8e-3  # results are rounded to bfloat16
+    assert found.dtype == own.dtype == dtype
+    assert close(as_images(found, out_size), wanted, exact)
+    assert close(as_images(own.grad, size), x.grad, exact)
+    assert conv.weight.grad.stride() == conv.weight.stride()
+    assert close(conv.weight.grad, torch_grads[0] * mask[:, :, None, None], 2e-5)
+    assert not conv.weight.grad[~mask].any()
+    assert close(conv.bias.grad, torch_grads[1], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("with_add", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8)])
+def test_a_norm_and_what_follows_is_that_of_torch(dtype, relu, with_add, size, lanes):
+    half_too(dtype)
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    plain = copy.deepcopy(norm)
+    x, add = ((3 + torch.randn(2 * lanes, 4, *size)).to(dtype).float() for _ in range(2))
+    own = [as_planes(t, dtype).requires_grad_() for t in (x, add)]
+    x.requires_grad_()
+    add.requires_grad_()
+    wanted = plain(x) + (add if with_add else 0)
+    wanted = F.relu(wanted) if relu else wanted
+    dy = torch.randn_like(wanted).to(dtype).float()
+    wanted.backward(dy)
+    module = training.Norm(norm, relu, size)
+    found = module(own[0], own[1] if with_add else None)
+    found.backward(as_planes(dy, dtype))
+    exact = 2e-5 if dtype == torch.float32 else 8e-3
+    assert close(as_images(found, size), wanted, exact)
+    assert close(as_images(own[0].grad, size), x.grad, exact)
+    assert close(norm.weight.grad, plain.weight.grad, exact)
+    assert close(norm.bias.grad, plain.bias.grad, exact)
+    if with_add:
+        assert close(as_images(own[1].grad, size), add.grad, exact)
+    for name, value in plain.state_dict().items():
+        assert close(norm.state_dict()[name].float(), value.float(), 1e-5), name
+    # in evaluation mode, with gradients (frozen) and without
+    wanted = plain.eval()(x) + (add if with_add else 0)
+    wanted = (F.relu(wanted) if relu else wanted).detach()
+    norm.eval()
+    frozen = module(own[0], own[1] if with_add else None)
+    assert frozen.requires_grad and close(as_images(frozen, size), wanted, exact)
+    with torch.no_grad():
+        assert close(as_images(module(own[0], own[1] if with_add else None), size), wanted, exact)
+
+
+def test_a_norm_without_momentum_averages_over_batches(lanes):
+    norm, plain = (nn.BatchNorm2d(3, momentum=None) for _ in range(2))
+    for _ in range(3):
+        x = torch.randn(lanes, 3, 4, 4)
+        plain(x)
+        training.Norm(norm, False, (4, 4))(as_planes(x))
+    assert close(norm.running_mean, plain.running_mean, 1e-5)
+    assert close(norm.running_var, plain.running_var, 1e-5)
+
+
+def pair(arch: str, rate: float = 0.7) -> tuple[nn.Module, nn.Module, dict]:
+    """A masked network and a copy in float64 for torch."""
+    torch.manual_seed(0)
+    model = models.build(arch, 10)
+    chosen = criteria.prune(model, rate, "B")
+    masking.apply(model, chosen)
+    return model, copy.deepcopy(model).double(), chosen
+
+
+@pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn", "googlenet"])
+def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
+    model, plain, chosen = pair(arch)
+    network = training.sparse(model, chosen, 32)
+    modules = [type(m) for m in network.network.modules()]
+    assert modules.count(training.FromPlanes) == 1  # once on planes it stays there to the end
+    x, y = torch.randn(lanes + 1, 3, 32, 32), torch.randint(0, 10, (lanes,))
+    found, wanted = network(x[:lanes]), plain(x[:lanes].double())
+    assert close(found, wanted.float(), 1e-4)
+    F.cross_entropy(found, y).backward()
+    F.cross_entropy(wanted, y).backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        gradient = q.grad.float()
+        if (layer := name.removesuffix(".weight")) in chosen:
+            gradient = gradient * chosen[layer][:, :, None, None]
+        if gradient.abs().max() > 1e-6:  # a bias before a BatchNorm has none
+            assert (p.grad - gradient).norm() < 0.03 * gradient.norm(), name
+    for name, value in plain.state_dict().items():
+        assert close(model.state_dict()[name].float(), value.float(), 1e-3), name
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        wanted = plain(x.double()).float()
+        for count in (1, lanes, lanes + 1):
+            assert close(network(x[:count]), wanted[:count], 1e-3), count
+
+
+def test_a_batch_that_fills_no_block_trains_densely(lanes, resnet_8):
+    model, plain, chosen = pair("resnet_56")
+    network, x = training.sparse(model, chosen, 32), torch.randn(lanes + 1, 3, 32, 32)
+    assert close(network(x), plain(x.double()).float(), 1e-4)
+    for name, value in plain.state_dict().items():
+        assert close(model.state_dict()[name].float(), value.float(), 1e-4), name
+
+
+def test_images_of_another_size_are_computed_densely(lanes, resnet_8):
+    model, plain, chosen = pair("resnet_56")
+    network, x = training.sparse(model, chosen, 32), torch.randn(lanes, 3, 24, 24)
+    assert close(network(x), plain(x.double()).float(), 1e-4)
+
+
+class Odd(nn.Module):
+    """Ops between its convs that planes do not know, and some that they do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.third = nn.Conv2d(8, 4, 3, 2, padding=1)
+        self.norm, self.pool = nn.BatchNorm2d(4), nn.AvgPool2d(3, 2, 1)
+        self.drop, self.linear = nn.Dropout(0.0), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.first(x), -F.relu(self.first(x))], dim=1)  # a layer used twice
+        x = self.drop(torch.sigmoid(self.second(x))) + x[:, :, :, :]
+        x = self.pool(self.grouped(x))
+        return self.linear(self.norm(self.third(x)).amax((2, 3)))
+
+
+def test_ops_of_any_network_run_on_planes_or_on_images(lanes):
+    torch.manual_seed(0)
+    model = Odd()
+    chosen = {"second": torch.rand(8, 8) < 0.5, "third": torch.rand(4, 8) < 0.5}
+    masking.apply(model, chosen)
+    plain = copy.deepcopy(model)
+    network = training.sparse(model, chosen, 10)
+    x = torch.randn(lanes, 3, 10, 10)
+    found, wanted = network(x), plain(x)
+    assert close(found, wanted, 1e-5)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        mask = chosen.get(name.removesuffix(".weight"))
+        gradient = (
+            q[1].grad if mask is None or q[1].ndim < 4 else q[1].grad * mask[:, :, None, None]
+        )
+        if gradient.abs().max() > 1e-4:
+            assert close(p.grad, gradient, 1e-4), name
+
+
+def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10)
+    chosen = criteria.prune(model, 0.7, "B", image_size=64)  # its first conv is 7x7
+    masking.hold(model, chosen)
+    plain = copy.deepcopy(model).double()
+    fast = engine.sparse(model, chosen, 64)
+    kinds = [type(m) for m in fast.network.modules()]
+    assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
+    masking.hold(plain, chosen)
+    x, y = torch.randn(lanes, 3, 64, 64), torch.randint(0, 10, (lanes,))
+    losses = []
+    for own, network, images in ((model, fast, x), (plain, plain, x.double())):
+        optimizer = torch.optim.SGD(own.parameters(), 0.02, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(images), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-3) and losses[2] < losses[0]
+    assert masking.held(model, chosen)
+
+
+def test_what_it_cannot_do_is_none(resnet_8, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU())
+    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, 8) is None
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False))
+    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, 8) is None
+    model, _, chosen = pair("resnet_56")
+    monkeypatch.setattr(fused, "library", lambda: None)
+    assert training.sparse(model, chosen, 32) is None
+
+
+def test_planes_that_are_none_are_refused(lanes):
+    norm = training.Norm(nn.BatchNorm2d(2), False, (3, 3))
+    with pytest.raises(ValueError, match=r"planes \(1, 2, 8, "):
+        norm(torch.zeros(1, 2, 8, lanes))
+    with pytest.raises(ValueError, match="beside"):
+        norm(torch.zeros(1, 2, 9, lanes), torch.zeros(1, 2, 8, lanes))
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        norm(torch.zeros(1, 2, 9, lanes, dtype=torch.float64))
+    conv = training.Conv(
+        nn.Conv2d(2, 2, 3, padding=1).double(), torch.ones(2, 2).bool(), (3, 3), (3, 3)
+    )
+    with pytest.raises(TypeError, match=r"weight: torch\.float64"):
+        conv(torch.zeros(1, 2, 9, lanes))
+
+
+def test_it_is_chosen_where_it_pays(resnet_8, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    params = Params(arch="resnet_56")
+
+    def how(rate: float, **more) -> str:
+        model, _, chosen = pair("resnet_56", rate)
+        return backend.forward_of(model, params.replace(**more), "cpu", 0, chosen).how
+
+    assert how(0.7) == "surviving kernels"
+    assert how(0.2) == "fused passes"
+    assert how(0.2, compile="sparse") == "surviving kernels"
+    assert how(0.7, compile="off") == "eager"
+    model, _, _ = pair("resnet_56")
+    assert backend.forward_of(model, params, "cpu", 0).how == "fused passes"
+    asked = params.replace(compile="sparse")
+    assert backend.forward_of(model, asked, "cpu", 0).how == "fused passes"  # nothing to leave out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert how(0.7, precision="bf16") == "fused passes"
+    monkeypatch.setattr(training, "library", lambda: None)
+    with pytest.raises(ValueError, match="compile: 'sparse' needs a CPU"):
+        how(0.7, compile="sparse")
+
+
+def test_the_teacher_runs_in_the_engine(resnet_8, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = models.build("resnet_56", 10).eval()
+    params = Params(arch="resnet_56", precision="fp32")
+    x = torch.randn(20, 3, 32, 32)
+    teacher = backend.teacher_of(model, params, "cpu", 0)
+    assert teacher.report["engine"] == "native"
+    with torch.no_grad():
+        assert close(teacher(x), model(x), 1e-4)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    in_torch = backend.teacher_of(model, params.replace(precision="bf16"), "cpu", 0)
+    assert in_torch.how == "fused passes"
+
+
+def test_a_teacher_that_need_not_be_exact_is_in_float16():
+    model, params = inference.fresh("resnet_56"), Params(arch="resnet_56", precision="fp32")
+    half = build.computes(build.library(), torch.float16)
+    teacher = backend.teacher_of(model, params, "cpu", 0, exact=False)
+    assert teacher.report["dtype"] == ("float16" if half else "float32")
+    images = torch.randn(20, 3, 32, 32)
+    with torch.no_grad():
+        assert close(teacher(images), model(images), 0.01)
+    assert backend.teacher_of(model, params, "cpu", 0).report["dtype"] == "float32"
+    model.linear.weight.data *= 1e6  # beyond float16
+    teacher = backend.teacher_of(model, params, "cpu", 0, exact=False)
+    assert teacher.report["dtype"] == "float32"
