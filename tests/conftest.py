@@ -102,6 +102,11 @@ def make_folders(root: Path, classes: dict[str, int]) -> Path:
     return root
 
 
+def image(side: int = 8, channels: int = 3) -> torch.Tensor:
+    """One image of zeros (1, channels, side, side)."""
+    return torch.zeros(1, channels, side, side)
+
+
 def make_net(seed: int = 0) -> nn.Module:
     """conv, norm, relu, conv without norm, conv by depth, conv, norm, linear; 3 x 8 x 8 in."""
     torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
 fast = engine.compile(model, torch.zeros(1, 3, 32, 32))
 scores = fast(images)
-trained = engine.sparse(model, masks, 32)
+trained = engine.sparse(model, masks, torch.zeros(1, 3, 32, 32))
 loss = cross_entropy(trained(images), labels)
 """
 
@@ -55,7 +55,7 @@ class Compiled(nn.Module):
 
 def compile(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_inputs: torch.Tensor,
     *,
     dtype: torch.dtype = torch.float32,
     recheck: float = 0.0,
@@ -64,7 +64,7 @@ def compile(
 ) -> Compiled:
     """A network made ready for inference with its surviving kernels (those with a non-zero weight).
 
-    example_input: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
+    example_inputs: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
     float32, or where the processor computes in them float16 (sums are float16 too) or bfloat16
     (sums are float32, and so are batches too small to fill its vectors); elsewhere a warning says
     why it is float32. recheck: of a classifier in 16 bits; images whose two highest scores are less
@@ -78,15 +78,15 @@ def compile(
     """
     if dtype not in build.TYPES:
         raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
-    if not isinstance(example_input, torch.Tensor) or example_input.dtype != torch.float32:
-        raise TypeError("example_input: give a torch.float32 tensor (N, C, H, W)")
+    if not isinstance(example_inputs, torch.Tensor) or example_inputs.dtype != torch.float32:
+        raise TypeError("example_inputs: give a torch.float32 tensor (N, C, H, W)")
     threads = threads or torch.get_num_threads()
     if recheck:
         options = {"threads": threads, "fallback": fallback}
         short, full = (
-            compile(model, example_input, dtype=t, **options) for t in (dtype, torch.float32)
+            compile(model, example_inputs, dtype=t, **options) for t in (dtype, torch.float32)
         )
-        return _rechecked(short, full, example_input, recheck)
+        return _rechecked(short, full, example_inputs, recheck)
     report = {"engine": "native", "dtype": str(dtype).removeprefix("torch."), "threads": threads}
 
     def in_torch(error: Exception) -> Compiled:
@@ -96,10 +96,10 @@ def compile(
         left = report | {"engine": "torch", "dtype": "float32", "fallbacks": [str(error)]}
         dense = copy.deepcopy(model).cpu().float().eval()
         # no submodule, whose mode somebody could change
-        return Compiled(lambda images: dense(images), example_input.shape[1:], left)
+        return Compiled(lambda images: dense(images), example_inputs.shape[1:], left)
 
     try:
-        traced = graph.trace(model, example_input)
+        traced = graph.trace(model, example_inputs)
         library = build.library()
     except (NoCompiler, NotImplementedError) as error:
         return in_torch(error)
@@ -123,9 +123,9 @@ def compile(
     tolerance = 0.01 if dtype == torch.float32 else 0.5  # of the largest value: no more than sound
     try:
         made = Compiled(
-            _assemble(traced, ops, alias, dtype, threads), example_input.shape[1:], report
+            _assemble(traced, ops, alias, dtype, threads), example_inputs.shape[1:], report
         )
-        same = says_the_same(made, traced, example_input, tolerance=tolerance)
+        same = says_the_same(made, traced, example_inputs, tolerance=tolerance)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         return in_torch(NotImplementedError(f"the engine does not run it ({line(error)})"))
     if same:
@@ -134,7 +134,7 @@ def compile(
     if dtype == torch.float32 or not fallback:
         return in_torch(NotImplementedError(why))
     warnings.warn(f"{why}; using float32", stacklevel=2)
-    return compile(model, example_input, threads=threads)
+    return compile(model, example_inputs, threads=threads)
 
 
 def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:

@@ -26,7 +26,7 @@ from explib.engine.fused import NormAct, SmallConv, fuse, sound, track
 from explib.engine.native import pointer
 from explib.engine.tracing import says_the_same
 from explib.pruning import masks as masking
-from explib.pruning.layers import blank, modes_kept
+from explib.pruning.layers import modes_kept
 from explib.pruning.masks import Masks
 
 Size = tuple[int, int]
@@ -320,15 +320,15 @@ class Sparse(nn.Module):
     Those are images of another size, and in training batches that do not fill the last block.
     """
 
-    def __init__(self, dense: nn.Module, network: nn.Module, side: int):
+    def __init__(self, dense: nn.Module, network: nn.Module, size: Size):
         super().__init__()
-        self.dense, self.network, self.side = dense, network, side
+        self.dense, self.network, self.size = dense, network, size
         self.norms = [m for m in dense.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, x):
         count, lanes = len(x), library().training_lanes()
         missing = -count % lanes
-        if not count or x.shape[2:] != (self.side, self.side):
+        if not count or x.shape[2:] != self.size:
             return self.dense(x)
         mixes = any(norm.training or norm.running_mean is None for norm in self.norms)
         if missing and (count < lanes or mixes):
@@ -339,17 +339,16 @@ class Sparse(nn.Module):
         return tree_map(lambda tensor: tensor[:count], made)
 
 
-def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
+def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.Module | None:
     """A network that computes what the masked `model` does, from its surviving kernels.
 
-    It shares weights and modes. side: of the images, in pixels. Convs 3x3 padded by 1 and 1x1 run
-    so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in torch.
-    None where no masked conv is of these, the graph cannot be traced, or nothing could be compiled.
-    ValueError, naming the layer, for masks that do not fit.
+    It shares weights and modes. example_inputs: images (N, C, H, W). Convs 3x3 padded by 1 and 1x1
+    run so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in
+    torch. None where no masked conv is of these, the graph cannot be traced, or nothing could be
+    compiled. ValueError, naming the layer, for masks that do not fit.
     """
     masking.check(model, masks)
-    like = blank(model, side)
-    dense = fuse(model, like)
+    dense = fuse(model, example_inputs)
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None
     if not any(_native(model.get_submodule(name)) for name in masks):
@@ -358,10 +357,11 @@ def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
     if not all(map(sound, norms)):
         return None
     try:
-        made = Sparse(dense, _Rewriting(dense, masks, side).network(), side)
+        network = _Rewriting(dense, masks, example_inputs).network()
+        made = Sparse(dense, network, example_inputs.shape[2:])
         masked = copy.deepcopy(model)
         masking.apply(masked, masks)
-        same = says_the_same(made, masked, like, library().training_lanes(), 0.01)
+        same = says_the_same(made, masked, example_inputs, library().training_lanes(), 0.01)
     except Exception:  # whatever a network does that nobody thought of: torch does it right
         return None
     return made if same else None
@@ -370,13 +370,13 @@ def sparse(model: nn.Module, masks: Masks, side: int) -> nn.Module | None:
 class _Rewriting:
     """The graph of `fuse` anew, from the first conv on planes as long as all ops know them."""
 
-    def __init__(self, dense: fx.GraphModule, masks: Masks, side: int):
+    def __init__(self, dense: fx.GraphModule, masks: Masks, example: torch.Tensor):
         self.dense, self.masks = dense, masks
         self.names = {id(module): name for name, module in dense.named_modules()}
         self.graph, self.new_modules = fx.Graph(), {}
         self.as_images, self.as_planes = {}, {}  # old node -> new node, as far as it is there
         with modes_kept(dense), torch.no_grad():
-            ShapeProp(dense.eval()).propagate(blank(dense, side))
+            ShapeProp(dense.eval()).propagate(example)
 
     def network(self) -> fx.GraphModule:
         for node in self.dense.graph.nodes:

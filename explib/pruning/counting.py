@@ -1,14 +1,21 @@
-"""Multiply-adds (MACs) and weights: dense, left after masks, and by the published convention.
+"""Multiply-adds (MACs) and weights: of the dense network, and left after masks.
 
-MACs here are those of convs and linear layers, without biases: the work that pruning can remove.
-ptflops counts the same network with biases, BatchNorm, activations and pooling on top; see
-`by_ptflops`.
+MACs here are all products that a network sums up: those of convs, linear layers, attention and
+matrix products, without biases. ptflops counts the same network with biases, BatchNorm, activations
+and pooling on top; see `explib.study.published.by_ptflops`.
 """
+
+import warnings
+from contextlib import ExitStack
+from math import prod
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from explib.pruning.layers import Conv, blank, modes_kept
+from explib.pruning.layers import Conv, Inputs, per_example, visited
 from explib.pruning.masks import Masks
 from explib.rates import number_to_prune
 
@@ -19,8 +26,8 @@ def layer_table(
     """One row per conv: sizes, rate, kernels, nominal and pruned kernels, MACs dense and left."""
     rows = []
     for conv in convs:
-        mask = (masks or {}).get(conv.name)
-        rate = (rates or {}).get(conv.name, 0.0)
+        mask = (masks or {}).get(conv.shares or conv.name)
+        rate = (rates or {}).get(conv.shares or conv.name, 0.0)
         left = conv.kernels if mask is None else int(mask.sum())
         rows.append(
             {
@@ -41,33 +48,72 @@ def layer_table(
     return rows
 
 
-def linear_macs(model: nn.Module, image_size: int = 32) -> int:
-    """MACs of all linear layers for one image."""
-    total, hooks = [], []
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            hook = module.register_forward_hook(
-                lambda m, _, output: total.append(m.in_features * output.numel())
-            )
-            hooks.append(hook)
-    try:
-        with modes_kept(model), torch.no_grad():
-            model.eval()(blank(model, image_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(total)
+def macs(model: nn.Module, example_inputs: Inputs, masks: Masks | None = None) -> dict[str, int]:
+    """MACs of one example: {"dense": of all the network does, "left": without pruned kernels}.
+
+    Layers, attention and matrix products in `forward` count alike; what cannot be counted is named
+    in a warning.
+    """
+    convs, dense = counted(model, example_inputs)
+    return {"dense": dense, "left": dense - cut(convs, masks or {})}
 
 
-def macs(
-    model: nn.Module, convs: list[Conv], masks: Masks | None = None, image_size: int = 32
-) -> dict[str, int]:
-    """MACs of one image: {"dense": int, "left": int}, convs and linear layers, from the masks."""
-    table, linear = layer_table(convs, masks), linear_macs(model, image_size)
-    return {
-        "dense": sum(row["macs_dense"] for row in table) + linear,
-        "left": sum(row["macs"] for row in table) + linear,
-    }
+def cut(convs: list[Conv], masks: Masks) -> int:
+    """MACs of one example that masks remove from these convs."""
+    return sum(row["macs_dense"] - row["macs"] for row in layer_table(convs, masks))
+
+
+def counted(model: nn.Module, example_inputs: Inputs) -> tuple[list[Conv], int]:
+    """The convs of a network and the MACs of all that it does, for one example."""
+    with ExitStack() as stack:
+        # one op for a whole layer would hide the products in it
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+            stack.callback(setattr, backend, "enabled", backend.enabled)
+            backend.enabled = False
+        products = stack.enter_context(_Products())
+        convs, count = visited(model, example_inputs)
+    if products.unknown:
+        names = ", ".join(sorted(products.unknown))
+        warnings.warn(f"MACs of {names} are not counted; the network does more", stacklevel=3)
+    return convs, per_example(products.macs, count, "MACs")
+
+
+_aten = torch.ops.aten
+_ELEMENTWISE_SUMS = {_aten.mv, _aten.dot, _aten.vdot, _aten.addmv}  # a MAC for each of the matrix
+_UNCOUNTED = {"aten._trilinear", "aten._cdist_forward", "aten._fft_r2c", "aten._fft_c2c"}
+_UNCOUNTED |= {"torchvision.deform_conv2d"}
+_KNOWN = {"aten", "prim", "prims", "profiler", "torchvision"}  # others' ops may do anything
+
+
+class _Products(TorchDispatchMode):
+    """Count the multiply-adds of every op that runs, by torch's own formulas."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs, self.unknown = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+        ):
+            with self:  # of smaller ops, which are seen one by one
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.macs += flop_registry[packet](*args, **kwargs, out_val=out) // 2
+        elif packet in _ELEMENTWISE_SUMS:
+            matrix = args[1] if packet is _aten.addmv else args[0]
+            self.macs += prod(matrix.shape)
+        elif str(packet) in _UNCOUNTED or func.namespace not in _KNOWN:
+            self.unknown.add(str(packet))
+        return out
 
 
 def weights(model: nn.Module, masks: Masks | None = None) -> dict[str, int]:

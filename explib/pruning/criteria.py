@@ -15,7 +15,7 @@ from torch import nn
 
 from explib.errors import ParamError
 from explib.params import CHOICES, WAYS
-from explib.pruning.layers import Conv, find_convs, prunable
+from explib.pruning.layers import Conv, Inputs, find_convs, prunable
 from explib.pruning.scores import delta_e, levels
 from explib.rates import EPSILON, keep_floor, number_to_prune, spread_rates
 
@@ -149,25 +149,26 @@ def _first_in_sets(
 
 def prune(
     model: nn.Module,
+    example_inputs: Inputs | None,
     rate: float | Sequence[float] | dict[str, float] = 0.5,
     way: str = "B",
     *,
     seed: int = 0,
     floor: float | None = None,
-    image_size: int = 32,
     convs: list[Conv] | None = None,
     bias_in_score: bool = False,
     **options,
 ) -> dict[str, torch.Tensor]:
     """Masks for any network, by the name of the conv: bool (F, C), True where a kernel stays.
 
-    rate: one share for all prunable convs, a list with one per conv in forward order, or a dict by
-    name. floor: the share of every redundant set that stays, by default 1 - max(rates) - 0.1.
-    options go to `prune_layer`: survivors, groups, strict_rate. The model is not changed;
-    `masks.hold` does that. A conv's mask depends on the seed and its place only, so that leaving
-    another conv out does not change it.
+    example_inputs: what the network is called with, a tensor, a tuple or a dict; not needed where
+    `convs` holds what `find_convs` found. rate: one share for all prunable convs, a list with one
+    per conv in forward order, or a dict by name. floor: the share of every redundant set that
+    stays, by default 1 - max(rates) - 0.1. options go to `prune_layer`: survivors, groups,
+    strict_rate. The model is not changed; `masks.hold` does that. A conv's mask depends on the seed
+    and its place only, so that leaving another conv out does not change it.
     """
-    convs = convs or find_convs(model, image_size)
+    convs = convs or find_convs(model, example_inputs)
     usable = prunable(convs)
     if isinstance(rate, dict):
         unknown = set(rate) - {conv.name for conv in usable}

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from explib.pruning import counting
-from explib.pruning.layers import Conv, blank, modes_kept
+from explib.pruning.layers import Conv, Inputs, modes_kept
 from explib.pruning.masks import Masks
 
 
 def filter_masks(
-    model: nn.Module, macs_left: int, convs: list[Conv], image_size: int = 32
+    model: nn.Module, example_inputs: Inputs, macs_left: int, convs: list[Conv]
 ) -> Masks:
     """Masks that remove the filters of least group-L1 norm, the same share in every conv.
 
@@ -26,7 +26,8 @@ def filter_masks(
     shortcut adds to others stay, as is usual. Raises ValueError if that many cannot be saved, and
     ModuleNotFoundError without torch-pruning.
     """
-    groups = _groups(model, image_size)
+    groups = _groups(model, example_inputs)
+    dense = counting.macs(model, example_inputs)["dense"]
     if not groups:
         raise ValueError("filters: no conv of this network can lose filters by itself")
 
@@ -50,7 +51,7 @@ def filter_masks(
         }
 
     def left(going: dict[str, int]) -> int:
-        return counting.macs(model, convs, masked(going), image_size)["left"]
+        return dense - counting.cut(convs, masked(going))
 
     low, high = 0.0, 1.0
     if left(shared(high)) > macs_left:
@@ -74,7 +75,7 @@ def whole_filters(masks: Masks) -> bool:
     return bool(masks) and all(map(torch.equal, lines, masks.values()))
 
 
-def narrowed(model: nn.Module, masks: Masks, image_size: int = 32) -> nn.Module:
+def narrowed(model: nn.Module, masks: Masks, example_inputs: Inputs) -> nn.Module:
     """The smaller dense network that masks of `filter_masks` stand for, in evaluation mode.
 
     Its outputs are those of the masked network. A copy: the model stays as it is. Filters that a
@@ -83,8 +84,7 @@ def narrowed(model: nn.Module, masks: Masks, image_size: int = 32) -> nn.Module:
     import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
-    example = blank(small, image_size)
-    graph = tp.DependencyGraph().build_dependency(small, example_inputs=example)
+    graph = tp.DependencyGraph().build_dependency(small, example_inputs=example_inputs)
     for name, mask in masks.items():
         gone = (~mask.any(1)).nonzero().flatten().tolist()
         if gone:
@@ -96,13 +96,12 @@ def narrowed(model: nn.Module, masks: Masks, image_size: int = 32) -> nn.Module:
     return small
 
 
-def _groups(model: nn.Module, image_size: int) -> dict[str, tuple[torch.Tensor, list[str]]]:
+def _groups(model: nn.Module, example_inputs: Inputs) -> dict[str, tuple[torch.Tensor, list[str]]]:
     """Convs whose filters can go alone: name -> (group-L1 scores (F,), convs that read them)."""
     import torch_pruning as tp
 
-    example = blank(model, image_size)
     with modes_kept(model):
-        graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example)
+        graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example_inputs)
     score = tp.importance.GroupMagnitudeImportance(p=1)
     names = {id(module): name for name, module in model.named_modules()}
     groups = {}

@@ -1,11 +1,20 @@
-"""The convs of any network: where they are, their BatchNorms, their sizes."""
+"""The convs of any network: where they are, their BatchNorms, their sizes.
 
+Whatever has to see a network run takes `example_inputs`, as the network does: a tensor, a tuple
+(positional arguments) or a dict (keyword arguments).
+"""
+
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Inputs = torch.Tensor | tuple | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -18,9 +27,10 @@ class Conv:
     channels: int  # input channels of one filter
     kernel: tuple[int, int]
     groups: int
-    out_h: int
+    out_h: int  # of its last call
     out_w: int
-    positions: int  # of a kernel on one image: out_h * out_w, of every call where there are several
+    positions: int  # of a kernel in one example: out_h * out_w, added up over calls and patches
+    shares: str | None = None  # the conv before it that has the same weight, if there is one
 
     @property
     def kernels(self) -> int:
@@ -29,7 +39,7 @@ class Conv:
 
     @property
     def kernel_macs(self) -> int:
-        """Multiply-adds of one kernel for one image."""
+        """Multiply-adds of one kernel for one example."""
         return self.kernel[0] * self.kernel[1] * self.positions
 
 
@@ -44,75 +54,209 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def blank(model: nn.Module, image_size: int = 32) -> torch.Tensor:
-    """One blank image (1, C, image_size, image_size) of the model's device, type and channels."""
-    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    channels = next((conv.in_channels for conv in convs), 3)
-    like = next(model.parameters(), torch.empty(0)).detach()
-    return like.new_zeros(1, channels, image_size, image_size)
+def bare(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network inside DataParallel and torch.compile, and the prefix of its names."""
+    prefix = ""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+        inner = "module" if isinstance(model, wrappers) else "_orig_mod"
+        model, prefix = getattr(model, inner), f"{prefix}{inner}."
+    return model, prefix
 
 
-def find_convs(model: nn.Module, image_size: int = 32) -> list[Conv]:
-    """The Conv2d layers of any network in forward order, found by running one blank image.
+def run(model: nn.Module, example_inputs: Inputs) -> Any:
+    """Call a network in evaluation mode, without gradients; its modes are left as they were.
+
+    Tensors are moved to the device of its parameters. ValueError, in one line, where the network
+    does not take what it is given.
+    """
+    model, _ = bare(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, example_inputs)
+    with modes_kept(model), torch.no_grad(), _eagerly():
+        model.eval()
+        try:
+            if isinstance(given, dict):
+                return model(**given)
+            return model(*given) if isinstance(given, tuple) else model(given)
+        except Exception as error:
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"example_inputs: {type(model).__name__} does not take {described(example_inputs)} "
+                f"({why}); give a tensor, a tuple or a dict of what its forward takes"
+            ) from error
+
+
+def _eagerly() -> AbstractContextManager:
+    """Keep parts that are compiled from being so: hooks added later would not run in them."""
+    # what compiles brings seconds of imports, and where it is not there, nothing is compiled
+    return (
+        torch.compiler.set_stance("force_eager")
+        if "torch._dynamo" in sys.modules
+        else nullcontext()
+    )
+
+
+def described(example_inputs: Inputs) -> str:
+    """Example inputs in one line: shapes for tensors, types for all else."""
+    if isinstance(example_inputs, torch.Tensor):
+        return str(tuple(example_inputs.shape))
+    if isinstance(example_inputs, dict):
+        parts = [f"{name}={described(value)}" for name, value in example_inputs.items()]
+        return f"{{{', '.join(parts)}}}"
+    if isinstance(example_inputs, tuple | list):
+        return f"[{', '.join(map(described, example_inputs))}]"
+    return type(example_inputs).__name__
+
+
+def find_convs(model: nn.Module, example_inputs: Inputs) -> list[Conv]:
+    """List the Conv2d layers of a network in the order in which it runs them.
 
     A conv's BatchNorm is the BatchNorm2d (or SyncBatchNorm) that takes its very output. A conv that
-    the forward pass visits twice is listed once, and its work counted twice. The model's modes and
-    statistics are left as they were.
+    runs several times, or on patches folded into the batch, is listed once, with the positions of
+    all. The model's modes and statistics are left as they were. ValueError, in one line, where the
+    network does not take the inputs, or none of what it runs is a Conv2d.
     """
-    order, owner, norms, kept, hooks = [], {}, {}, [], []
-    shapes, positions = {}, {}
+    convs, _ = visited(model, example_inputs)
+    if not convs:
+        raise ValueError(
+            f"no Conv2d of this network runs with these example inputs ({_instead(model)}); kernel "
+            "pruning is for the Conv2d layers of an nn.Module as it is trained"
+        )
+    return convs
 
-    def after_conv(name):
-        def hook(module, inputs, output):
-            if name not in shapes:
-                order.append(name)
-            shapes[name] = output.shape[-2:]
-            positions[name] = positions.get(name, 0) + shapes[name].numel()
-            owner[id(output)] = name
-            kept.append(output)  # so that no other tensor gets its id
 
-        return hook
-
-    def before_norm(name):
-        def hook(module, inputs):
-            if id(inputs[0]) in owner:
-                norms[owner[id(inputs[0])]] = name
-
-        return hook
-
-    for name, module in model.named_modules():
+def visited(model: nn.Module, example_inputs: Inputs) -> tuple[list[Conv], int]:
+    """The convs of `find_convs`, of which there may be none, and how many examples were given."""
+    inner, prefix = bare(model)
+    watch = _Watch()
+    for name, module in inner.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after_conv(name)))
+            watch.conv(name, module)
         elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-            hooks.append(module.register_forward_pre_hook(before_norm(name)))
+            watch.norm(name, module)
     try:
-        with modes_kept(model), torch.no_grad():
-            model.eval()(blank(model, image_size))
+        run(inner, example_inputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        watch.remove()
+    count = 1 if watch.unbatched(example_inputs) else batch_size(example_inputs)
+    first_with = {}  # id of a weight -> the conv that had it first
     convs = []
-    for name in order:
-        conv = model.get_submodule(name)
+    for name, (shape, positions) in watch.calls.items():
+        conv, norm = inner.get_submodule(name), watch.norms.get(name)
         filters, channels = conv.weight.shape[:2]
+        first = first_with.setdefault(id(conv._parameters.get("weight", conv)), name)
         convs.append(
             Conv(
-                name,
-                norms.get(name),
+                prefix + name,
+                None if norm is None else prefix + norm,
                 filters,
                 channels,
                 tuple(conv.kernel_size),
                 conv.groups,
-                *shapes[name],
-                positions[name],
+                *shape[-2:],
+                per_example(positions, count, f"positions of {name}"),
+                None if first == name else prefix + first,
             )
         )
-    return convs
+    return convs, count
+
+
+class _Watch:
+    """Hooks that note what each conv and each BatchNorm of a network is given."""
+
+    def __init__(self):
+        self.calls: dict[str, tuple] = {}  # name -> shape of its last output, positions in all
+        self.norms: dict[str, str] = {}  # conv -> BatchNorm
+        self._hooks, self._made = [], {}  # id of an output -> output, its version, its conv
+
+    def conv(self, name: str, module: nn.Module) -> None:
+        def hook(module, inputs, output):
+            output = _tensors(output)[0]
+            _, before = self.calls.get(name, (None, 0))
+            self.calls[name] = output.shape, before + output.numel() // module.out_channels
+            # the tensor is kept, so that no other gets its id
+            self._made[id(output)] = output, _version(output), name
+
+        self._hooks.append(module.register_forward_hook(hook))
+
+    def norm(self, name: str, module: nn.Module) -> None:
+        def hook(module, inputs):
+            tensor, version, conv = self._made.get(id(inputs[0]), (None, None, None))
+            # an activation in place leaves the tensor the same, and its values another's
+            if conv is not None and version == _version(tensor):
+                self.norms[conv] = name
+
+        self._hooks.append(module.register_forward_pre_hook(hook))
+
+    def unbatched(self, example_inputs: Inputs) -> bool:
+        """Whether the network takes one image without a batch (C, H, W), as a conv does."""
+        leaves = _tensors(example_inputs)
+        first = next(iter(self.calls.values()), None)
+        return bool(leaves and first) and leaves[0].ndim == len(first[0]) == 3
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; torch does not count that of inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _instead(model: nn.Module) -> str:
+    """What a network has that is no Conv2d, in words."""
+    modules = [type(module) for module in model.modules()]
+    if isinstance(model, torch.jit.ScriptModule):
+        return "it is scripted by torch.jit"
+    if any("quantized" in kind.__module__ for kind in modules):
+        return "it is quantized"
+    convs = sorted({kind.__name__ for kind in modules if "Conv" in kind.__name__})
+    return f"it has {', '.join(convs)}" if convs else "it has no convs"
+
+
+def batch_size(example_inputs: Inputs) -> int:
+    """How many examples these are: the first dimension of the first tensor.
+
+    A list of images (C, H, W), as detection networks take them, is as many examples. Where there is
+    no tensor, it is one.
+    """
+    values = example_inputs
+    if isinstance(values, tuple | dict):
+        values = list(values.values()) if isinstance(values, dict) else values
+        values = next((value for value in values if _tensors(value)), None)
+    tensors = _tensors(values)
+    if not tensors or not tensors[0].ndim:
+        return 1
+    return len(tensors) if isinstance(values, list) and tensors[0].ndim == 3 else len(tensors[0])
+
+
+def per_example(total: int, count: int, what: str) -> int:
+    """A total over `count` examples as that of one. ValueError where they cannot be alike."""
+    if count == 0 or total % count:
+        raise ValueError(
+            f"example_inputs: {total} {what} cannot be shared among {count} examples; give one "
+            "example (a batch of 1)"
+        )
+    return total // count
 
 
 def prunable(convs: list[Conv]) -> list[Conv]:
     """The convs the method is defined for: grouped and depthwise ones stay dense.
 
-    A grouped conv's kernels do not share their inputs, so that none can stand for another.
+    A grouped conv's kernels do not share their inputs, so that none can stand for another. Of convs
+    that share a weight it is the first, whose mask is that of all. ValueError where none is left.
     """
-    return [conv for conv in convs if conv.groups == 1]
+    usable = [conv for conv in convs if conv.groups == 1 and conv.shares is None]
+    if convs and not usable:
+        raise ValueError(
+            "every Conv2d of this network is grouped or depthwise, whose kernels have no others "
+            "that could stand for them; kernel pruning needs convs with groups=1"
+        )
+    return usable

@@ -120,7 +120,7 @@ def _before(params: Params, data, as_was: bool) -> dict:
     return found | {
         "top1": evaluate(),
         "norm_kept_pct": kept,
-        "macs_left": counting.macs(dense.model, dense.convs, masks)["left"],
+        "macs_left": counting.macs(dense.model, networks.example_of(params), masks)["left"],
     }
 
 

@@ -40,13 +40,18 @@ def seed_all(params: Params) -> None:
         torch.set_num_threads(params.threads)
 
 
+def example_of(params: Params) -> torch.Tensor:
+    """One image (1, 3, side, side) as the networks of a configuration take them, of zeros."""
+    return torch.zeros(1, 3, params.side, params.side)
+
+
 def fresh(params: Params) -> Dense:
     """The network of a configuration with seeded fresh weights, its rates checked against it."""
     seed_all(params)
     model = models.build(params.arch, count_classes(params))
     try:
-        convs = layer_finding.find_convs(model, params.side)
-    except RuntimeError as error:
+        convs = layer_finding.find_convs(model, example_of(params))
+    except ValueError as error:
         raise ParamError(
             f"image_size: {params.arch} takes no images of {params.side} pixels ({error}); give "
             f"{models.ARCHS[params.arch].image_size}"
@@ -115,6 +120,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
     choose = partial(
         criteria.prune,
         dense.model,
+        None,
         wanted,
         seed=params.mask_seed,
         floor=floor,
@@ -128,8 +134,9 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         return choose(params.pruning_way)
     from explib.pruning import filters  # needs torch-pruning, which only this comparison uses
 
-    equal = counting.macs(dense.model, dense.convs, choose("random"), params.side)
-    return filters.filter_masks(dense.model, equal["left"], dense.convs, params.side)
+    example = example_of(params)
+    equal = counting.macs(dense.model, example, choose("random"))
+    return filters.filter_masks(dense.model, example, equal["left"], dense.convs)
 
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
@@ -159,7 +166,7 @@ def counts(params: Params, dense: Dense, masks: Masks) -> dict:
     kernels = sum(row["kernels"] for row in layers)
     return {
         "layers": layers,
-        "macs": counting.macs(dense.model, dense.convs, masks, params.side)
+        "macs": counting.macs(dense.model, example_of(params), masks)
         | {"published_m": published["macs_m"]},
         "weights": counting.weights(dense.model, masks),
         "sparsity": sum(row["pruned"] for row in layers) / kernels,

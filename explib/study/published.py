@@ -10,8 +10,8 @@ from torch import nn
 
 from explib import models
 from explib.files import ROOT
-from explib.pruning.counting import layer_table, linear_macs, macs, weights
-from explib.pruning.layers import Conv, blank, find_convs, modes_kept
+from explib.pruning.counting import counted, layer_table, macs, weights
+from explib.pruning.layers import Conv, modes_kept
 from explib.rates import number_to_prune, parse_rates
 
 
@@ -47,7 +47,7 @@ def published_convention(
     over 10**6, so that an unpruned network is credited with 4.63 %.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    heads = sum(module.weight.numel() + module.bias.numel() for module in linear)
+    heads = sum(parameter.numel() for module in linear for parameter in module.parameters())
     count, size = heads, heads
     for conv in convs:
         filters = conv.filters - number_to_prune(rates.get(conv.name, 0.0), conv.filters)
@@ -72,13 +72,12 @@ def published_rows(rows: list[dict]) -> pd.DataFrame:
             with torch.device("meta"):
                 model = models.build(row["arch"])
             size = models.ARCHS[row["arch"]].image_size
-            networks[row["arch"]] = model, find_convs(model, size), linear_macs(model, size)
-        model, convs, linear = networks[row["arch"]]
+            networks[row["arch"]] = model, *counted(model, torch.zeros(1, 3, size, size))
+        model, convs, dense = networks[row["arch"]]
         rates = models.rates_by_name(
             row["arch"], [conv.name for conv in convs], parse_rates(row["compress_rate"])
         )
         layers = layer_table(convs, rates=rates)
-        dense = sum(layer["macs_dense"] for layer in layers) + linear
         pruned = sum(
             layer["nominal"] * conv.kernel_macs for layer, conv in zip(layers, convs, strict=True)
         )
@@ -103,7 +102,7 @@ def published_rows(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def by_ptflops(model: nn.Module, image_size: int = 32) -> dict[str, int]:
+def by_ptflops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """The dense network counted by ptflops, in its MACs: {"total", "macs", "bias", "other"}.
 
     total = macs + bias + other. macs are the multiply-adds of convs and linear layers, the study's
@@ -115,7 +114,7 @@ def by_ptflops(model: nn.Module, image_size: int = 32) -> dict[str, int]:
         with modes_kept(model):
             total, _ = get_model_complexity_info(
                 model.eval(),
-                tuple(blank(model, image_size).shape[1:]),
+                tuple(example.shape[1:]),
                 as_strings=False,
                 print_per_layer_stat=False,
                 backend="pytorch",
@@ -124,5 +123,5 @@ def by_ptflops(model: nn.Module, image_size: int = 32) -> dict[str, int]:
         return int(total)
 
     total, other = count([]), count([nn.Conv2d, nn.Linear])
-    dense = macs(model, find_convs(model, image_size), image_size=image_size)["dense"]
+    dense = macs(model, example)["dense"]
     return {"total": total, "macs": dense, "bias": total - other - dense, "other": other}

@@ -14,7 +14,6 @@ from explib.data.splits import Folders, Split
 from explib.engine import build, native, training
 from explib.engine.fused import fuse
 from explib.params import Params
-from explib.pruning.layers import blank
 from explib.pruning.masks import Masks
 
 
@@ -81,7 +80,7 @@ def forward_of(
     elif sparse := _sparse(model, params, device, masks or {}):
         network, how = sparse, "surviving kernels"
     elif params.compile in ("auto", "sparse") and device == "cpu":
-        network = fuse(model, blank(model, params.side))
+        network = fuse(model, torch.zeros(1, 3, params.side, params.side))
         how = "eager" if network is model else "fused passes"
     else:
         network, how = model, "eager"
@@ -104,7 +103,8 @@ def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.M
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     if not asked and (pruned < SPARSE_FROM * kernels or _in_matrices(params, device)):
         return None
-    network = training.sparse(model, masks, params.side) if device == "cpu" else None
+    example = torch.zeros(1, 3, params.side, params.side)
+    network = training.sparse(model, masks, example) if device == "cpu" else None
     if asked and network is None:
         raise ValueError(
             "compile: 'sparse' needs a CPU, a C++ compiler, and a network that torch.fx traces and "

@@ -21,7 +21,7 @@ from explib.params import Params
 from explib.pruning import checkpoints, criteria
 from explib.pruning import masks as masking
 from explib.pruning.checkpoints import load_network
-from tests.conftest import needs_compiler
+from tests.conftest import image, needs_compiler
 from tests.engine.sweep import BATCHES, BOUNDS, SIZES, sweep
 
 SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
@@ -43,7 +43,7 @@ def lively(model: nn.Module) -> nn.Module:
 def masked(arch: str, rate: float = 0.6) -> nn.Module:
     torch.manual_seed(0)
     model = lively(models.build(arch, 10))
-    masking.apply(model, criteria.prune(model, rate, "B", image_size=SIDES[arch]))
+    masking.apply(model, criteria.prune(model, image(SIDES[arch]), rate, "B"))
     return model
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from explib import engine
 from explib.engine import fused, tracing
 from explib.pruning import masks as masking
-from tests.conftest import needs_compiler
+from tests.conftest import image, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs?.* in torch")]
 SIDE = 8
@@ -123,7 +123,7 @@ def test_whatever_the_network_its_results_are_those_of_torch(network):
     plain, fixed = copy.deepcopy(model), copy.deepcopy(model).eval()
     fast = engine.compile(model, torch.zeros(1, 3, SIDE, SIDE))
     trained = fused.fuse(model, torch.zeros(1, 3, SIDE, SIDE))
-    sparse = engine.sparse(model, chosen, SIDE) or model
+    sparse = engine.sparse(model, chosen, image(SIDE)) or model
     for count in (1, 2, 17, 32):
         x = torch.randn(count, 3, SIDE, SIDE)
         for mode in (False, True):
@@ -203,7 +203,7 @@ def test_no_images_are_none_in_training_too():
     model = copy.deepcopy(NETWORKS["plain"]).eval()
     chosen = {"two": torch.rand(4, 4) < 0.7}
     chosen["two"][0] = True
-    sparse = engine.sparse(model, chosen, SIDE)
+    sparse = engine.sparse(model, chosen, image(SIDE))
     assert isinstance(sparse, nn.Module)
     with torch.no_grad():
         assert sparse(torch.zeros(0, 3, SIDE, SIDE)).shape == (0, 4, SIDE, SIDE)
@@ -212,7 +212,7 @@ def test_no_images_are_none_in_training_too():
 def test_masks_that_do_not_fit_are_named():
     for name, mask in (("two", torch.ones(5, 4)), ("three", torch.ones(4, 4))):
         with pytest.raises(ValueError, match=name):
-            engine.sparse(copy.deepcopy(NETWORKS["plain"]), {name: mask.bool()}, SIDE)
+            engine.sparse(copy.deepcopy(NETWORKS["plain"]), {name: mask.bool()}, image(SIDE))
 
 
 def test_a_wrong_network_is_told_from_the_right_one():

@@ -16,6 +16,7 @@ from explib.pruning import criteria
 from explib.pruning import masks as masking
 from explib.study.bench import inference
 from explib.training import backend
+from tests.conftest import image
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
@@ -140,7 +141,7 @@ def pair(arch: str, rate: float = 0.7) -> tuple[nn.Module, nn.Module, dict]:
     """A masked network and a copy in float64 for torch."""
     torch.manual_seed(0)
     model = models.build(arch, 10)
-    chosen = criteria.prune(model, rate, "B")
+    chosen = criteria.prune(model, image(32), rate, "B")
     masking.apply(model, chosen)
     return model, copy.deepcopy(model).double(), chosen
 
@@ -148,7 +149,7 @@ def pair(arch: str, rate: float = 0.7) -> tuple[nn.Module, nn.Module, dict]:
 @pytest.mark.parametrize("arch", ["resnet_56", "vgg_16_bn", "googlenet"])
 def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
     model, plain, chosen = pair(arch)
-    network = training.sparse(model, chosen, 32)
+    network = training.sparse(model, chosen, image(32))
     modules = [type(m) for m in network.network.modules()]
     assert modules.count(training.FromPlanes) == 1  # once on planes it stays there to the end
     x, y = torch.randn(lanes + 1, 3, 32, 32), torch.randint(0, 10, (lanes,))
@@ -173,7 +174,7 @@ def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
 
 def test_a_batch_that_fills_no_block_trains_densely(lanes, resnet_8):
     model, plain, chosen = pair("resnet_56")
-    network, x = training.sparse(model, chosen, 32), torch.randn(lanes + 1, 3, 32, 32)
+    network, x = training.sparse(model, chosen, image(32)), torch.randn(lanes + 1, 3, 32, 32)
     assert close(network(x), plain(x.double()).float(), 1e-4)
     for name, value in plain.state_dict().items():
         assert close(model.state_dict()[name].float(), value.float(), 1e-4), name
@@ -181,7 +182,7 @@ def test_a_batch_that_fills_no_block_trains_densely(lanes, resnet_8):
 
 def test_images_of_another_size_are_computed_densely(lanes, resnet_8):
     model, plain, chosen = pair("resnet_56")
-    network, x = training.sparse(model, chosen, 32), torch.randn(lanes, 3, 24, 24)
+    network, x = training.sparse(model, chosen, image(32)), torch.randn(lanes, 3, 24, 24)
     assert close(network(x), plain(x.double()).float(), 1e-4)
 
 
@@ -210,7 +211,7 @@ def test_ops_of_any_network_run_on_planes_or_on_images(lanes):
     chosen = {"second": torch.rand(8, 8) < 0.5, "third": torch.rand(4, 8) < 0.5}
     masking.apply(model, chosen)
     plain = copy.deepcopy(model)
-    network = training.sparse(model, chosen, 10)
+    network = training.sparse(model, chosen, image(10))
     x = torch.randn(lanes, 3, 10, 10)
     found, wanted = network(x), plain(x)
     assert close(found, wanted, 1e-5)
@@ -230,10 +231,10 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
 
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
-    chosen = criteria.prune(model, 0.7, "B", image_size=64)  # its first conv is 7x7
+    chosen = criteria.prune(model, image(64), 0.7, "B")  # its first conv is 7x7
     masking.hold(model, chosen)
     plain = copy.deepcopy(model).double()
-    fast = engine.sparse(model, chosen, 64)
+    fast = engine.sparse(model, chosen, image(64))
     kinds = [type(m) for m in fast.network.modules()]
     assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
     masking.hold(plain, chosen)
@@ -253,12 +254,12 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
 
 def test_what_it_cannot_do_is_none(resnet_8, monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU())
-    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, 8) is None
+    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, image(8)) is None
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False))
-    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, 8) is None
+    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, image(8)) is None
     model, _, chosen = pair("resnet_56")
     monkeypatch.setattr(fused, "library", lambda: None)
-    assert training.sparse(model, chosen, 32) is None
+    assert training.sparse(model, chosen, image(32)) is None
 
 
 def test_planes_that_are_none_are_refused(lanes):

@@ -14,6 +14,7 @@ from explib.pruning import counting
 from explib.pruning.checkpoints import load_weights
 from explib.pruning.layers import find_convs
 from explib.study import published
+from tests.conftest import image
 
 # arch: (convs, millions of multiply-adds, parameters)
 KNOWN = {
@@ -29,7 +30,7 @@ KNOWN = {
 def arch(request):
     torch.manual_seed(0)
     model = models.build(request.param)
-    return request.param, model, find_convs(model, models.ARCHS[request.param].image_size)
+    return request.param, model, find_convs(model, image(models.ARCHS[request.param].image_size))
 
 
 class TestArchs:
@@ -41,7 +42,7 @@ class TestArchs:
         size = models.ARCHS[name].image_size
         count, millions, parameters = KNOWN[name]
         assert len(convs) == count
-        assert round(counting.macs(model, convs, image_size=size)["dense"] / 1e6, 2) == millions
+        assert round(counting.macs(model, image(size))["dense"] / 1e6, 2) == millions
         if parameters:
             assert counting.weights(model)["dense"] == parameters
 
@@ -86,7 +87,7 @@ def test_an_unknown_arch_lists_the_known():
 
 def test_googlenet_rates_leave_the_reductions_dense():
     model = models.build("googlenet")
-    convs = find_convs(model)
+    convs = find_convs(model, image(32))
     rates = models.rates_by_name(
         "googlenet", [conv.name for conv in convs], [k / 10 for k in range(10)]
     )
@@ -105,7 +106,7 @@ def models_kernel(model, name):
 
 def test_resnet_50_rates_put_the_shortcut_first_in_its_stage():
     with torch.device("meta"):
-        convs = find_convs(models.build("resnet_50"), 224)
+        convs = find_convs(models.build("resnet_50"), image(224))
     names = list(models.rates_by_name("resnet_50", [conv.name for conv in convs], [0.1] * 53))
     assert names[:3] == ["conv1", "layer1.0.downsample.0", "layer1.0.conv1"]
     assert names[11:13] == ["layer2.0.downsample.0", "layer2.0.conv1"]
@@ -140,7 +141,7 @@ class TestFindConvs:
         net.train()
         net[1].eval()
         before = copy.deepcopy(net.state_dict())
-        find_convs(net, 8)
+        find_convs(net, image(8))
         assert net.training and not net[1].training and net[7].training
         for name, tensor in net.state_dict().items():
             assert torch.equal(tensor, before[name]), name
@@ -150,12 +151,12 @@ class TestFindConvs:
     def test_cleans_up_after_a_network_that_fails(self, net):
         net.train()
         net[10] = nn.Linear(5, 10)
-        with pytest.raises(RuntimeError):
-            find_convs(net, 8)
+        with pytest.raises(ValueError, match=r"Sequential does not take \(1, 3, 8, 8\) \(mat1"):
+            find_convs(net, image(8))
         assert net.training and not any(module._forward_hooks for module in net.modules())
 
     def test_sizes_by_hand(self, net):
-        first, second, depthwise, last = find_convs(net, 8)
+        first, second, depthwise, last = find_convs(net, image(8))
         assert (first.name, first.norm, first.filters, first.channels) == ("0", "1", 8, 3)
         assert (first.kernel, first.out_h, first.out_w, first.kernel_macs) == ((3, 3), 8, 8, 576)
         assert (second.norm, second.out_h, second.kernels) == (None, 4, 48)
@@ -164,15 +165,15 @@ class TestFindConvs:
 
     def test_a_norm_behind_an_activation_is_not_the_convs(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.BatchNorm2d(4))
-        assert find_convs(net, 4)[0].norm is None
+        assert find_convs(net, image(4))[0].norm is None
 
     def test_a_conv_that_is_visited_twice_is_listed_once(self):
         conv = nn.Conv2d(3, 3, 1)
-        assert [c.name for c in find_convs(nn.Sequential(conv, nn.ReLU(), conv), 4)] == ["0"]
+        assert [c.name for c in find_convs(nn.Sequential(conv, nn.ReLU(), conv), image(4))] == ["0"]
 
     def test_densenet_pairs_only_what_follows_directly(self):
         model = torchvision.models.get_model("densenet121", weights=None)
-        norms = {conv.name: conv.norm for conv in find_convs(model, 32)}
+        norms = {conv.name: conv.norm for conv in find_convs(model, image(32))}
         assert norms["features.conv0"] == "features.norm0"
         layer = "features.denseblock1.denselayer1"
         assert norms[f"{layer}.conv1"] == f"{layer}.norm2"
@@ -249,13 +250,14 @@ class TestAnyInput:
     @pytest.mark.parametrize(("channels", "kind"), [(1, torch.float32), (3, torch.float64)])
     def test_the_blank_image_is_as_the_network_takes_it(self, channels, kind):
         model = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)).to(kind)
-        (conv,) = find_convs(model, 8)
+        example = image(8, channels).to(kind)
+        (conv,) = find_convs(model, example)
         assert (conv.channels, conv.norm, conv.out_h) == (channels, "1", 6)
-        assert counting.macs(model, [conv], image_size=8)["dense"] == 4 * channels * 9 * 36
+        assert counting.macs(model, example)["dense"] == 4 * channels * 9 * 36
 
     def test_a_synchronized_norm_is_one(self):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
-        assert find_convs(model, 8)[0].norm == "1"
+        assert find_convs(model, image(8))[0].norm == "1"
 
     def test_a_conv_that_is_called_twice_is_listed_once_and_its_work_counted_twice(self):
         class Twice(nn.Module):
@@ -266,15 +268,15 @@ class TestAnyInput:
             def forward(self, x):
                 return self.conv(F.avg_pool2d(self.conv(x), 2))
 
-        (conv,) = find_convs(Twice(), 8)
-        assert counting.macs(Twice(), [conv], image_size=8)["dense"] == 9 * 9 * (64 + 16)
+        assert [conv.positions for conv in find_convs(Twice(), image(8))] == [64 + 16]
+        assert counting.macs(Twice(), image(8))["dense"] == 9 * 9 * (64 + 16)
 
-    @pytest.mark.parametrize("look", [find_convs, counting.linear_macs, published.by_ptflops])
+    @pytest.mark.parametrize("look", [find_convs, counting.macs, published.by_ptflops])
     def test_looking_at_it_leaves_every_mode_as_it_was(self, look):
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)
         )
         model.train()
         model[1].eval()  # a frozen BatchNorm
-        look(model, 8)
+        look(model, image(8))
         assert model.training and model[0].training and not model[1].training

@@ -11,6 +11,7 @@ from explib.pruning.criteria import prune
 from explib.pruning.layers import find_convs
 from explib.rates import parse_rates
 from explib.study import published as published_figures
+from tests.conftest import image
 
 VGG, R56, R110 = "vgg_16_bn", "resnet_56", "resnet_110"
 # arch, rates, published cut %, the convention's count M, MACs left M, true cut %, as in the
@@ -72,7 +73,7 @@ def test_the_published_parameters(index, millions):
     arch, rates = PUBLISHED[index][:2]
     with torch.device("meta"):
         model = models.build(arch)
-    convs = find_convs(model)
+    convs = find_convs(model, image(32))
     by_name = models.rates_by_name(arch, [conv.name for conv in convs], parse_rates(rates))
     assert (
         round(published_figures.published_convention(model, convs, by_name)["weights_m"], 2)
@@ -81,15 +82,15 @@ def test_the_published_parameters(index, millions):
 
 
 def test_masks_by_hand(net):
-    convs = find_convs(net, 8)
+    convs = find_convs(net, image(8))
     # 8*3*9*64 + 6*8*9*16 + 6*9*16 (by depth) + 8*6*16 + 8*10
     dense = 13824 + 6912 + 864 + 768 + 80
-    assert counting.macs(net, convs, image_size=8) == {"dense": dense, "left": dense}
+    assert counting.macs(net, image(8)) == {"dense": dense, "left": dense}
     masks = {"0": torch.ones(8, 3, dtype=torch.bool), "6": torch.eye(8, 6, dtype=torch.bool)}
     masks["0"][2:4, 1] = False
     # two kernels of 9*64, and 42 of 16
     left = dense - 2 * 576 - 42 * 16
-    assert counting.macs(net, convs, masks, 8) == {"dense": dense, "left": left}
+    assert counting.macs(net, image(8), masks) == {"dense": dense, "left": left}
     # 216 + 16 + 432+6 + 54+6 + 48+8 + 16 + 80+10
     assert counting.weights(net, masks) == {"dense": 892, "left": 892 - 2 * 9 - 42}
     row = counting.layer_table(convs, masks, {"0": 0.1})[0]
@@ -101,9 +102,9 @@ def test_masks_by_hand(net):
 def test_counts_are_those_of_the_masks_not_of_the_rates():
     torch.manual_seed(0)
     model = models.build(R56)
-    convs = find_convs(model)
-    masks = prune(model, 0.5, "B", convs=convs, floor=0.0)
-    left = counting.macs(model, convs, masks)["left"]
+    convs = find_convs(model, image(32))
+    masks = prune(model, None, 0.5, "B", convs=convs, floor=0.0)
+    left = counting.macs(model, image(32), masks)["left"]
     by_hand = 640
     for conv in convs:
         by_hand += int(masks[conv.name].sum()) * 9 * conv.out_h * conv.out_w
@@ -117,8 +118,8 @@ def test_counts_are_those_of_the_masks_not_of_the_rates():
 
 def test_counting_leaves_the_mode_as_it_was(net):
     net.train()
-    counting.linear_macs(net, 8)
-    published_figures.by_ptflops(net, 8)
+    counting.macs(net, image(8))
+    published_figures.by_ptflops(net, image(8))
     assert net.training and not any(module._forward_hooks for module in net.modules())
 
 
@@ -131,15 +132,15 @@ def test_a_linear_layer_on_every_place_counts_once_per_place():
         def forward(self, x):
             return self.linear(x.permute(0, 2, 3, 1))
 
-    assert counting.linear_macs(Places(), 4) == 16 * 3 * 5
+    assert counting.macs(Places(), image(4)) == {"dense": 240, "left": 240}  # 16 * 3 * 5
 
 
 @pytest.mark.parametrize("arch", [VGG, R56, "googlenet"])
 def test_ptflops_counts_the_same_multiply_adds(arch):
     model = models.build(arch)
-    convs = find_convs(model)
-    counted = published_figures.by_ptflops(model)
-    assert counted["macs"] == counting.macs(model, convs)["dense"]
+    convs = find_convs(model, image(32))
+    counted = published_figures.by_ptflops(model, image(32))
+    assert counted["macs"] == counting.macs(model, image(32))["dense"]
     assert counted["total"] == counted["macs"] + counted["bias"] + counted["other"]
     bias = 0
     for conv in convs:
@@ -152,6 +153,6 @@ def test_ptflops_counts_the_same_multiply_adds(arch):
 def test_a_network_of_torchvision_agrees_with_its_published_count():
     model = torchvision.models.get_model("resnet18", weights=None)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta
-    count = counting.macs(model, find_convs(model, 224), image_size=224)["dense"]
+    count = counting.macs(model, image(224))["dense"]
     assert round(count / 1e9, 3) == weights["_ops"]
     assert counting.weights(model)["dense"] == weights["num_params"]

@@ -21,6 +21,7 @@ from explib.pruning.criteria import prune, prune_layer
 from explib.pruning.layers import prunable
 from explib.pruning.scores import delta_e, levels, redundancy
 from explib.rates import keep_floor, number_to_prune, parse_rates
+from tests.conftest import image
 
 RATES_71 = "[0.0]+[0.7]*17+[0.4]*2+[0.7]*16+[0.5]*2+[0.8]*17"
 
@@ -272,22 +273,22 @@ class TestErrors:
     @pytest.mark.parametrize("way", ["A", "bn"])
     def test_a_conv_without_a_norm_is_named(self, net, way):
         with pytest.raises(ValueError, match=r"^3: no BatchNorm takes this conv's output"):
-            prune(net, 0.5, way, image_size=8)
-        assert "3" not in prune(net, {"0": 0.5, "6": 0.5}, way, image_size=8)
+            prune(net, image(8), 0.5, way)
+        assert "3" not in prune(net, image(8), {"0": 0.5, "6": 0.5}, way)
 
     @pytest.mark.parametrize("way", WAYS)
     def test_weights_that_are_not_finite_are_named(self, net, way):
         with torch.no_grad():
             net[6].weight[0, 0] = float("nan")
         with pytest.raises(ValueError, match=r"^6: weights hold NaN"):
-            prune(net, {"6": 0.5}, way, image_size=8)
+            prune(net, image(8), {"6": 0.5}, way)
 
     @pytest.mark.parametrize("way", ["A", "bn"])
     def test_scales_that_are_not_finite_are_named(self, net, way):
         with torch.no_grad():
             net[1].weight[0] = float("inf")
         with pytest.raises(ValueError, match=r"^0: BatchNorm scales hold NaN"):
-            prune(net, {"0": 0.5}, way, image_size=8)
+            prune(net, image(8), {"0": 0.5}, way)
 
     def test_an_unknown_way_lists_the_known(self):
         with pytest.raises(ParamError, match="'C' is unknown; known: A, B, random, l1, bn"):
@@ -296,11 +297,11 @@ class TestErrors:
     @pytest.mark.parametrize("rate", [1, 1.0, 1.2, -0.1, float("nan")])
     def test_a_rate_out_of_range(self, net, rate):
         with pytest.raises(ParamError, match=r"rate: .* for 0; give a number from 0 to below 1"):
-            prune(net, rate, image_size=8)
+            prune(net, image(8), rate)
 
     def test_a_rate_that_is_no_number(self, net):
         with pytest.raises(ParamError, match=r"rate: '0.5' for 0; give a number"):
-            prune(net, "0.5", image_size=8)
+            prune(net, image(8), "0.5")
 
     @pytest.mark.parametrize(
         ("option", "message"),
@@ -313,28 +314,28 @@ class TestErrors:
     )
     def test_an_option_that_cannot_be(self, net, option, message):
         with pytest.raises(ParamError, match=f"^{message}$"):
-            prune(net, 0.5, image_size=8, **option)
+            prune(net, image(8), 0.5, **option)
 
     def test_a_rate_for_what_is_no_prunable_conv(self, net):
         for name in ("5", "10", "nothing"):
             with pytest.raises(ParamError, match=f"'{name}' is not a prunable conv"):
-                prune(net, {name: 0.5}, image_size=8)
+                prune(net, image(8), {name: 0.5})
 
     def test_too_few_rates(self, net):
         with pytest.raises(ParamError, match="2 rates for 3 convs"):
-            prune(net, [0.5, 0.5], image_size=8)
+            prune(net, image(8), [0.5, 0.5])
 
 
 class TestNetworks:
     def test_rates_may_be_a_tuple(self, net):
         one, other = (
-            prune(net, [0.2, 0.5, 0.5], image_size=8),
-            prune(net, (0.2, 0.5, 0.5), image_size=8),
+            prune(net, image(8), [0.2, 0.5, 0.5]),
+            prune(net, image(8), (0.2, 0.5, 0.5)),
         )
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
     def test_grouped_convs_are_left_out(self, net):
-        masks = prune(net, 0.5, image_size=8)
+        masks = prune(net, image(8), 0.5)
         assert {name: tuple(mask.shape) for name, mask in masks.items()} == {
             "0": (8, 3),
             "3": (6, 8),
@@ -343,20 +344,20 @@ class TestNetworks:
 
     def test_a_mobilenet_keeps_its_depthwise_convs(self):
         model = torchvision.models.get_model("mobilenet_v2", weights=None)
-        convs = layer_finding.find_convs(model, 32)
-        masks = prune(model, 0.5, "A", convs=convs)
+        convs = layer_finding.find_convs(model, image(32))
+        masks = prune(model, None, 0.5, "A", convs=convs)
         assert set(masks) == {conv.name for conv in convs if conv.groups == 1}
         assert set(masks) == {conv.name for conv in prunable(convs)} and len(masks) == 35
 
     def test_the_model_is_not_changed(self, net):
         before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        prune(net, 0.5, image_size=8)
+        prune(net, image(8), 0.5)
         assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
     def test_a_mask_does_not_depend_on_the_other_convs(self, net):
-        together = prune(net, 0.5, floor=0.1, image_size=8)
+        together = prune(net, image(8), 0.5, floor=0.1)
         for name in together:
-            alone = prune(net, {name: 0.5}, floor=0.1, image_size=8)
+            alone = prune(net, image(8), {name: 0.5}, floor=0.1)
             assert torch.equal(alone[name], together[name])
 
     def test_equal_layers_do_not_get_equal_masks(self):
@@ -364,24 +365,24 @@ class TestNetworks:
         net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
         for conv in net:
             nn.init.ones_(conv.weight)
-        masks = [prune(net, 0.5, seed=seed, image_size=4) for seed in range(5)]
+        masks = [prune(net, image(4), 0.5, seed=seed) for seed in range(5)]
         assert len({mask.numpy().tobytes() for found in masks for mask in found.values()}) > 8
 
     def test_the_floor_is_the_published_one(self, net):
         rates = [0.5, 0.1, 0.3]
-        by_default = prune(net, rates, image_size=8)
-        given = prune(net, rates, floor=keep_floor(rates), image_size=8)
+        by_default = prune(net, image(8), rates)
+        given = prune(net, image(8), rates, floor=keep_floor(rates))
         assert all(torch.equal(by_default[name], given[name]) for name in given)
 
     def test_rate_zero_prunes_nothing(self, net):
-        assert all(mask.all() for mask in prune(net, 0, image_size=8).values())
+        assert all(mask.all() for mask in prune(net, image(8), 0).values())
 
     def test_the_bias_counts_only_when_asked(self, net):
         with torch.no_grad():
             net[3].weight.copy_(torch.randn(6, 8, 3, 3, generator=seeded()))
             net[3].bias.copy_(torch.linspace(-20, 20, 6))
         with_bias = levels(delta_e(net[3].weight, net[3].bias))
-        mask = prune(net, {"3": 0.5}, bias_in_score=True, floor=0.0, image_size=8)["3"]
+        mask = prune(net, image(8), {"3": 0.5}, bias_in_score=True, floor=0.0)["3"]
         frequent = Counter(with_bias.flatten().tolist())
         order = sorted(frequent, key=lambda value: (-frequent[value], value))
         pruned = counts(mask, with_bias, "B")
@@ -389,15 +390,15 @@ class TestNetworks:
         for value in order:
             assert pruned[value] == min(frequent[value], left)
             left -= pruned[value]
-        assert not torch.equal(mask, prune(net, {"3": 0.5}, floor=0.0, image_size=8)["3"])
+        assert not torch.equal(mask, prune(net, image(8), {"3": 0.5}, floor=0.0)["3"])
 
     @pytest.mark.parametrize("arch", ["vgg_16_bn", "resnet_56", "resnet_110", "googlenet"])
     def test_every_arch_and_way_gives_masks(self, arch):
         torch.manual_seed(0)
         model = models.build(arch)
-        convs = layer_finding.find_convs(model)
+        convs = layer_finding.find_convs(model, image(32))
         for way in WAYS:
-            masks = prune(model, 0.3, way, floor=0.0, convs=convs)
+            masks = prune(model, None, 0.3, way, floor=0.0, convs=convs)
             assert list(masks) == [conv.name for conv in convs]
             for conv in convs:
                 assert int((~masks[conv.name]).sum()) == number_to_prune(0.3, conv.kernels)
@@ -405,7 +406,7 @@ class TestNetworks:
     def test_resnet_50(self):
         torch.manual_seed(0)
         model = models.build("resnet_50")
-        masks = prune(model, 0.01, "B", image_size=64)
+        masks = prune(model, image(64), 0.01, "B")
         assert len(masks) == 53 and all((~mask).any() for mask in masks.values())
 
 
@@ -414,7 +415,7 @@ def tables(public):
     rates = models.rates_by_name(
         "resnet_56", [conv.name for conv in public.convs], parse_rates(RATES_71)
     )
-    masks = {way: prune(public.model, rates, way, convs=public.convs) for way in "AB"}
+    masks = {way: prune(public.model, None, rates, way, convs=public.convs) for way in "AB"}
     return {way: counting.layer_table(public.convs, masks[way], rates) for way in "AB"}
 
 

@@ -9,11 +9,12 @@ from explib.pruning import checkpoints
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.pruning.masks import Masks
+from tests.conftest import image
 
 
 @pytest.fixture
 def masks(net) -> Masks:
-    return prune(net, 0.5, "B", image_size=8)
+    return prune(net, image(8), 0.5, "B")
 
 
 def pruned_values(net, masks):
@@ -147,7 +148,7 @@ class TestCompact:
     def vgg(self):
         torch.manual_seed(0)
         model = models.build("vgg_16_bn")
-        masks = prune(model, 0.75, "B")
+        masks = prune(model, image(32), 0.75, "B")
         masking.apply(model, masks)
         return model, masks
 

@@ -16,7 +16,7 @@ from explib.pruning.layers import find_convs
 from explib.report import bench_tables, inference_plots
 from explib.study.bench import inference
 from explib.study.records import machine
-from tests.conftest import needs_compiler
+from tests.conftest import image, needs_compiler
 
 SPEEDS = {"eager fp32": 100.0, "compiled fp32": 200.0, "compiled bf16": 400.0}
 ENGINE = {"engine fp32": 800.0, "engine fp16": 1000.0}
@@ -89,11 +89,13 @@ def test_what_is_timed_stays_within_16_bits(arch, dtype):
 @needs_compiler
 def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):
     model = inference.fresh("resnet_56")
-    convs = find_convs(model)
+    convs = find_convs(model, image(32))
     chosen = {
         "dense": {},
-        "kernels": criteria.prune(model, 0.5, "B", convs=convs),
-        "filters": filters.filter_masks(model, counting.macs(model, convs)["dense"] // 2, convs),
+        "kernels": criteria.prune(model, None, 0.5, "B", convs=convs),
+        "filters": filters.filter_masks(
+            model, image(32), counting.macs(model, image(32))["dense"] // 2, convs
+        ),
     }
     for name, masks in chosen.items():
         meta = {"arch": "resnet_56", "num_classes": 10, "name": name, "top1": 90.0}

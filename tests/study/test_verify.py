@@ -8,7 +8,7 @@ from explib.pruning import checkpoints
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.study import networks, runs, verify
-from tests.conftest import TINY, make_folders, needs_compiler
+from tests.conftest import TINY, image, make_folders, needs_compiler
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def shipped(tmp_path, resnet_8):
     """A compact file of a small network with a wrong claim about its accuracy."""
     torch.manual_seed(0)
     model = models.build("resnet_56", 10)
-    masks = prune(model, 0.5, "B")
+    masks = prune(model, image(32), 0.5, "B")
     masking.apply(model, masks)
     meta = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
     path = tmp_path / "net.safetensors"

@@ -14,6 +14,7 @@ from explib.params import Params
 from explib.pruning import counting, layers
 from explib.pruning import masks as masking
 from explib.training import backend
+from tests.conftest import image
 
 # convs, those of them that are grouped (depthwise or not), those that way A can order
 NETWORKS = {
@@ -32,7 +33,7 @@ SIDE = 32
 def found(request):
     torch.manual_seed(0)
     model = torchvision.models.get_model(request.param, weights=None, num_classes=10)
-    return request.param, model, explib.find_convs(model, SIDE)
+    return request.param, model, explib.find_convs(model, image(SIDE))
 
 
 def test_every_conv_is_found_in_forward_order(found):
@@ -52,10 +53,10 @@ def test_every_conv_is_found_in_forward_order(found):
 
 
 def test_multiply_adds_are_those_that_torch_counts(found):
-    _, model, convs = found
+    _, model, _ = found
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, SIDE, SIDE))
-    assert 2 * counting.macs(model, convs, image_size=SIDE)["dense"] == counter.get_total_flops()
+    assert 2 * counting.macs(model, image(SIDE))["dense"] == counter.get_total_flops()
 
 
 def test_way_a_prunes_what_has_a_norm_and_names_what_has_not(found):
@@ -65,20 +66,20 @@ def test_way_a_prunes_what_has_a_norm_and_names_what_has_not(found):
     if len(with_norm) < len(prunable):
         first = next(conv.name for conv in prunable if not conv.norm)
         with pytest.raises(ValueError, match=f"{first}: no BatchNorm takes this conv's output"):
-            explib.prune(model, 0.5, "A", convs=convs)
-    chosen = explib.prune(model, dict.fromkeys(with_norm, 0.3), "A", convs=convs)
+            explib.prune(model, None, 0.5, "A", convs=convs)
+    chosen = explib.prune(model, None, dict.fromkeys(with_norm, 0.3), "A", convs=convs)
     assert list(chosen) == with_norm and len(with_norm) == NETWORKS[name][2]
 
 
 def test_way_b_prunes_trains_and_saves_it(found, make_data, tmp_path):
     name, model, convs = found
     data = make_data(train=16, test=4, size=SIDE)
-    chosen = explib.prune(model, 0.5, "B", survivors="l1", convs=convs)
+    chosen = explib.prune(model, None, 0.5, "B", survivors="l1", convs=convs)
     assert set(chosen) == {conv.name for conv in convs if conv.groups == 1}
     for conv in layers.prunable(convs):
         wanted = rates.number_to_prune(0.5, conv.kernels)
         assert 0 <= wanted - int((~chosen[conv.name]).sum()) <= 1 + wanted // 4
-    left = counting.macs(model, convs, chosen, SIDE)
+    left = counting.macs(model, image(SIDE), chosen)
     gone = sum(
         int((~chosen[conv.name]).sum()) * conv.kernel_macs for conv in layers.prunable(convs)
     )

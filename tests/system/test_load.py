@@ -23,7 +23,7 @@ NETWORK = """
 import torch
 from torch import nn
 import explib
-from explib import masks
+from explib.pruning import masks
 
 before = peak_mb()
 filters, layers = 1024, 22  # 9.4 million weights each, and 1.05 million kernels
@@ -34,8 +34,8 @@ for _ in range(layers):
 size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 started = time.monotonic()
 for way in "AB":
-    convs = [conv for conv in explib.find_convs(model, 4) if conv.norm]
-    chosen = explib.prune(model, {conv.name: 0.5 for conv in convs}, way, convs=convs)
+    convs = [conv for conv in explib.find_convs(model, torch.zeros(1, 3, 4, 4)) if conv.norm]
+    chosen = explib.prune(model, None, {conv.name: 0.5 for conv in convs}, way, convs=convs)
     explib.apply(model, chosen)
     assert masks.held(model, chosen)
 seconds = time.monotonic() - started

@@ -15,6 +15,7 @@ from explib.params import Params
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.training import backend, evaluation, loop
+from tests.conftest import image
 
 # batches of 16 from 48 images: three steps an epoch
 PARAMS = Params(
@@ -24,7 +25,7 @@ PARAMS = Params(
 
 @pytest.fixture
 def masks(net):
-    return prune(net, 0.5, "B", image_size=8)
+    return prune(net, image(8), 0.5, "B")
 
 
 def run(net, data, params, masks=None, **options):
@@ -158,7 +159,7 @@ class TestTrain:
         found = []
         for _ in range(2):
             net = make_net()
-            masks = prune(net, 0.5, "B", image_size=8)
+            masks = prune(net, image(8), 0.5, "B")
             history = run(net, data, PARAMS.replace(fade_epochs=fade), masks)
             found.append((net.state_dict(), history))
         (weights, one), (again, two) = found
@@ -183,7 +184,7 @@ class TestTrain:
     ):
         params = PARAMS.replace(fade_epochs=fade)
         whole, broken = make_net(), make_net()
-        masks = prune(whole, 0.5, "B", image_size=8)
+        masks = prune(whole, image(8), 0.5, "B")
         *_, (last, state) = run(whole, data, params, masks)
         training = loop.train(broken, data, params, masks)
         for _ in range(after):

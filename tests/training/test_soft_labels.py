@@ -9,6 +9,7 @@ from explib.data import epoch_plan, train_batch
 from explib.params import Params
 from explib.pruning.criteria import prune
 from explib.training import loop, soft_labels
+from tests.conftest import image
 
 PARAMS = Params(
     epochs=2, batch_size=8, lr=0.05, distill=0.7, device="cpu", precision="fp32", compile="off"
@@ -91,7 +92,7 @@ def test_training_is_as_with_the_teacher_in_every_step(
     params, nets, losses = PARAMS.replace(micro_batch=micro_batch), [], []
     for keep in (tmp_path, tmp_path, None):  # made, read, and asked in every step
         net = make_net()
-        masks = prune(net, 0.5, "B", image_size=8)
+        masks = prune(net, image(8), 0.5, "B")
         if keep is None:
             monkeypatch.setattr(loop, "_ahead", lambda *_: None)
         epochs = loop.train(net, data, params, masks, teacher=teacher, keep=keep)

@@ -42,6 +42,7 @@ ENGINE = {
     "engine fp16": torch.float16,
 }
 BATCHES = (128, 1)
+EXAMPLE = torch.zeros(1, 3, 32, 32)
 TURN = 0.1
 """Seconds of one way's turn, at least a call."""
 RECHECK = 0.5
@@ -147,10 +148,10 @@ def published(arch: str, label: str = "") -> tuple[nn.Module, Masks]:
     """A fresh network masked by way B at published rates, those of NETWORKS by default."""
     rows = published_figures.published()["rows"].set_index("label")
     model = fresh(arch)
-    convs = find_convs(model)
+    convs = find_convs(model, EXAMPLE)
     rates = parse_rates(rows.loc[label or NETWORKS[arch], "compress_rate"])
     masks = criteria.prune(
-        model, models.rates_by_name(arch, [conv.name for conv in convs], rates), "B", convs=convs
+        model, None, models.rates_by_name(arch, [c.name for c in convs], rates), "B", convs=convs
     )
     masking.apply(model, masks)
     return model, masks
@@ -164,7 +165,7 @@ def by_network(
 ) -> list[dict]:
     """One row per batch size: a network at its published rates, dense and in the engine."""
     model, masks = published(arch)
-    left = counting.macs(model, find_convs(model), masks)
+    left = counting.macs(model, EXAMPLE, masks)
     rows = []
     for batch in batches:
         images = torch.randn(batch, 3, 32, 32)
@@ -186,8 +187,8 @@ def by_density(
     ways = []
     for density in densities:
         model = fresh(arch)
-        rates = {conv.name: 1 - density for conv in find_convs(model)[1:]}
-        masking.apply(model, criteria.prune(model, rates, "random"))
+        rates = {conv.name: 1 - density for conv in find_convs(model, EXAMPLE)[1:]}
+        masking.apply(model, criteria.prune(model, EXAMPLE, rates, "random"))
         ways += [((density, name), forward) for name, forward in engine_ways(model, images)]
     speeds = images_per_s(ways, images, seconds)
     return [
@@ -216,12 +217,12 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
             params = Params(dataset="cifar10", normalization=meta.get("normalization", ""))
             data = load_data(params)
             images, _ = next(iter(eval_batches(data.test, data, batch)))
-        counts = counting.macs(model, find_convs(model), masks)
+        counts = counting.macs(model, EXAMPLE, masks)
         row = {"name": path.stem, "arch": meta["arch"], "top1": meta["top1"]}
         row["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
         whole = filters.whole_filters(masks)
         row["kind"] = "filters" if whole else "kernels" if masks else "dense"
-        network = filters.narrowed(model, masks) if whole else model
+        network = filters.narrowed(model, masks, EXAMPLE) if whole else model
         ways = engine_ways(network, images)
         for name in [name for name, _ in ways if real and name != "engine fp32"]:
             fast = runtime.compile(network, images[:1], dtype=ENGINE[name], recheck=RECHECK)
@@ -252,7 +253,7 @@ def measure(archs: list[str]) -> dict:
         "networks": networks,
         "density": by_density(),
         "shipped": shipped(),
-        "engine": runtime.compile(fresh("resnet_56"), torch.zeros(1, 3, 32, 32)).report,
+        "engine": runtime.compile(fresh("resnet_56"), EXAMPLE).report,
         "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
         "provenance": provenance(),
     }

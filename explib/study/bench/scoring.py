@@ -58,11 +58,11 @@ def scoring() -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = build("vgg_16_bn")
-    convs, rates = find_convs(model), parse_rates(RATES)
+    convs, rates = find_convs(model, torch.zeros(1, 3, 32, 32)), parse_rates(RATES)
     result = {
         f"vgg_16_bn, way {way}, {survivors} survivors, s": best_of(
             lambda way=way, survivors=survivors: prune(
-                model, rates, way, convs=convs, survivors=survivors
+                model, None, rates, way, convs=convs, survivors=survivors
             ),
             5,
         )

@@ -36,6 +36,7 @@ from explib.training import loop as tuning
 
 NETWORKS = ("resnet_56", "vgg_16_bn")
 PRUNED = (0.3, 0.5, 0.7, 0.9)
+EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
 class Pictures(Dataset):
@@ -114,7 +115,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     torch.manual_seed(0)
     models = {loop: build(arch, 10) for loop in ("plain", "ours")}
     models["ours"].load_state_dict(models["plain"].state_dict())
-    masks = prune(models["plain"], 0.5, "B")
+    masks = prune(models["plain"], EXAMPLE, 0.5, "B")
     for model in models.values():
         model.to(device)
         masking.apply(model, masks)
@@ -173,7 +174,7 @@ def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     device = backend.device_of(params)
     torch.manual_seed(0)
     model = build(arch, 10).to(device, memory_format=torch.channels_last)
-    masks = prune(model, 0.5, "B") if masked else {}
+    masks = prune(model, EXAMPLE, 0.5, "B") if masked else {}
     params = params.replace(arch=arch)
     images = 10**9 if params.compile == "on" else 0
     forward = backend.forward_of(model, params, device, images, masks)
@@ -193,7 +194,8 @@ def by_sparsity(
     for share in shares:
         torch.manual_seed(0)
         model = build(arch, 10).to(memory_format=torch.channels_last).train()
-        masks = prune(model, {conv.name: share for conv in find_convs(model)[1:]}, "B")
+        rates = {conv.name: share for conv in find_convs(model, EXAMPLE)[1:]}
+        masks = prune(model, EXAMPLE, rates, "B")
         masking.apply(model, masks)
         ways = {
             "all_kernels": backend.forward_of(model, params, "cpu", 0),
