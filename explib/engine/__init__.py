@@ -62,7 +62,7 @@ def compile(
     threads: int | None = None,
     fallback: bool = True,
 ) -> Compiled:
-    """A network made ready for inference with its surviving kernels (those with a non-zero weight).
+    """Make a network ready for inference with its surviving kernels (those not all zeros).
 
     example_inputs: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
     float32, or where the processor computes in them float16 (sums are float16 too) or bfloat16
@@ -87,34 +87,36 @@ def compile(
             compile(model, example_inputs, dtype=t, **options) for t in (dtype, torch.float32)
         )
         return _rechecked(short, full, example_inputs, recheck)
-    report = {"engine": "native", "dtype": str(dtype).removeprefix("torch."), "threads": threads}
-
-    def in_torch(error: Exception) -> Compiled:
-        if not fallback:
-            raise error
-        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=3)
-        left = report | {"engine": "torch", "dtype": "float32", "fallbacks": [str(error)]}
-        dense = copy.deepcopy(model).cpu().float().eval()
-        # no submodule, whose mode somebody could change
-        return Compiled(lambda images: dense(images), example_inputs.shape[1:], left)
-
     try:
-        traced = graph.trace(model, example_inputs)
-        library = build.library()
+        return _native(model, example_inputs, dtype, threads, fallback)
     except (NoCompiler, NotImplementedError) as error:
-        return in_torch(error)
+        if not fallback:
+            raise
+        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=2)
+        return _in_torch(model, example_inputs, threads, str(error))
+
+
+def _native(
+    model: nn.Module, example: torch.Tensor, dtype: torch.dtype, threads: int, fallback: bool
+) -> Compiled:
+    """The network in the engine. NotImplementedError or NoCompiler where that is not possible."""
+    traced, library = graph.trace(model, example), build.library()
     ops, alias = graph.ops(traced)
     lacking = [op.why for op in ops if op.kind == "torch"]
     if lacking and not fallback:
         raise NotImplementedError(f"{lacking[0]}; compile with fallback=True to run it in torch")
     if not build.computes(library, dtype):
-        name = report["dtype"]
-        warnings.warn(f"this processor does not compute in {name}; using float32", stacklevel=2)
-        dtype, report["dtype"] = torch.float32, "float32"
+        warnings.warn(
+            f"this processor does not compute in {_name(dtype)}; using float32", stacklevel=3
+        )
+        dtype = torch.float32
     for why in lacking:
-        warnings.warn(f"{why}; it runs in torch", stacklevel=2)
+        warnings.warn(f"{why}; it runs in torch", stacklevel=3)
     convs = [op.module.weight.detach() for op in ops if op.kind == "conv"]
-    report |= {
+    report = {
+        "engine": "native",
+        "dtype": _name(dtype),
+        "threads": threads,
         "instructions": build.instructions(library),
         "kernels": sum(int(weight.any(-1).any(-1).sum()) for weight in convs),
         "kernels_dense": sum(weight[:, :, 0, 0].numel() for weight in convs),
@@ -122,19 +124,30 @@ def compile(
     }
     tolerance = 0.01 if dtype == torch.float32 else 0.5  # of the largest value: no more than sound
     try:
-        made = Compiled(
-            _assemble(traced, ops, alias, dtype, threads), example_inputs.shape[1:], report
-        )
-        same = says_the_same(made, traced, example_inputs, tolerance=tolerance)
+        run = _assemble(traced, ops, alias, dtype, threads)
+        made = Compiled(run, example.shape[1:], report)
+        same = says_the_same(made, traced, example, tolerance=tolerance)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        return in_torch(NotImplementedError(f"the engine does not run it ({line(error)})"))
+        raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
     if same:
         return made
-    why = f"in {report['dtype']} the engine makes something else of it"
+    why = f"in {_name(dtype)} the engine makes something else of it"
     if dtype == torch.float32 or not fallback:
-        return in_torch(NotImplementedError(why))
-    warnings.warn(f"{why}; using float32", stacklevel=2)
-    return compile(model, example_inputs, threads=threads)
+        raise NotImplementedError(why)
+    warnings.warn(f"{why}; using float32", stacklevel=3)
+    return _native(model, example, torch.float32, threads, fallback)
+
+
+def _in_torch(model: nn.Module, example: torch.Tensor, threads: int, why: str) -> Compiled:
+    """The network as it is, dense, with a report that says why."""
+    report = {"engine": "torch", "dtype": "float32", "threads": threads, "fallbacks": [why]}
+    dense = copy.deepcopy(model).cpu().float().eval()
+    # no submodule, whose mode somebody could change
+    return Compiled(lambda images: dense(images), example.shape[1:], report)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:
@@ -186,25 +199,6 @@ def _assemble(
     def value_of(values: dict, argument):
         return fx.node.map_arg(argument, lambda node: values[alias.get(node.name, node.name)])
 
-    def native(network: Network) -> Callable:
-        def step(values):
-            results = network(*(values[name] for name in network.inputs))
-            values.update(zip(network.outputs, results, strict=True))
-
-        return step
-
-    def torch_node(node: fx.Node) -> Callable:
-        def step(values):
-            args, kwargs = value_of(values, node.args), value_of(values, node.kwargs)
-            if node.op == "call_module":
-                values[node.name] = traced.get_submodule(node.target)(*args, **kwargs)
-            elif node.op == "call_method":
-                values[node.name] = getattr(args[0], node.target)(*args[1:], **kwargs)
-            else:
-                values[node.name] = node.target(*args, **kwargs)
-
-        return step
-
     nodes = list(traced.graph.nodes)
     shapes = {node.name: graph.shape(node) for node in nodes}
     entry, output = (next(n for n in nodes if n.op == op) for op in ("placeholder", "output"))
@@ -216,14 +210,14 @@ def _assemble(
     steps: list[Callable] = []
     for i, group in enumerate(groups):
         if group[0].kind == "torch":
-            steps += [torch_node(op.node) for op in group]
+            steps += [_torch_step(traced, op.node, value_of) for op in group]
             continue
         later = {name for rest in groups[i + 1 :] for op in rest for name in op.inputs}
         names = {op.name for op in group}
         outputs = [op.name for op in group if op.name in later | result]
         inputs = {name: shapes[name] for op in group for name in op.inputs if name not in names}
         fused = graph.fuse(group, set(outputs))
-        steps.append(native(Network(fused, inputs, outputs, dtype=dtype, threads=threads)))
+        steps.append(_native_step(Network(fused, inputs, outputs, dtype=dtype, threads=threads)))
 
     def run(images: torch.Tensor):
         values = own | {entry.name: images}
@@ -232,3 +226,28 @@ def _assemble(
         return value_of(values, output.args[0])
 
     return run
+
+
+def _native_step(network: Network) -> Callable[[dict], None]:
+    """What a native network makes of the values it reads, put among the values."""
+
+    def step(values):
+        results = network(*(values[name] for name in network.inputs))
+        values.update(zip(network.outputs, results, strict=True))
+
+    return step
+
+
+def _torch_step(traced: fx.GraphModule, node: fx.Node, value_of: Callable) -> Callable:
+    """What torch makes of a node, put among the values."""
+
+    def step(values):
+        args, kwargs = value_of(values, node.args), value_of(values, node.kwargs)
+        if node.op == "call_module":
+            values[node.name] = traced.get_submodule(node.target)(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node.name] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            values[node.name] = node.target(*args, **kwargs)
+
+    return step

@@ -8,7 +8,6 @@ direction; the arithmetic is that of the plain network, up to rounding. Also, a 
 
 import ctypes
 import functools
-import operator
 import warnings
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from explib.engine import native
 from explib.engine.native import pointer
-from explib.engine.tracing import says_the_same, trace
+from explib.engine.tracing import is_addition, is_plain_conv, is_relu, says_the_same, trace
 from explib.pruning.layers import modes_kept
 
 _INT64 = ctypes.c_int64
@@ -225,7 +224,7 @@ def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
         module = modules.get(node.target) if node.op == "call_module" else None
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(fused, node, module, modules)
-        elif type(module) is nn.Conv2d and _like_3x3(module):
+        elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(fused, node, [node], SmallConv(module), node.args)
     graph.eliminate_dead_code()
     fused.recompile()
@@ -244,27 +243,21 @@ def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph | None:
     return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
 
 
-def _like_3x3(conv: nn.Conv2d) -> bool:
-    same = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
-    square = all(getattr(conv, field) == (value, value) for field, value in same.items())
-    return square and conv.groups == 1 and conv.padding_mode == "zeros"
-
-
 def _fuse_norm(fused, norm, module, modules) -> None:
     """Put a BatchNorm, an addition that only it feeds from this side, and a ReLU into one node."""
     chain, add, relu = [norm], None, False
     follower = _only_user(norm)
-    if follower and _is_add(follower):
+    if follower and is_addition(follower):
         others = [arg for arg in follower.args if arg is not norm]
         if (
             len(others) == 1
             and isinstance(others[0], fx.Node)
-            and _is_relu(_only_user(follower), modules)
+            and is_relu(_only_user(follower), modules)
         ):
             add = others[0]
             chain.append(follower)
             follower = _only_user(follower)
-    if follower and _is_relu(follower, modules):
+    if follower and is_relu(follower, modules):
         chain.append(follower)
         relu = True
     _replace(fused, norm, chain, NormAct(module, relu), (norm.args[0], add))
@@ -282,16 +275,3 @@ def _replace(fused, node, chain, module, args) -> None:
 
 def _only_user(node):
     return next(iter(node.users)) if node is not None and len(node.users) == 1 else None
-
-
-def _is_add(node) -> bool:
-    plain = len(node.args) == 2 and not node.kwargs  # alpha
-    return plain and node.target in (operator.add, operator.iadd, torch.add)
-
-
-def _is_relu(node, modules) -> bool:
-    if node is None:
-        return False
-    if node.op == "call_module":
-        return type(modules.get(node.target)) is nn.ReLU
-    return node.op == "call_function" and node.target in (F.relu, torch.relu)

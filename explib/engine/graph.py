@@ -3,6 +3,7 @@
 import copy
 import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,66 +118,38 @@ def shape(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(meta.shape[1:]) if len(meta.shape) in (2, 4) else None
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A node as the rules see it: its result and sources as shapes without batch, all float."""
+
+    node: fx.Node
+    module: nn.Module | None
+    label: str
+    size: tuple[int, ...]
+    sources: list[tuple[int, ...]]
+
+    def made(self, kind: str, **fields) -> Op:
+        inputs = tuple(source.name for source in self.node.all_input_nodes)
+        return Op(kind, self.node.name, **{"inputs": inputs, "shape": self.size, **fields})
+
+    def left(self, why: str = "no kernel for it") -> Op:
+        """The node left to torch, and why."""
+        return self.made("torch", node=self.node, why=f"{self.label}: {why}")
+
+
 def _op(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
-    """What a node is to the engine."""
-    inputs = tuple(n.name for n in node.all_input_nodes)
-    size, sources = shape(node), [shape(n) for n in node.all_input_nodes]
-    made = Op("torch", node.name, inputs, size or (), node=node)
-
-    def torch_op(why: str) -> Op:
-        return replace(made, why=why)
-
-    if node.op == "call_module":
-        module = modules[node.target]
-        what, label = type(module), f"{node.target} ({type(module).__name__})"
-    else:
-        module, what = None, node.target
-        label = f"{node.name} ({getattr(what, '__name__', what)})"
+    """What a node is to the engine: by the rule of its target, or left to torch."""
+    size, sources = shape(node), [shape(source) for source in node.all_input_nodes]
+    what = tracing.target_of(node, modules)
+    module = modules[node.target] if node.op == "call_module" else None
+    label = f"{node.target if module else node.name} ({getattr(what, '__name__', what)})"
+    call = _Call(node, module, label, size or (), sources)
     if size is None or not sources or any(source is None for source in sources):
-        return torch_op(f"{label}: not an op on float tensors (N, C, H, W) or (N, C)")
-    if any(n.op == "get_attr" for n in node.all_input_nodes):
-        return torch_op(f"{label}: takes a tensor of the network's own")
-    if what in (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout):
-        return replace(made, kind="same")
-    if what is nn.Conv2d:
-        return _conv(made, module, label)
-    if what is nn.Linear and len(size) == 1:
-        return replace(made, kind="linear", module=module)
-    if what in (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_"):
-        return replace(made, kind="relu", relu=True)
-    if what in (operator.add, operator.iadd, torch.add, "add", "add_"):
-        plain = len(node.args) == 2 and not node.kwargs and sources[0] == sources[-1] == size
-        # x + x has one input node
-        pair = tuple(a.name for a in node.args if isinstance(a, fx.Node))
-        if plain and len(pair) == 2:
-            return replace(made, kind="add", inputs=pair)
-    if what in (torch.cat, torch.concat) and len(size) == 3:
-        tensors, axis = (*node.args, *node.kwargs.values(), 0)[:2]
-        if axis in (1, -3) and isinstance(tensors, (list, tuple)):
-            return replace(made, kind="cat", inputs=tuple(t.name for t in tensors))
-    if what in (nn.Flatten, torch.flatten, "flatten") and len(size) == 1:
-        start = module.start_dim if module else (*node.args[1:], *node.kwargs.values(), 0)[0]
-        if start == 1:
-            return replace(made, kind="flatten" if len(sources[0]) == 3 else "same")
-    if what in (nn.MaxPool2d, nn.AvgPool2d):
-        return _pool(made, module, label)
-    if what in (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d) and size[1:] == (1, 1):
-        return _mean(made, sources[0])
-    if what in (torch.mean, "mean") and len(sources[0]) == 3:
-        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        if isinstance(axes, (list, tuple)) and {a % 4 for a in axes} == {2, 3}:
-            return _mean(made, sources[0])
-    if what is operator.getitem and len(sources[0]) == 3:
-        step = _subsampling(node.args[1])
-        if step:
-            return replace(made, kind="subsample", stride=step)
-    if getattr(what, "__name__", "") == "pad" and len(sources[0]) == 3:
-        sides = node.args[1] if len(node.args) > 1 else ()
-        how = [*node.args[2:], *node.kwargs.values()]
-        plain = how in ([], ["constant"], ["constant", None], ["constant", 0])
-        if plain and len(sides) == 6 and not any(sides[:4]) and min(sides) >= 0:
-            return replace(made, kind="subsample", before=sides[4])
-    return torch_op(f"{label}: no kernel for it")
+        return call.left("not an op on float tensors (N, C, H, W) or (N, C)")
+    if any(source.op == "get_attr" for source in node.all_input_nodes):
+        return call.left("takes a tensor of the network's own")
+    rule = _RULES.get(what)
+    return (rule and rule(call)) or call.left()
 
 
 def _square(value) -> int | None:
@@ -186,40 +159,94 @@ def _square(value) -> int | None:
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else None
 
 
-def _conv(made: Op, conv: nn.Conv2d, label: str) -> Op:
+def _same(call: _Call) -> Op:
+    return call.made("same")
+
+
+def _relu(call: _Call) -> Op:
+    return call.made("relu", relu=True)
+
+
+def _linear(call: _Call) -> Op | None:
+    return call.made("linear", module=call.module) if len(call.size) == 1 else None
+
+
+def _conv(call: _Call) -> Op:
+    conv = call.module
     kernel, stride = _square(conv.kernel_size), _square(conv.stride)
     pad = (
         kernel // 2 if conv.padding == "same" and kernel and stride == 1 else _square(conv.padding)
     )
     if conv.groups != 1 or _square(conv.dilation) != 1 or conv.padding_mode != "zeros":
-        return replace(made, why=f"{label}: grouped, dilated or not padded with zeros")
+        return call.left("grouped, dilated or not padded with zeros")
     if (
         None in (kernel, stride, pad)
         or kernel % 2 == 0
         or kernel > MAX_KERNEL
         or pad != kernel // 2
     ):
-        return replace(
-            made, why=f"{label}: not a square kernel of 1 to 7 with half of it as padding"
-        )
-    return replace(made, kind="conv", module=conv, kernel=kernel, stride=stride, pad=pad)
+        return call.left("not a square kernel of 1 to 7 with half of it as padding")
+    return call.made("conv", module=conv, kernel=kernel, stride=stride, pad=pad)
 
 
-def _pool(made: Op, pool: nn.Module, label: str) -> Op:
+def _add(call: _Call) -> Op | None:
+    """x + y of one shape; x + x has one input node, and is an addition, too."""
+    node = call.node
+    pair = tuple(a.name for a in node.args if isinstance(a, fx.Node))
+    alike = call.sources[0] == call.sources[-1] == call.size
+    plain = tracing.is_addition(node) and len(pair) == 2
+    return call.made("add", inputs=pair) if alike and plain else None
+
+
+def _cat(call: _Call) -> Op | None:
+    """A concatenation of channels."""
+    tensors, axis = (*call.node.args, *call.node.kwargs.values(), 0)[:2]
+    if len(call.size) != 3 or axis not in (1, -3) or not isinstance(tensors, (list, tuple)):
+        return None
+    return call.made("cat", inputs=tuple(tensor.name for tensor in tensors))
+
+
+def _flatten(call: _Call) -> Op | None:
+    """From the first dimension after the batch on; of what is flat already, nothing."""
+    node, module = call.node, call.module
+    start = module.start_dim if module else (*node.args[1:], *node.kwargs.values(), 0)[0]
+    if len(call.size) != 1 or start != 1:
+        return None
+    return call.made("flatten" if len(call.sources[0]) == 3 else "same")
+
+
+def _pool(call: _Call) -> Op:
+    pool = call.module
     kernel, stride, pad = map(_square, (pool.kernel_size, pool.stride, pool.padding))
     most = isinstance(pool, nn.MaxPool2d)
     special = pool.dilation != 1 or pool.return_indices if most else pool.divisor_override
     if None in (kernel, stride, pad) or pool.ceil_mode or special:
-        return replace(made, why=f"{label}: only square pools without ceil_mode, dilation, indices")
+        return call.left("only square pools without ceil_mode, dilation, indices")
     counts = 0 if most else int(pool.count_include_pad)
     kind = "maxpool" if most else "avgpool"
-    return replace(made, kind=kind, kernel=kernel, stride=stride, pad=pad, before=counts)
+    return call.made(kind, kernel=kernel, stride=stride, pad=pad, before=counts)
 
 
-def _mean(made: Op, source: tuple[int, ...]) -> Op:
+def _plane_mean(call: _Call) -> Op:
     """The mean over a plane, as a pool that covers it."""
-    side = max(source[1:])
-    return replace(made, kind="avgpool", kernel=side, stride=side)
+    side = max(call.sources[0][1:])
+    return call.made("avgpool", kernel=side, stride=side)
+
+
+def _adaptive(call: _Call) -> Op | None:
+    return _plane_mean(call) if call.size[1:] == (1, 1) else None
+
+
+def _mean(call: _Call) -> Op | None:
+    axes = call.node.args[1] if len(call.node.args) > 1 else call.node.kwargs.get("dim")
+    plane = isinstance(axes, (list, tuple)) and {axis % 4 for axis in axes} == {2, 3}
+    return _plane_mean(call) if plane and len(call.sources[0]) == 3 else None
+
+
+def _index(call: _Call) -> Op | None:
+    """x[:, :, ::step, ::step]."""
+    step = _subsampling(call.node.args[1]) if len(call.sources[0]) == 3 else None
+    return call.made("subsample", stride=step) if step else None
 
 
 def _subsampling(index) -> int | None:
@@ -231,6 +258,37 @@ def _subsampling(index) -> int | None:
         return None
     steps = [i.step or 1 for i in index]
     return steps[2] if steps[:2] == [1, 1] and steps[2] == steps[3] else None
+
+
+def _channel_pad(call: _Call) -> Op | None:
+    """Zero channels before and behind, as an option-A shortcut adds them."""
+    args = call.node.args
+    sides, how = args[1] if len(args) > 1 else (), [*args[2:], *call.node.kwargs.values()]
+    if len(call.sources[0]) != 3 or len(sides) != 6 or any(sides[:4]) or min(sides) < 0:
+        return None
+    plain = how in ([], ["constant"], ["constant", None], ["constant", 0])
+    return call.made("subsample", before=sides[4]) if plain else None
+
+
+_RULES: dict[object, Callable[[_Call], Op | None]] = {
+    target: rule
+    for rule, targets in {
+        _same: (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout),
+        _conv: (nn.Conv2d,),
+        _linear: (nn.Linear,),
+        _relu: tracing.RELUS,
+        _add: tracing.ADDITIONS,
+        _cat: (torch.cat, torch.concat),
+        _flatten: (nn.Flatten, torch.flatten, "flatten"),
+        _pool: (nn.MaxPool2d, nn.AvgPool2d),
+        _adaptive: (nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d),
+        _mean: (torch.mean, "mean"),
+        _index: (operator.getitem,),
+        _channel_pad: (F.pad,),
+    }.items()
+    for target in targets
+}
+"""The engine's ops by what torch.fx calls: a layer's type, a function, or a method's name."""
 
 
 def fuse(made: list[Op], kept: set[str]) -> list[Op]:

@@ -43,9 +43,14 @@ def _chw(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape if len(shape) == 3 else (shape[0], 1, 1)
 
 
+Shape = tuple[int, int, int]
+Part = tuple[str, int]
+"""A value's place in another one: that one's name, and the value's first channel there."""
+
+
 def places(
     ops: list[Op], inputs: dict[str, tuple[int, ...]], outputs: list[str]
-) -> tuple[dict[str, Place], list[tuple[int, int, int]], list[Op]]:
+) -> tuple[dict[str, Place], list[Shape], list[Op]]:
     """The place of every value, the shape (C, H, W) of every slot, and the ops that remain.
 
     A slot serves values of one shape, one after another: one of another shape would write where
@@ -53,8 +58,25 @@ def places(
     """
     shapes = {name: _chw(shape) for name, shape in inputs.items()}
     shapes |= {op.name: _chw(op.shape) for op in ops}
-    part_of: dict[str, tuple[str, int]] = {}  # value -> the concatenation, its first channel there
+    listed, parts = _without_cat(ops, shapes, {*inputs, *outputs})
+    found = {name: _whole(name, parts) for name in shapes}
+    root = {name: whole for name, (whole, _) in found.items()}
+    slot, slots = _slots(listed, shapes, root, list(inputs), _ends(listed, root, outputs))
+    placed = {
+        name: Place(slot[whole], first, shapes[name]) for name, (whole, first) in found.items()
+    }
+    return placed, slots, listed
+
+
+def _without_cat(
+    ops: list[Op], shapes: dict[str, Shape], kept: set[str]
+) -> tuple[list[Op], dict[str, Part]]:
+    """The ops but concatenations, with the copies that those need, and each value that is a part.
+
+    kept: values that have a place of their own, and so are copied. Adds the copies' shapes.
+    """
     listed: list[Op] = []
+    parts: dict[str, Part] = {}
     for op in ops:
         if op.kind != "cat":
             listed.append(op)
@@ -62,28 +84,43 @@ def places(
         first = 0
         for name in op.inputs:
             part = name
-            if name in inputs or name in outputs or name in part_of:
+            if name in kept or name in parts:
                 part = f"{op.name}:{first}"
                 shapes[part] = shapes[name]
                 listed.append(Op("copy", part, (name,), shapes[name]))
-            part_of[part] = (op.name, first)
+            parts[part] = (op.name, first)
             first += shapes[name][0]
+    return listed, parts
 
-    def whole(name: str) -> tuple[str, int]:
-        first = 0
-        while name in part_of:
-            name, more = part_of[name]
-            first += more
-        return name, first
 
-    end = {whole(name)[0]: -1 for name in shapes}
+def _whole(name: str, parts: dict[str, Part]) -> Part:
+    """The value that no other contains which `name` is a part of, and its first channel there."""
+    first = 0
+    while name in parts:
+        name, more = parts[name]
+        first += more
+    return name, first
+
+
+def _ends(listed: list[Op], root: dict[str, str], outputs: list[str]) -> dict[str, int]:
+    """The number of the op after which each whole value is no longer read."""
+    end = dict.fromkeys(root.values(), -1)
     for now, op in enumerate(listed):
-        end |= {whole(name)[0]: now for name in (op.name, *op.inputs)}
-    end |= {whole(name)[0]: len(listed) for name in outputs}
+        end |= {root[name]: now for name in (op.name, *op.inputs)}
+    return end | {root[name]: len(listed) for name in outputs}
 
-    slots: list[tuple[int, int, int]] = []
+
+def _slots(
+    listed: list[Op],
+    shapes: dict[str, Shape],
+    root: dict[str, str],
+    inputs: list[str],
+    end: dict[str, int],
+) -> tuple[dict[str, int], list[Shape]]:
+    """The slot of every whole value, and the shape of every slot; free ones serve again."""
+    slots: list[Shape] = []
     slot: dict[str, int] = {}
-    free: dict[tuple[int, int, int], list[int]] = {}
+    free: dict[Shape, list[int]] = {}
 
     def take(name: str) -> None:
         if name in slot:
@@ -97,19 +134,17 @@ def places(
     for name in inputs:
         take(name)
     for now, op in enumerate(listed):
-        done = {whole(name)[0] for name in (op.name, *op.inputs)}
+        done = {root[name] for name in (op.name, *op.inputs)}
         done = {name for name in done if end[name] == now}
         # what it reads may be a part of what is added to it, as of a concatenation
-        apart = op.kind == "conv" and whole(op.inputs[0])[0] not in op.inputs[1:]
+        apart = op.kind == "conv" and root[op.inputs[0]] not in op.inputs[1:]
         if apart and _in_place(op, shapes) and op.inputs[1] in done:
             slot[op.name] = slot[op.inputs[1]]
             done.remove(op.inputs[1])
-        take(whole(op.name)[0])
+        take(root[op.name])
         for name in done:
             free.setdefault(shapes[name], []).append(slot[name])
-    found = {name: whole(name) for name in shapes}
-    placed = {name: Place(slot[root], first, shapes[name]) for name, (root, first) in found.items()}
-    return placed, slots, listed
+    return slot, slots
 
 
 def _in_place(op: Op, shapes: dict[str, tuple[int, int, int]]) -> bool:

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_flatten
 
 from explib.pruning.layers import modes_kept
 
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -40,6 +42,41 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
 
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
+
+def target_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> object:
+    """What a node calls: a layer's type, a function, or a method's name; None for other nodes."""
+    if node is None or node.op in ("placeholder", "get_attr", "output"):
+        return None
+    return type(modules[node.target]) if node.op == "call_module" else node.target
+
+
+def is_relu(node: fx.Node | None, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is a ReLU, as a layer, a function or a method."""
+    return target_of(node, modules) in RELUS
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two values as they are; of torch.add, without alpha."""
+    plain = len(node.args) == 2 and not node.kwargs
+    return plain and node.op != "call_module" and node.target in ADDITIONS
+
+
+def is_plain_conv(conv: nn.Module | None, kernels: tuple[int, ...] = (1, 3)) -> bool:
+    """Whether a layer is a square Conv2d of these sizes, padded by half of it with zeros.
+
+    Of one stride, undilated, without groups.
+    """
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size[0] in kernels
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+        and conv.dilation == (1, 1)
+        and conv.stride[0] == conv.stride[1]
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
 def line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from explib.engine import native
 from explib.engine.fused import NormAct, SmallConv, fuse, sound, track
 from explib.engine.native import pointer
-from explib.engine.tracing import says_the_same
+from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, says_the_same
 from explib.pruning import masks as masking
 from explib.pruning.layers import modes_kept
 from explib.pruning.masks import Masks
@@ -351,7 +351,7 @@ def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.M
     dense = fuse(model, example_inputs)
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None
-    if not any(_native(model.get_submodule(name)) for name in masks):
+    if not any(is_plain_conv(model.get_submodule(name)) for name in masks):
         return None
     norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
     if not all(map(sound, norms)):
@@ -409,7 +409,7 @@ class _Rewriting:
         """The node on planes; None if it is one for images."""
         module = self.dense.get_submodule(node.target) if node.op == "call_module" else None
         conv = module.conv if isinstance(module, SmallConv) else module
-        if _native(conv):
+        if is_plain_conv(conv):
             mask = self.masks.get(self.names[id(conv)], torch.ones(conv.weight.shape[:2]).bool())
             made = Conv(conv, mask.cpu(), _size(node.args[0]), _size(node))
             return self._call(node, made, self._planes(node.args[0]))
@@ -436,7 +436,7 @@ class _Rewriting:
             if slices and index[0] == slice(None):  # of images there are blocks
                 size = _size(node.args[0])
                 return self._call(node, Indexed(index, size), self._planes(node.args[0]))
-        adds = node.target in (operator.add, operator.iadd, torch.add)
+        adds = node.target in ADDITIONS
         if _same_on_planes(node, module) and (alike or not adds):
             return self.graph.node_copy(node, self._planes)
         return None
@@ -461,15 +461,4 @@ def _same_on_planes(node, module) -> bool:
         return len(widths) == 6 and not any(widths[:4])
     if node.target is torch.cat:
         return 1 in (*node.args[1:2], node.kwargs.get("dim"))
-    return node.target in (operator.add, operator.iadd, torch.add, F.relu, torch.relu)
-
-
-def _native(conv: nn.Module) -> bool:
-    return (
-        type(conv) is nn.Conv2d
-        and (conv.kernel_size, conv.padding) in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
-        and conv.dilation == (1, 1)
-        and conv.stride[0] == conv.stride[1]
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-    )
+    return node.target in (*ADDITIONS, *RELUS)

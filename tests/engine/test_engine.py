@@ -215,12 +215,12 @@ import signal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from explib import runtime
+from explib import engine
 
 def network():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
-    return runtime.compile(model, torch.zeros(1, 3, 16, 16))
+    return engine.compile(model, torch.zeros(1, 3, 16, 16))
 
 torch.set_num_threads(2)
 fast, images = network(), torch.randn(1 << 7, 3, 16, 16)

@@ -221,7 +221,7 @@ def test_kept_memory_costs_no_faults():
     code = """
 import resource
 import torch
-from explib import fused
+from explib.engine import fused
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

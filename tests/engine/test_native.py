@@ -36,7 +36,7 @@ def test_builds_once_and_again_when_the_source_changes(source, tmp_path, monkeyp
 def test_processes_may_build_at_once(source):
     code = f"""
 from pathlib import Path
-from explib import native
+from explib.engine import native
 print(native.load(Path({str(source)!r})).answer())"""
     command = [sys.executable, "-c", code]
     several = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]

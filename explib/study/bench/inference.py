@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from explib import engine as runtime
+from explib import engine
 from explib import models
 from explib.data import data_root, eval_batches, load_data
 from explib.engine import build, graph, native
@@ -122,7 +122,7 @@ def engine_ways(model: nn.Module, images: torch.Tensor) -> Ways:
     for name, dtype in ENGINE.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
-            fast = runtime.compile(model, images[:1], dtype=dtype)
+            fast = engine.compile(model, images[:1], dtype=dtype)
         wanted = str(dtype).removeprefix("torch.")
         small = dtype == torch.bfloat16 and len(images) < 16  # computed in float32
         if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted) and not small:
@@ -225,7 +225,7 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
         network = filters.narrowed(model, masks, EXAMPLE) if whole else model
         ways = engine_ways(network, images)
         for name in [name for name, _ in ways if real and name != "engine fp32"]:
-            fast = runtime.compile(network, images[:1], dtype=ENGINE[name], recheck=RECHECK)
+            fast = engine.compile(network, images[:1], dtype=ENGINE[name], recheck=RECHECK)
             ways.append((f"{name}, rechecked", fast))
         if row["kind"] != "kernels":
             ways += dense_ways(network, images, dense)
@@ -253,7 +253,7 @@ def measure(archs: list[str]) -> dict:
         "networks": networks,
         "density": by_density(),
         "shipped": shipped(),
-        "engine": runtime.compile(fresh("resnet_56"), EXAMPLE).report,
+        "engine": engine.compile(fresh("resnet_56"), EXAMPLE).report,
         "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
         "provenance": provenance(),
     }
