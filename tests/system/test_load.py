@@ -43,8 +43,8 @@ print(json.dumps({"size_mb": size, "peak_mb": peak_mb() - before, "seconds": sec
 """
 RECORDS = """
 from pathlib import Path
-from explib import tables
-from explib import records
+from explib.report import tables
+from explib.study import records
 
 known = records.read_all(dataset="cifar10")
 one = next(r for r in known if r["kind"] == "finetune")

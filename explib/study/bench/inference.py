@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 
-from explib import engine
-from explib import models
+from explib import engine, models
 from explib.data import data_root, eval_batches, load_data
 from explib.engine import build, graph, native
 from explib.engine.fused import keep_memory
@@ -111,7 +110,7 @@ def dense_ways(model: nn.Module, images: torch.Tensor, names: Sequence[str] = DE
         for name, dtype in (("compiled fp32", torch.float32), ("compiled bf16", torch.bfloat16)):
             if name in names:
                 ways += [(name, forward) for forward in compiled(model, images, dtype)]
-    except runtime.NoCompiler:
+    except engine.NoCompiler:
         pass
     return [way for way in ways if way[0] in names]
 
