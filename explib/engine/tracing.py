@@ -48,7 +48,7 @@ def target_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> object:
     """What a node calls: a layer's type, a function, or a method's name; None for other nodes."""
     if node is None or node.op in ("placeholder", "get_attr", "output"):
         return None
-    return type(modules[node.target]) if node.op == "call_module" else node.target
+    return type(modules.get(node.target)) if node.op == "call_module" else node.target
 
 
 def is_relu(node: fx.Node | None, modules: dict[str, nn.Module]) -> bool:
