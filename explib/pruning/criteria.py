@@ -108,7 +108,7 @@ def prune(
         if conv.name in rates:
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
             layer = _layer(model, conv, rates[conv.name], generator)
-            masks[conv.name] = _mask(layer, function, options)
+            masks[conv.name] = mask_of(layer, function, **options)
     return masks
 
 
@@ -152,8 +152,8 @@ def _layer(model: nn.Module, conv: Conv, rate: float, generator: torch.Generator
 
 
 @torch.no_grad()
-def _mask(layer: Layer, function: Callable, options: dict) -> torch.Tensor:
-    """The mask that a criterion chooses for a layer, from the scores or the mask it returns."""
+def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it."""
     shape, device = tuple(layer.weight.shape[:2]), layer.weight.device
     if not torch.isfinite(layer.weight).all():
         raise ValueError(

@@ -434,8 +434,8 @@ def test_a_state_that_is_no_state_of_a_run(good, tmp_path):
 
 # what a network says of itself instead, and what the answer has to say
 NETWORKS = {
-    "of an unknown arch": ({"arch": "lenet"}, "is a 'lenet'; known: vgg_16_bn"),
-    "whose arch is a list": ({"arch": []}, "is a []; known: vgg_16_bn"),
+    "of an unknown arch": ({"arch": "lenet"}, "its arch is 'lenet'; known: vgg_16_bn"),
+    "whose arch is a list": ({"arch": []}, "its arch is []; known: vgg_16_bn"),
     "of no classes": ({"num_classes": None}, "num_classes is None; give how many"),
     "of negative classes": ({"num_classes": -5}, "num_classes is -5; give how many"),
     "of other classes": ({"num_classes": 7}, "linear.weight is (10, 64), not (7, 64)"),
