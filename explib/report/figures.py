@@ -367,4 +367,6 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
             drawn.append(layers)
             figures[f"sparsity-{params['name']}"] = sparsity(layers, params["name"])
     folder = resolve(results_dir) / "figures" / registry.file_name(dataset)
-    return [p for name, f in figures.items() if f for p in save(f, folder / name)]
+    return [
+        p for name, f in figures.items() if f for p in save(f, folder / registry.file_name(name))
+    ]
