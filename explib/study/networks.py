@@ -48,10 +48,12 @@ def fresh(params: Params) -> Dense:
     try:
         convs = layer_finding.find_convs(model, example_of(params))
     except ValueError as error:
-        usual = registry.network(params.arch).image_size
+        known = registry.NETWORKS.get(params.arch)
         raise ParamError(
-            f"image_size: {params.arch} takes no images {size_of(params)[1]} of {params.dataset} "
-            f"({error}); its usual ones have {usual} pixels a side"
+            f"{'image_size' if params.dataset == 'imagenet' else 'arch'}: {params.arch} does not "
+            f"run on images {size_of(params)[1]} of {params.dataset} "
+            f"({' '.join(str(error.__cause__ or error).split())})"
+            + (f"; its usual ones have {known.image_size} pixels a side" if known else "")
         ) from None
     rates = models.rates_by_name(params.arch, [conv.name for conv in convs], params.rates)
     if params.start_cov >= len(convs):

@@ -289,7 +289,8 @@ def test_damaged_files_of_an_earlier_run(good, tmp_path, name, content, message)
 def test_images_of_a_size_that_a_network_does_not_take(tmp_path):
     root = make_folders(tmp_path / "images", {"a": 4, "b": 4})
     params = TINY.replace(dataset="imagenet", data_dir=str(root), arch="vgg_16_bn")
-    with pytest.raises(ParamError, match=r"^image_size: vgg_16_bn takes no images of 224 pixels"):
+    message = r"^image_size: vgg_16_bn does not run on images \(3, 224, 224\) .* 32 pixels a side$"
+    with pytest.raises(ParamError, match=message):
         networks.fresh(params)
 
 
