@@ -1,61 +1,21 @@
-"""One validated configuration: every choice of a run, and the grammar of its pruning rates."""
+"""One validated configuration: every choice of a run, from YAML, a notebook or Python."""
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import os
-import re
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
+from explib.checks import CHOICES, checked, together
 from explib.errors import ParamError
 from explib.rates import parse_rates
+from explib.registry import file_name, nearest
 
-ARCHS = ("vgg_16_bn", "resnet_56", "resnet_110", "googlenet", "resnet_50")
-WAYS = ("A", "B", "random", "l1", "bn", "matched")
-CHOICES = {
-    "arch": ARCHS,
-    "dataset": ("digits", "cifar10", "imagenet"),
-    "normalization": ("", "cifar10", "imagenet"),
-    "pruning_way": (*WAYS, "filters"),
-    "survivors": ("random", "l1"),
-    "schedule": ("oneshot", "layerwise"),
-    "lr_schedule": ("step", "cosine", "onecycle"),
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32", "bf16"),
-    "compile": ("auto", "on", "off", "sparse"),
-}
-# field: (lowest, highest, whether the lowest itself is allowed)
-RANGES = {
-    "groups": (1, 10_000, True),
-    "keep_floor": (0, 1, True),
-    "start_cov": (0, 10_000, True),
-    "epochs": (0, 100_000, False),
-    "batch_size": (1, 1_000_000, True),
-    "micro_batch": (0, 1_000_000, True),
-    "image_size": (0, 4096, True),
-    "lr": (0, 100, False),
-    "momentum": (0, 1, True),
-    "weight_decay": (0, 1, True),
-    "label_smoothing": (0, 1, True),
-    "distill": (0, 1, True),
-    "fade_epochs": (0, 100_000, True),
-    "bn_images": (0, 100_000_000, True),
-    "validation": (0, 100_000_000, True),
-    "limit_train": (0, 100_000_000, True),
-    "limit_test": (0, 100_000_000, True),
-    "seed": (0, 2**31 - 1, True),
-    "mask_seed": (0, 2**31 - 1, True),
-    "threads": (0, 4096, True),
-    "workers": (0, 4096, True),
-}
 # What may differ between two runs that compute the same
 PLACES = ("data_dir", "data_url", "job_dir", "results_dir", "threads", "workers")
 
@@ -69,8 +29,10 @@ class Params:
 
     # What is pruned, and on which images
     name: str = ""  # of the configuration, in records and tables; empty: arch-way
-    arch: str = "resnet_56"
-    dataset: str = "digits"  # digits (embedded), cifar10, or imagenet (any class folders)
+    arch: str = "resnet_56"  # a known network, or package.module:function that builds one
+    dataset: str = (
+        "digits"  # digits (embedded), cifar10, imagenet (any class folders), or a module:function
+    )
     data_dir: str = ""  # folder of the data; empty: $EXPLIB_DATA, else data/
     image_size: int = 0  # side of the inputs made of class folders; 0: 224
     data_url: str = ""  # mirror of cifar-10-python.tar.gz; empty: the original server
@@ -81,7 +43,9 @@ class Params:
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
-    pruning_way: str = "B"  # A, B; for comparison random, l1, bn, matched, filters
+    pruning_way: str = (
+        "B"  # A, B; for comparison random, l1, bn, matched, filters; or a module:function
+    )
     compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
     survivors: str = "random"  # who stays in a redundant set: random (published) or l1
     groups: int = 13  # number of level groups
@@ -129,61 +93,11 @@ class Params:
 
     def __post_init__(self):
         for field, kind in get_type_hints(type(self)).items():
-            object.__setattr__(self, field, _checked(field, getattr(self, field), kind))
-        for field in ("job_dir", "results_dir", "data_dir", "resume", "resume_mask"):
-            if "\0" in getattr(self, field):
-                raise ParamError(f"{field}: has a NUL byte; give a path")
-        for field in ("job_dir", "results_dir"):
-            # written to: an absolute path says that it is meant
-            if os.path.normpath(getattr(self, field)).split(os.sep)[0] == "..":
-                raise ParamError(
-                    f"{field}: {getattr(self, field)!r} leaves the project; give an absolute path"
-                )
-        if not re.fullmatch(r"[A-Za-z0-9._+-]*", self.name) or set(self.name) == {"."}:
-            raise ParamError(f"name: {self.name!r}; give letters, digits and . _ + - only")
-        if not re.fullmatch(r"(https?://\S+)?", self.data_url):
-            raise ParamError(
-                f"data_url: {self.data_url!r}; give an address that begins with https://"
-            )
-        parse_rates(self.compress_rate)
-        parse_steps(self.lr_decay_step)
-        if self.normalization == "" and self.dataset != "digits":
-            object.__setattr__(self, "normalization", self.dataset)
-        if self.image_size and self.dataset != "imagenet":
-            raise ParamError(
-                f"image_size: {self.image_size}, but images of {self.dataset!r} have 32; leave it 0"
-            )
-        if self.normalization and self.dataset == "digits":
-            raise ParamError(
-                f"normalization: {self.normalization!r} is not for dataset 'digits'; leave it empty"
-            )
-        if self.pruning_way == "filters" and self.schedule == "layerwise":
-            raise ParamError(
-                "schedule: 'layerwise' is not for filters, which span convs; 'oneshot' is"
-            )
-        if self.compile == "sparse" and self.device == "cuda":
-            raise ParamError("compile: 'sparse' is for a CPU; use 'auto', or device 'cpu'")
-        if self.compile == "sparse" and self.fade_epochs:
-            raise ParamError(
-                f"compile: 'sparse', but pruned kernels fade for {self.fade_epochs} epochs, and so "
-                "have to be computed; use 'auto', or fade_epochs 0"
-            )
-        if self.fade_epochs > self.epochs:
-            raise ParamError(
-                f"fade_epochs: {self.fade_epochs}, but there are {self.epochs} epochs, and what is "
-                f"left of a kernel then is not zero; give at most {math.floor(self.epochs)}"
-            )
-        if self.pruning_way == "filters" and self.start_cov:
-            raise ParamError(
-                f"start_cov: {self.start_cov} is not for filters, which span convs; leave it 0"
-            )
-        if not self.name:
-            object.__setattr__(self, "name", f"{self.arch}-{self.pruning_way}")
-        if self.mask_seed is None:
-            object.__setattr__(self, "mask_seed", self.seed)
-        if not self.job_dir:
-            folder = f"{self.name}-s{self.seed}-{self.digest}"
-            object.__setattr__(self, "job_dir", f"{self.results_dir}/runs/{self.dataset}/{folder}")
+            object.__setattr__(self, field, checked(field, getattr(self, field), kind))
+        together(self)
+        for field, default in _DERIVED.items():
+            if getattr(self, field) in ("", None):
+                object.__setattr__(self, field, default(self))
 
     @property
     def rates(self) -> list[float]:
@@ -207,53 +121,30 @@ class Params:
 
     def replace(self, **changes) -> "Params":
         """A copy with other values, validated anew; what was a default follows them."""
-        derived = {}
-        if self.job_dir.endswith(f"-{self.digest}"):
-            derived["job_dir"] = ""
-        if self.name == f"{self.arch}-{self.pruning_way}":
-            derived["name"] = ""
-        if self.mask_seed == self.seed:
-            derived["mask_seed"] = None
-        if self.normalization == ("" if self.dataset == "digits" else self.dataset):
-            derived["normalization"] = ""
-        return dataclasses.replace(self, **{**derived, **changes})
+        follow = {
+            field: Params.__dataclass_fields__[field].default
+            for field, default in _DERIVED.items()
+            if getattr(self, field) == default(self)
+        }
+        return dataclasses.replace(self, **{**follow, **changes})
 
     def asdict(self) -> dict:
         """All fields as a plain dict."""
         return dataclasses.asdict(self)
 
 
-_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
-_EXAMPLES = {"compress_rate": "[0.5]", "compile": "on", "lr_decay_step": "15,25"}
+def _own_folder(params: Params) -> str:
+    folder = f"{params.name}-s{params.seed}-{params.digest}"
+    return f"{params.results_dir}/runs/{file_name(params.dataset)}/{folder}"
 
 
-def _checked(field: str, value, kind):
-    """`value` as a `kind`, within its choices and range, else ParamError."""
-    kinds = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
-    if value is None and type(None) in kinds:
-        return None
-    if float in kinds and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        value = float(value)  # YAML takes 5e-4 for a word
-    if int in kinds and float in kinds:
-        if type(value) is float and value.is_integer():
-            value = int(value)  # however it was written, it is the same run
-    elif float in kinds and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if type(value) not in kinds:
-        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        quoted = f', in quotes, like "{_EXAMPLES.get(field, value)}"' if kinds == (str,) else ""
-        raise ParamError(f"{field}: {value!r} is a {type(value).__name__}; give {names}{quoted}")
-    if field in CHOICES and value not in CHOICES[field]:
-        close = difflib.get_close_matches(str(value), CHOICES[field], n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        known = ", ".join(repr(choice) for choice in CHOICES[field])
-        raise ParamError(f"{field}: {value!r} is unknown; {hint}known: {known}")
-    if field in RANGES:
-        low, high, closed = RANGES[field]
-        if not (low <= value <= high) or (value == low and not closed):
-            above = "" if closed else "above "
-            raise ParamError(f"{field}: {value!r} is out of range; give {above}{low} to {high}")
-    return value
+# What is filled in where it was left empty, from what stands above it
+_DERIVED: dict[str, Callable[[Params], Any]] = {
+    "normalization": lambda p: p.dataset if p.dataset in CHOICES["normalization"] else "",
+    "name": lambda p: file_name(f"{p.arch}-{p.pruning_way}"),
+    "mask_seed": lambda p: p.seed,
+    "job_dir": _own_folder,
+}
 
 
 def from_mapping(mapping: dict, source: str = "parameters") -> Params:
@@ -261,8 +152,8 @@ def from_mapping(mapping: dict, source: str = "parameters") -> Params:
     known = [field.name for field in dataclasses.fields(Params)]
     for key in mapping:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            near = nearest(key, known)
+            hint = f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}"
             raise ParamError(f"{source}: unknown parameter {key!r}{hint}")
     return Params(**mapping)
 
@@ -306,14 +197,3 @@ def from_notebook(namespace: dict) -> Params:
                 if isinstance(node, ast.Assign):
                     chosen[node.targets[0].id] = namespace[node.targets[0].id]
     return from_mapping(chosen, source="notebook")
-
-
-def parse_steps(text: str) -> list[int]:
-    """Epochs from `15,25`, ascending; the empty text is no step. ParamError otherwise."""
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
-        raise ParamError(f"lr_decay_step: cannot read {text!r}; give epochs like 15,25")
-    steps = [int(part) for part in parts]
-    if steps != sorted(set(steps)):
-        raise ParamError(f"lr_decay_step: {text!r} is not ascending; give epochs like 15,25")
-    return steps

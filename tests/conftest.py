@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from hypothesis import settings
 from PIL import Image
 from torch import nn
 
-from explib import models
+from explib import registry
 from explib.data import Data, Split, data_root
 from explib.files import ROOT
+from explib.models import resnet
 from explib.params import Params
 from explib.study import networks
 
@@ -107,6 +109,9 @@ def image(side: int = 8, channels: int = 3) -> torch.Tensor:
     return torch.zeros(1, channels, side, side)
 
 
+RESNET_8 = registry.Network(partial(resnet.build, depth=8), "ResNet-56")
+
+
 def make_net(seed: int = 0) -> nn.Module:
     """conv, norm, relu, conv without norm, conv by depth, conv, norm, linear; 3 x 8 x 8 in."""
     torch.manual_seed(seed)
@@ -146,7 +151,16 @@ def net_maker():
 
 
 @pytest.fixture
+def registered():
+    """What a test registers is gone after it."""
+    before = {field: dict(entries) for field, entries in registry.BY_FIELD.items()}
+    yield
+    for field, entries in before.items():
+        registry.BY_FIELD[field].clear()
+        registry.BY_FIELD[field].update(entries)
+
+
+@pytest.fixture
 def resnet_8(monkeypatch):
     """`resnet_56` means a ResNet of 8 layers, for runs of a second."""
-    small = models.Arch(lambda num_classes: models.resnet.build(num_classes, depth=8))
-    monkeypatch.setitem(models.ARCHS, "resnet_56", small)
+    monkeypatch.setitem(registry.NETWORKS, "resnet_56", RESNET_8)

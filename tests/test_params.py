@@ -6,18 +6,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from explib import registry
+from explib.checks import CHOICES, RANGES, parse_steps
 from explib.errors import ParamError
 from explib.files import ROOT
-from explib.params import (
-    CHOICES,
-    PLACES,
-    RANGES,
-    Params,
-    from_mapping,
-    from_notebook,
-    from_yaml,
-    parse_steps,
-)
+from explib.params import PLACES, Params, from_mapping, from_notebook, from_yaml
 from explib.rates import keep_floor, parse_rates, spread_rates
 
 RESNET_56 = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
@@ -141,6 +134,29 @@ def test_a_wrong_value_is_an_error_that_names_the_field(field, value):
 def test_every_choice_and_every_range_is_of_a_field():
     names = {field.name for field in dataclasses.fields(Params)}
     assert set(CHOICES) | set(RANGES) | set(PLACES) <= names
+
+
+@pytest.mark.parametrize("field", ["arch", "dataset", "pruning_way"])
+class TestFunctionsOfOnesOwn:
+    def test_are_taken_by_name_and_not_imported(self, field):
+        params = Params(**{field: "no_such_package.module:function"})
+        assert getattr(params, field) == "no_such_package.module:function"
+        assert ":" not in params.name + params.job_dir
+        assert params.replace(seed=1) == Params(**{field: getattr(params, field)}, seed=1)
+
+    @pytest.mark.parametrize(
+        "name", ["a.b", ":f", "a:", "a:b:c", "a b:f", "a:f()", "../a:f", "a/b:f", "1a:f", "a:f\n"]
+    )
+    def test_must_be_a_package_module_and_function(self, field, name):
+        with pytest.raises(ParamError, match=rf"^{field}: .* or a package.module:function$"):
+            Params(**{field: name})
+
+
+def test_what_spans_convs_says_its_name(monkeypatch):
+    entry = registry.Criterion("a.b:c", "mine", "#123456", whole_network=True)
+    monkeypatch.setitem(registry.CRITERIA, "mine", entry)
+    with pytest.raises(ParamError, match=r"^schedule: 'layerwise' is not for mine"):
+        Params(pruning_way="mine", schedule="layerwise")
 
 
 def test_an_unknown_choice_names_the_nearest():

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
+from explib import registry
 from explib.data.download import fetch, unpack
 from explib.data.splits import Folders, Split, find
-from explib.errors import DataError
+from explib.errors import DataError, ParamError
 from explib.files import ROOT, resolve
 from explib.params import Params
 
@@ -33,16 +34,17 @@ class Data:
     """A data set ready for use: `train` to learn from, `test` to evaluate on.
 
     `evaluated_on` says what `test` is: the test set, or a validation split of the training set.
+    What a function of a user's returns: train, test and classes are enough.
     """
 
     name: str
     train: Split | Folders
     test: Split | Folders
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool  # whether a mirrored image is still of its class
-    sha256: str  # of the images and labels as loaded; of folders, of the names and sizes of files
+    mean: tuple[float, ...] = (0.5,)  # of inputs in 0 to 1, of each channel or one for all
+    std: tuple[float, ...] = (0.25,)
+    flip: bool = False  # whether a mirrored image is still of its class
+    sha256: str = ""  # of the images and labels as loaded; of folders, of files' names and sizes
     evaluated_on: str = "test"
     workers: int = 0  # processes that decode images on disk; 0: one per core
 
@@ -69,10 +71,16 @@ def load_data(params: Params) -> Data:
     `validation` images are taken from the training set, the same ones for every seed, and stand
     in for the test set; limit_train and limit_test then cut both.
     """
-    data = _LOADERS[params.dataset](params)
+    data = _loaded(params)
     if params.normalization:
         mean, std = MEAN_STD[params.normalization]
         data = replace(data, mean=mean, std=std)
+    channels = data.train.images.shape[1] if isinstance(data.train, Split) else 3
+    if {len(data.mean), len(data.std)} - {1, channels}:
+        raise DataError(
+            f"{params.dataset}: mean {data.mean} and std {data.std} for {channels} channels; give "
+            "as many of each, or one"
+        )
     if params.validation:
         if params.validation >= len(data.train):
             raise DataError(
@@ -93,7 +101,37 @@ def load_data(params: Params) -> Data:
     )
 
 
-def _digits(params: Params) -> Data:
+def _loaded(params: Params) -> Data:
+    """All of a data set; ParamError where its function returns no Data that can be used."""
+    data = registry.load(registry.dataset(params.dataset).function, "dataset")(params)
+    if not isinstance(data, Data):
+        raise ParamError(
+            f"dataset: {params.dataset!r} returned a {type(data).__name__}; give explib.data.Data"
+        )
+    for name in ("train", "test"):
+        _check(f"{params.dataset}: {name}", getattr(data, name), len(data.classes))
+    splits = [split for split in (data.train, data.test) if isinstance(split, Split)]
+    own = data.sha256 or _digest(*(t for split in splits for t in (split.images, split.labels)))
+    return replace(data, name=params.dataset, sha256=own)
+
+
+def _check(source: str, split: Split | Folders, count: int) -> None:
+    """DataError unless a split holds images as `Split` says, and labels of `count` classes."""
+    labels = split.labels
+    sound = labels.dtype == torch.int64 and labels.ndim == 1 and len(labels) > 0
+    if not sound or labels.min() < 0 or labels.max() >= count:
+        raise DataError(f"{source}: give labels, int64 (N,), from 0 to {count - 1}")
+    if not isinstance(split, Split):
+        return
+    shape = tuple(split.images.shape)
+    if split.images.dtype != torch.uint8 or len(shape) != 4 or shape[0] != len(labels):
+        raise DataError(
+            f"{source}: images are {split.images.dtype} {shape}; give uint8 (N, C, H, W), as many "
+            f"as the {len(labels)} labels"
+        )
+
+
+def digits(params: Params) -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8 to 3x32x32, a fifth of each class for test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -119,7 +157,7 @@ def _digits(params: Params) -> Data:
     )
 
 
-def _cifar10(params: Params) -> Data:
+def cifar10(params: Params) -> Data:
     """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
     root = data_root(params.data_dir)
     folder = root / CIFAR10.base_folder
@@ -155,11 +193,12 @@ def _cifar10(params: Params) -> Data:
     return Data("cifar10", train, test, classes, mean, std, flip=True, sha256=digest)
 
 
-def _imagenet(params: Params) -> Data:
+def imagenet(params: Params) -> Data:
     """Class folders: train/CLASS/*.JPEG and val/CLASS/*.JPEG, of ImageNet or of anything else."""
     root = imagenet_dir(params.data_dir)
-    train, classes = find(root / "train", params.side)
-    test, _ = find(root / "val", params.side, classes)
+    _, (_, side, _) = imagenet_size(params)
+    train, classes = find(root / "train", side)
+    test, _ = find(root / "val", side, classes)
     mean, std = MEAN_STD["imagenet"]
     names = hashlib.sha256()  # the contents, 150 GB, would take too long
     for split in (train, test):
@@ -180,14 +219,40 @@ def imagenet_dir(data_dir: str = "") -> Path:
     return root if (root / "train").is_dir() else root / "imagenet"
 
 
-def count_classes(params: Params) -> int | None:
-    """How many classes the data set has; None, the network's own number, where it is not there."""
-    if params.dataset != "imagenet":
-        return 10
+def imagenet_size(params: Params) -> tuple[int | None, tuple[int, int, int]]:
+    """How many classes there are, None where the folders are not there, and (C, H, W)."""
+    side = params.image_size or 224
     try:
-        return len([e for e in os.scandir(imagenet_dir(params.data_dir) / "train") if e.is_dir()])
+        entries = os.scandir(imagenet_dir(params.data_dir) / "train")
     except OSError:
-        return None
+        return None, (3, side, side)
+    return len([entry for entry in entries if entry.is_dir()]), (3, side, side)
+
+
+def size_of(params: Params) -> tuple[int | None, tuple[int, int, int]]:
+    """The number of classes of a configuration's data set, and (C, H, W) of its images.
+
+    None, a network's usual number, where the data are not there to count. What was registered
+    without its size is loaded to see, once a process.
+    """
+    size = registry.dataset(params.dataset).size
+    if size is None:
+        places = {name: getattr(params, name) for name in ("data_dir", "data_url", "image_size")}
+        return _seen(Params(dataset=params.dataset, **places))
+    return size if isinstance(size, tuple) else registry.load(size, "dataset")(params)
+
+
+@functools.lru_cache(maxsize=8)
+def _seen(params: Params) -> tuple[int, tuple[int, int, int]]:
+    data = _loaded(params)
+    if isinstance(data.train, Folders):
+        return len(data.classes), (3, data.train.side, data.train.side)
+    return len(data.classes), tuple(data.train.images.shape[1:])
+
+
+def example_of(params: Params) -> torch.Tensor:
+    """One image of zeros (1, C, H, W), as the networks of a configuration take them."""
+    return torch.zeros(1, *size_of(params)[1])
 
 
 def data_root(data_dir: str = "") -> Path:
@@ -195,26 +260,23 @@ def data_root(data_dir: str = "") -> Path:
     return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
 
 
-_LOADERS = {"digits": _digits, "cifar10": _cifar10, "imagenet": _imagenet}
-
-
 def _digest(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.numpy().data)
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def normalize(images: torch.Tensor, data: Data) -> torch.Tensor:
-    """uint8 (N, 3, H, W) to float32 with the data set's mean and std, channels last."""
+    """uint8 (N, C, H, W) to float32 with the data set's mean and std, channels last."""
     mean, std = _constants(data.mean, data.std, images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache  # a copy to a GPU in every step would stop it, and a CUDA graph allows none
 def _constants(mean: tuple, std: tuple, device: torch.device) -> list[torch.Tensor]:
-    """Mean and std in units of a pixel's 0 to 255, (1, 3, 1, 1)."""
-    return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (mean, std)]
+    """Mean and std in units of a pixel's 0 to 255, (1, C, 1, 1) or (1, 1, 1, 1)."""
+    return [torch.tensor(v, device=device).view(1, -1, 1, 1) * 255 for v in (mean, std)]
 
 
 def epoch_plan(data: Data, batch_size: int, seed: int, epoch: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ PAD = 4
 
 @dataclass(frozen=True)
 class Split:
-    """Images in memory or on a GPU, uint8 (N, 3, H, W), and their labels, int64 (N,)."""
+    """Images in memory or on a GPU, uint8 (N, C, H, W), and their labels, int64 (N,)."""
 
     images: torch.Tensor
     labels: torch.Tensor

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from explib import models
+from explib import registry
 from explib.engine import build, graph
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
@@ -183,7 +183,7 @@ def load(path: str | Path, **options) -> Compiled:
     one of the study's networks.
     """
     model, _, meta = load_network(path)
-    side = meta.get("image_size", models.ARCHS[meta["arch"]].image_size)
+    side = meta.get("image_size", registry.network(meta["arch"]).image_size)
     return compile(model, torch.zeros(1, 3, side, side), **options)
 
 

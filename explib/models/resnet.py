@@ -1,5 +1,7 @@
 """He et al.'s CIFAR ResNets (6n+2 layers, option-A shortcuts) and torchvision's ResNet-50."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
@@ -54,6 +56,9 @@ class ResNet(nn.Module):
 def build(num_classes: int = 10, depth: int = 56) -> nn.Module:
     """A CIFAR ResNet of `depth` = 6n+2 layers with fresh weights."""
     return ResNet((depth - 2) // 6, num_classes)
+
+
+build_56, build_110 = (partial(build, depth=depth) for depth in (56, 110))
 
 
 def build_50(num_classes: int = 1000) -> nn.Module:

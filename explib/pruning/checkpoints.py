@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from explib import models
+from explib import models, registry
 from explib.files import load_tensors, resolve, save_tensors
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
@@ -142,12 +142,12 @@ def load_weights(model: nn.Module, state: dict, source: str) -> nn.Module:
 def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
     """A network of a compact file, ready to evaluate: (model, its masks, what the file says of it).
 
-    ValueError, in one line, for a file that is no such network.
+    ValueError, in one line, for a file that is no such network, and for one of a network that is
+    not registered: what a file names is not imported.
     """
     path = resolve(path)
     state, masks, meta = load_compact(path)
-    if meta.get("arch") not in list(models.ARCHS):
-        raise ValueError(f"{path}: is a {meta.get('arch')!r}; known: {', '.join(models.ARCHS)}")
+    registry.stored("arch", meta.get("arch"), str(path))
     classes = meta.get("num_classes")
     if type(classes) is not int or not 1 <= classes <= 1_000_000:
         raise ValueError(

@@ -13,6 +13,19 @@ from torch import nn
 from explib.pruning import counting
 from explib.pruning.layers import Conv, Inputs, modes_kept
 from explib.pruning.masks import Masks
+from explib.rates import number_to_prune
+
+
+def group_l1(
+    model: nn.Module, example_inputs: Inputs, convs: list[Conv], rates: dict[str, float]
+) -> Masks:
+    """Masks of `filter_masks` that leave as many MACs as pruning kernels at these rates would."""
+    going = sum(
+        number_to_prune(rates.get(conv.name, 0.0), conv.kernels) * conv.kernel_macs
+        for conv in convs
+    )
+    left = counting.macs(model, example_inputs)["dense"] - going
+    return filter_masks(model, example_inputs, left, convs)
 
 
 def filter_masks(

@@ -2,8 +2,10 @@
 
 from matplotlib.figure import Figure
 
-from explib.report.names import NAMES, WAY_NAMES
-from explib.report.plots import BLUE, GREY, ORANGE, WAY_COLOURS, _figure, _style
+from explib import registry
+from explib.registry import BLUE, GREY, ORANGE
+from explib.report.names import colour_of, criterion_name, network_name
+from explib.report.plots import _figure, _style
 from explib.study.records import hardware
 
 
@@ -21,7 +23,7 @@ def training_speed(record: dict) -> Figure:
         axes.annotate(f" plain loop {plain:,.0f}", (plain, y - 0.19), va="center", fontsize=9)
         text = f" ours {ours:,.0f}, {ours / plain:.1f} times"
         axes.annotate(text, (ours, y + 0.19), va="center", fontsize=9)
-    axes.set_yticks(range(len(groups)), [f"{NAMES[arch]}\n{task}" for arch, task in groups])
+    axes.set_yticks(range(len(groups)), [f"{network_name(arch)}\n{task}" for arch, task in groups])
     axes.invert_yaxis()
     axes.margins(x=0.28)
     axes.grid(axis="y", visible=False)
@@ -42,7 +44,7 @@ def sparse_training(record: dict) -> Figure | None:
         x = [row["pruned_pct"] for row in own]
         for way, colour in (("all_kernels", GREY), ("surviving_kernels", ORANGE)):
             axes.plot(x, [row[way] for row in own], f"{marker}-", color=colour, markersize=5,
-                      label=f"{NAMES[arch]}, {way.replace('_', ' ')}")  # fmt: skip
+                      label=f"{network_name(arch)}, {way.replace('_', ' ')}")  # fmt: skip
         for row in own:
             text = f"{row['surviving_kernels'] / row['all_kernels']:.1f}×"
             axes.annotate(text, (row["pruned_pct"], row["surviving_kernels"]), fontsize=8.5,
@@ -77,7 +79,8 @@ def controls(record: dict) -> Figure:
     """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
     usual = [row for row in record["rows"] if not row["changed"]]
     figure, axes = _figure(7, 4.8)
-    for key, name in WAY_NAMES.items():
+    measured = dict.fromkeys((r["pruning_way"], r["survivors"]) for r in usual)
+    for key in dict.fromkeys([*registry.variants(), *measured]):
         rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]
         if not rows:
             continue
@@ -85,9 +88,10 @@ def controls(record: dict) -> Figure:
         x = [row["norm_kept_pct"] for row in rows]
         y = [sum(row["top1"]) / len(row["top1"]) for row in rows]
         hollow = {"markerfacecolor": "white"} if key[1] == "l1" else {}
-        axes.plot(x, y, "o-", color=WAY_COLOURS[key[0]], linewidth=1, **hollow, label=name)
+        axes.plot(x, y, "o-", color=colour_of(key[0]), linewidth=1, **hollow,
+                  label=criterion_name(*key))  # fmt: skip
     axes.set(xlabel="squared weights left, %, mean over convs",
              ylabel="top-1 before fine-tuning, %")  # fmt: skip
-    axes.set_title(f"{NAMES[usual[0]['arch']]}: top-1 against the magnitude that survives")
+    axes.set_title(f"{network_name(usual[0]['arch'])}: top-1 against the magnitude that survives")
     axes.legend(fontsize=8.5, loc="best")
     return figure

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from explib import registry
 from explib.files import resolve
-from explib.report.names import NAMES, WAY_NAMES
+from explib.report.names import criterion_name, network_name
 from explib.study.records import hardware
 
 SIXTEEN_BITS = ("engine bf16", "engine fp16")
@@ -25,7 +26,7 @@ def training(results_dir: str | Path = "results") -> pd.DataFrame:
             if loop == "plain" and ours:
                 lines.append(
                     {
-                        "network": NAMES[network],
+                        "network": network_name(network),
                         "task": task,
                         "plain loop, images/s": f"{plain['images_per_s']:.0f}",
                         "ours, images/s": f"{ours['images_per_s']:.0f}",
@@ -46,7 +47,7 @@ def sparse_training(results_dir: str | Path = "results") -> pd.DataFrame:
         for row in record.get("by_sparsity", []):
             lines.append(
                 {
-                    "network": NAMES[row["network"]],
+                    "network": network_name(row["network"]),
                     "kernels pruned %": f"{row['pruned_pct']:.0f}",
                     "all kernels, images/s": f"{row['all_kernels']:.0f}",
                     "surviving kernels, images/s": f"{row['surviving_kernels']:.0f}",
@@ -75,7 +76,7 @@ def speed(results_dir: str | Path = "results") -> pd.DataFrame:
 def _speed_line(row: dict, name: str) -> dict:
     found = row["images_per_s"]
     line = {
-        "network": NAMES[row["arch"]],
+        "network": network_name(row["arch"]),
         "MACs cut %": f"{row['cut_pct']:.1f}",
         "batch": str(row["batch"]),
         **{name: f"{found[name]:.0f}" for name in found if name not in SIXTEEN_BITS},
@@ -154,20 +155,24 @@ def controls(results_dir: str | Path = "results") -> pd.DataFrame:
     of squared weights that pruning leaves.
     """
     rows, lines = _control_rows(results_dir), {}
-    for arch in NAMES:
+    archs = sorted({row["arch"] for row in rows}, key=_place)
+    for arch in archs:
         own = [row for row in rows if row["arch"] == arch and not row["changed"]]
         cuts = sorted({row["cut_pct"] for row in own})
         for row in own:
-            name = WAY_NAMES[row["pruning_way"], row["survivors"]]
-            line = {"network": NAMES[arch], "criterion": name, "seeds": str(len(row["top1"]))}
+            name = criterion_name(row["pruning_way"], row["survivors"])
+            seeds = str(len(row["top1"]))
+            line = {"network": network_name(arch), "criterion": name, "seeds": seeds}
             line = lines.setdefault((arch, name), line)
             cut = ("lowest cut", "middle cut", "highest cut")[cuts.index(row["cut_pct"])]
             line[cut] = _mean(row["top1"])
             if cut == "highest cut":
                 line["there, statistics as they were"] = _mean(row["top1_as_was"])
                 line["squared weights left %"] = f"{row['norm_kept_pct']:.1f}"
-    order = [(arch, name) for arch in NAMES for name in WAY_NAMES.values()]
-    return pd.DataFrame([lines[key] for key in order if key in lines])
+    labels = [criterion_name(*variant) for variant in registry.variants()]
+    order = {label: place for place, label in enumerate(labels)}  # others last, as measured
+    lines = sorted(lines.items(), key=lambda line: order.get(line[0][1], len(order)))
+    return pd.DataFrame([line for arch in archs for (own, _), line in lines if own == arch])
 
 
 def settings(results_dir: str | Path = "results") -> pd.DataFrame:
@@ -176,11 +181,17 @@ def settings(results_dir: str | Path = "results") -> pd.DataFrame:
     cuts = {row["arch"]: row["cut_pct"] for row in rows if row["changed"]}
     for row in rows:
         if row["pruning_way"] == "B" and row["cut_pct"] == cuts.get(row["arch"]):
-            line = {"network": NAMES[row["arch"]], "published cut %": str(row["cut_pct"])}
+            line = {"network": network_name(row["arch"]), "published cut %": str(row["cut_pct"])}
             line |= {"setting": row["changed"] or "as usual"}
             line = lines.setdefault((row["arch"], row["changed"]), line)
-            line[WAY_NAMES["B", row["survivors"]]] = _mean(row["top1"])
+            line[criterion_name("B", row["survivors"])] = _mean(row["top1"])
     return pd.DataFrame(lines.values())
+
+
+def _place(arch: str) -> int:
+    """Where a network stands among others: as registered."""
+    known = list(registry.NETWORKS)
+    return known.index(arch) if arch in known else len(known)
 
 
 def _control_rows(results_dir: str | Path) -> list[dict]:

@@ -8,24 +8,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from explib import registry
 from explib.files import resolve
 from explib.params import from_mapping
 from explib.pruning import scores as scoring
 from explib.rates import parse_rates
+from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
 from explib.report import plots, selection
-from explib.report.names import NAMES, WAY_NAMES
-from explib.report.plots import (
-    BLUE,
-    GREY,
-    RED,
-    WAY_COLOURS,
-    _figure,
-    _style,
-    curves,
-    save,
-    sparsity,
-)
+from explib.report.names import colour_of, criterion_name, network_name
+from explib.report.plots import _figure, _style, curves, save, sparsity
 from explib.study import networks, records
 from explib.study import published as published_figures
 
@@ -44,9 +36,9 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     for way, marker in (("A", "s"), ("B", "D")):
         top1 = [cell[way] for cell in rows["top1_pct"]]
         axes.hlines(top1, rows["true_cut_pct"], rows["cut_pct"], color="#CCCCCC", linewidth=1)
-        axes.plot(rows["cut_pct"], top1, marker, color=WAY_COLOURS[way], markerfacecolor="none",
+        axes.plot(rows["cut_pct"], top1, marker, color=colour_of(way), markerfacecolor="none",
                   markersize=6, alpha=0.6)  # fmt: skip
-        axes.plot(rows["true_cut_pct"], top1, marker, color=WAY_COLOURS[way], markersize=6,
+        axes.plot(rows["true_cut_pct"], top1, marker, color=colour_of(way), markersize=6,
                   alpha=0.6, label=f"published, way {way} (hollow: as claimed)")  # fmt: skip
     others = published["others"][published["others"]["arch"] == arch]
     axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
@@ -73,7 +65,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         axes.errorbar(
             100 * (1 - run["macs"] / run["macs_dense"]), run["last"],
             yerr=run["last_std"] if run["n"] > 1 else None, fmt="*", markersize=13, capsize=3,
-            color=WAY_COLOURS[key[0]], markeredgewidth=1.3, **style,
+            color=colour_of(key[0]), markeredgewidth=1.3, **style,
             label=None if shown else "measured, epochs in brackets (hollow: L1 survivors)",
         )  # fmt: skip
         shown = True
@@ -82,10 +74,10 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         crosses = others["top1_pct"][(others["cut_pct"] - cut).between(0, 5)]
         beside = (cuts - cut).between(0.5, 5).any() or ((crosses - run["last"]).abs() < 0.25).any()
         text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
-        label = (run["last"], cut, text, WAY_COLOURS[key[0]])
+        label = (run["last"], cut, text, colour_of(key[0]))
         names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
-    axes.set_title(f"{NAMES[arch]}: accuracy against cut")
+    axes.set_title(f"{network_name(arch)}: accuracy against cut")
     axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
     axes.margins(x=0.09, y=0.08)
     low, high = axes.get_ylim()
@@ -114,7 +106,7 @@ def published_vs_true() -> Figure:
                       xytext=(-6, 0), textcoords="offset points", ha="right", va="center",
                       fontsize=8.5, color="#333333")  # fmt: skip
     axes.set_yticks(
-        place, [f"{NAMES[r['arch']]}, {r['cut_pct']:.1f} %" for _, r in rows.iterrows()]
+        place, [f"{network_name(r['arch'])}, {r['cut_pct']:.1f} %" for _, r in rows.iterrows()]
     )
     axes.set(xlabel="FLOPs or multiply-adds removed, %")
     axes.set_title("Every published cut is overstated (difference in points)")
@@ -144,15 +136,15 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
             way = selection.way_of(run)
             hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                          color=WAY_COLOURS[way[0]], capsize=3, **hollow)  # fmt: skip
+                          color=colour_of(way[0]), capsize=3, **hollow)  # fmt: skip
             if run["n"] > 1:
                 axes.plot(list(run["by_seed"].values()), [y - 0.22] * run["n"], "|",
-                          color=WAY_COLOURS[way[0]])  # fmt: skip
+                          color=colour_of(way[0]))  # fmt: skip
             axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
                           textcoords="offset points", ha="center")  # fmt: skip
             own = [] if run["n"] == usually["n"] else [_seeds(run["n"])]
             own += [] if round(run["cut"], 1) == usually["cut"] else [f"−{run['cut']:.1f} %"]
-            labels.append("\n".join([WAY_NAMES[way], *([", ".join(own)] if own else [])]))
+            labels.append("\n".join([criterion_name(*way), *([", ".join(own)] if own else [])]))
         for dense in sorted(set(alike["dense"].round(2))):
             axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
             axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
@@ -164,7 +156,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
         if not rates.replace(".", "").isdigit():
             cut = f"cut {usually['cut']:.1f} %"
         epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
-        axes.set_title(f"{NAMES[arch]}, {cut}, {epochs}, {_seeds(int(usually['n']))}")
+        axes.set_title(f"{network_name(arch)}, {cut}, {epochs}, {_seeds(int(usually['n']))}")
         axes.tick_params(labelbottom=True)
         axes.margins(x=0.12)
     axes.set(xlabel="top-1 at the last epoch, %")
@@ -204,15 +196,15 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
         key = selection.way_of(own.iloc[0])
         axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
                       linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
-                      color=WAY_COLOURS[way])  # fmt: skip
-        ends.append((*own[["last", "trained"]].iloc[-1], WAY_NAMES[key], WAY_COLOURS[way]))
+                      color=colour_of(way))  # fmt: skip
+        ends.append((*own[["last", "trained"]].iloc[-1], criterion_name(*key), colour_of(way)))
     rows = published_figures.published()["rows"]
     named = published_figures.named_rates(arch, rates)
     for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
         ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
         published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
         for top1, way in published:
-            axes.plot(ticks[-1], top1, "D", color=WAY_COLOURS[way], markersize=6, alpha=0.6)
+            axes.plot(ticks[-1], top1, "D", color=colour_of(way), markersize=6, alpha=0.6)
     for dense in sorted(set(runs["dense"].round(2))):
         axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
         axes.annotate(f"dense {dense:.2f}", (ticks[0], dense), xytext=(0, 3), fontsize=8.5,
@@ -226,11 +218,11 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     for place, (top1, way) in zip(places, published, strict=True):
         axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(7, 0),
                       textcoords="offset points", fontsize=8.5, va="center",
-                      annotation_clip=False, color=WAY_COLOURS[way])  # fmt: skip
+                      annotation_clip=False, color=colour_of(way))  # fmt: skip
     plots.direct_labels(axes, ends)
     axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
     cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
-    axes.set_title(f"{NAMES[arch]}{cut}: what longer fine-tuning brings")
+    axes.set_title(f"{network_name(arch)}{cut}: what longer fine-tuning brings")
 
 
 def _published_rows() -> pd.DataFrame:
@@ -317,15 +309,25 @@ def _benchmarks(folder: Path) -> dict[str, Figure]:
 def _scores(params: dict) -> dict[str, Figure]:
     """The scores and levels of the dense network that a run started from, where it is there."""
     params = from_mapping(params)
+    if params.arch not in registry.NETWORKS or params.dataset not in registry.DATASETS:
+        return {}  # what a record names is not imported
     try:
-        delta = networks.scores(params, networks.load_dense(params))
+        dense = networks.load_dense(params.replace(pruning_way="B"))  # any will do
+        delta = networks.scores(params, dense)
     except (OSError, ValueError):  # the records are what a figure needs; this one needs more
         return {}
     level = {name: scoring.levels(values, params.groups) for name, values in delta.items()}
     return {
-        f"scores-{params.arch}": plots.scores(delta, NAMES[params.arch]),
-        f"levels-{params.arch}": plots.levels(level, NAMES[params.arch]),
+        f"scores-{params.arch}": plots.scores(delta, network_name(params.arch)),
+        f"levels-{params.arch}": plots.levels(level, network_name(params.arch)),
     }
+
+
+def _by_layer(params: dict, layers: list[dict]) -> bool:
+    """Whether the layers of a run say more than their rates, which most criteria meet."""
+    entry = registry.criterion(params["pruning_way"])
+    missed = any(row["pruned"] != row["nominal"] for row in layers)
+    return entry.redundant_sets or (missed and not entry.whole_network)
 
 
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
@@ -347,8 +349,8 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         by_rates = by_rates.groupby("compress_rate", sort=False)
         for _, alike in by_rates:
             cut = int(100 * (1 - alike["macs"].min() / alike["macs_dense"].iloc[0]))
-            names = [WAY_NAMES[selection.way_of(run)] for _, run in alike.iterrows()]
-            title = f"{NAMES[arch]}, −{cut} % of multiply-adds: fine-tuning under masks"
+            names = [criterion_name(*selection.way_of(run)) for _, run in alike.iterrows()]
+            title = f"{network_name(arch)}, −{cut} % of multiply-adds: fine-tuning under masks"
             figures[f"curves-{arch}" + (f"-{cut}" if len(by_rates) > 1 else "")] = curves(
                 alike.assign(name=names), title
             )
@@ -360,9 +362,11 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         if params["arch"] not in scored:
             scored.add(params["arch"])
             figures |= _scores(params | {"results_dir": str(results_dir)})
-        # the other criteria meet their rates; runs that differ in who survives look the same
-        if record["status"] == "done" and params["pruning_way"] in "AB" and layers not in drawn:
+        # runs that differ in who survives look the same
+        if record["status"] == "done" and _by_layer(params, layers) and layers not in drawn:
             drawn.append(layers)
             figures[f"sparsity-{params['name']}"] = sparsity(layers, params["name"])
-    folder = resolve(results_dir) / "figures" / dataset
-    return [p for name, f in figures.items() if f for p in save(f, folder / name)]
+    folder = resolve(results_dir) / "figures" / registry.file_name(dataset)
+    return [
+        p for name, f in figures.items() if f for p in save(f, folder / registry.file_name(name))
+    ]

@@ -10,8 +10,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from explib.files import ROOT
-from explib.report.names import NAMES
-from explib.report.plots import BLUE, GREEN, GREY, HALO, ORANGE, RED, SKY, _figure, _style, save
+from explib.registry import BLUE, GREEN, GREY, ORANGE, RED, SKY
+from explib.report.names import network_name
+from explib.report.plots import HALO, _figure, _style, save
 from explib.study.bench.inference import DENSE, ENGINE, crossover
 from explib.study.records import hardware, machine
 
@@ -53,8 +54,8 @@ def speeds(rows: list[dict]) -> Figure:
                           va="center", fontsize=8.5, textcoords="offset points")  # fmt: skip
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="images per second", xlim=(0, 1.28 * max(values)))
-        axes.set_title(f"{NAMES[row['arch']]}, −{row['cut_pct']:.0f} %, batch {row['batch']}",
-                       fontsize=9.5)  # fmt: skip
+        cut, batch = f"−{row['cut_pct']:.0f} %", f"batch {row['batch']}"
+        axes.set_title(f"{network_name(row['arch'])}, {cut}, {batch}", fontsize=9.5)
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=4)
     grid[0][0].invert_yaxis()
@@ -130,7 +131,7 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
             axes.annotate(name, (speed, row["top1"]), xytext=(7, 0), va="center", fontsize=7.5,
                           color="#333333", textcoords="offset points", zorder=1.9,
                           path_effects=[HALO])  # fmt: skip
-    handles = [Patch(color=colour, label=NAMES[arch]) for arch, colour in colours.items()]
+    handles = [Patch(color=colour, label=network_name(arch)) for arch, colour in colours.items()]
     handles += [Line2D([], [], color="#555555", label=way, **look) for way, look in ways.items()]
     axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -15,17 +15,11 @@ from matplotlib.patheffects import withStroke
 from scipy.optimize import isotonic_regression
 
 from explib.files import write_bytes
+from explib.registry import BLACK, BLUE, GREEN, GREY, ORANGE, SKY
+from explib.report.names import colour_of
 from explib.study import records
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey print
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8A8A8A",
-)  # fmt: skip
 PALE = "#D9D9D9"  # what was there before
-WAY_COLOURS = {
-    "A": BLUE, "B": RED, "random": GREY, "l1": GREEN, "bn": ORANGE, "filters": PINK,
-    "matched": BLACK,
-}  # fmt: skip
 HALO = withStroke(linewidth=3, foreground="white")  # of a label over lines
 STYLE = {
     "axes.axisbelow": True,
@@ -187,7 +181,7 @@ def curves(frame: pd.DataFrame, title: str = "") -> Figure:
     figure, axes = _figure(6.5, 4)
     ends: dict[str, list] = {}
     for _, run in frame.iterrows():
-        colour = WAY_COLOURS.get(run["pruning_way"], BLUE) if run["kind"] == "finetune" else BLACK
+        colour = colour_of(run["pruning_way"]) if run["kind"] == "finetune" else BLACK
         top1 = [entry["top1"] for entry in run["history"]]
         epochs = records.epochs_of(run["history"])
         if run["kind"] == "finetune":

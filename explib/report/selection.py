@@ -8,6 +8,7 @@ a part).
 
 import pandas as pd
 
+from explib import registry
 from explib.params import PLACES, Params
 from explib.rates import parse_rates
 from explib.study.records import hardware
@@ -22,8 +23,9 @@ _USUAL = {**SETTINGS, **_WHOLE}
 
 
 def way_of(run: pd.Series) -> tuple[str, str]:
-    """(pruning way, survivors) as in WAY_NAMES: only ways A and B choose survivors."""
-    return run["pruning_way"], run["survivors"] if run["pruning_way"] in "AB" else ""
+    """(pruning way, survivors), "" where the criterion has no redundant sets to choose from."""
+    way = run["pruning_way"]
+    return way, run["survivors"] if registry.criterion(way).redundant_sets else ""
 
 
 def finished(frame: pd.DataFrame, kind: str, usual: bool = True) -> pd.DataFrame:
@@ -57,7 +59,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
         return chosen
     # what is not read makes no other experiment, nor does another spelling of the same rates
     chosen = chosen.assign(
-        survivors=chosen["survivors"].where(chosen["pruning_way"].isin(["A", "B"]), ""),
+        survivors=[way_of(run)[1] for _, run in chosen.iterrows()],
         compress_rate=_spelt_alike(chosen["compress_rate"]),
     )
     if usual:

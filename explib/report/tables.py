@@ -6,12 +6,13 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from explib import registry
 from explib.files import ROOT, resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
 from explib.report import selection
 from explib.report.markup import fill, to_html, to_markdown
-from explib.report.names import NAMES, NOT_MEASURED, WAY_NAMES
+from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
 from explib.study.records import hardware
 
@@ -79,7 +80,7 @@ def _ordered(lines: list[dict]) -> pd.DataFrame:
 def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
     """One line of the accuracy table."""
     line = {
-        "network": NAMES[(run if row is None else row)["arch"]],
+        "network": network_name((run if row is None else row)["arch"]),
         "way": way or run["pruning_way"],
     }
     if row is not None:
@@ -147,7 +148,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "network": line["network"],
             "published cut %": run["rates"],
             "epochs": line["epochs"],
-            "criterion": WAY_NAMES[selection.way_of(run)],
+            "criterion": criterion_name(*selection.way_of(run)),
             "last epoch": line["last epoch"],
             "against random kernels": _against(run, runs, "random"),
             "against B's norms": _against(run, runs, "matched"),
@@ -223,9 +224,9 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
             ]
         lines.append(
             {
-                "network": NAMES[run["arch"]],
+                "network": network_name(run["arch"]),
                 "published cut %": published.named_rates(*run[_RATES]),
-                "way": WAY_NAMES[selection.way_of(run)],
+                "way": criterion_name(*selection.way_of(run)),
                 "changed": ", ".join(changed),
                 "last epoch": _spread(run),
                 "usual setting": _spread(equal[0]) if equal else "",
@@ -253,7 +254,7 @@ def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """The dense networks: top-1 at the last and best epoch in per cent, MACs and weights in M."""
     lines = [
         {
-            "network": NAMES[run["arch"]],
+            "network": network_name(run["arch"]),
             "name": run["name"],
             "last epoch": f"{run['last']:.2f}",
             "best epoch": f"{run['best']:.2f}",
@@ -270,7 +271,7 @@ def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 def recount() -> pd.DataFrame:
     """The published configurations counted both ways; see `flops.published_rows`."""
     table = published.recounted()
-    table = table.assign(arch=table["arch"].map(NAMES))
+    table = table.assign(arch=table["arch"].map(network_name))
     table = table.rename(columns={"arch": "network"}).drop(columns="rates")
     return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
 
@@ -301,7 +302,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
 
 def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
     """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths."""
-    folder = resolve(results_dir) / "tables" / dataset
+    folder = resolve(results_dir) / "tables" / registry.file_name(dataset)
     written = []
     for name, table in make(results_dir, dataset).items():
         written += [

@@ -18,11 +18,13 @@ from IPython.display import display
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from explib.params import ARCHS, WAYS, Params
+from explib import registry
+from explib.params import Params
 from explib.pruning import counting
 from explib.pruning import scores as scoring
-from explib.report.names import NAMES
-from explib.report.plots import BLUE, GREY, PALE, SKY, STYLE, _figure, _style
+from explib.registry import BLUE, GREY, SKY
+from explib.report.names import network_name
+from explib.report.plots import PALE, STYLE, _figure, _style
 from explib.study import networks as study
 from explib.study.networks import Dense
 
@@ -59,11 +61,14 @@ def masks(params: Params) -> None:
     networks = _networks(params)
     dense = networks[next(iter(networks))]()
     rate = np.clip(round(dense.rates[_first_layer(dense)], 2), 0, 0.9)
-    way = params.pruning_way if params.pruning_way in WAYS else "B"
+    ways = [name for name, entry in registry.CRITERIA.items() if not entry.whole_network]
+    own = registry.criterion(params.pruning_way)
+    way = "B" if own.whole_network else params.pruning_way
+    ways += [way] if way not in ways else []
     controls = {
-        "way": widgets.Dropdown(options=WAYS, value=way, description="way"),
+        "way": widgets.Dropdown(options=ways, value=way, description="way"),
         "survivors": widgets.Dropdown(
-            options=("random", "l1"), value=params.survivors, description="survivors"
+            options=list(registry.SURVIVORS), value=params.survivors, description="survivors"
         ),
         "rate": widgets.FloatSlider(float(rate), min=0, max=0.9, step=0.05, description="rate"),
         "seed": widgets.BoundedIntText(params.mask_seed, 0, 2**31 - 1, description="seed"),
@@ -74,14 +79,14 @@ def masks(params: Params) -> None:
 def _networks(params: Params) -> dict[str, Callable[[], Dense]]:
     """Every network by name, the configuration's own first; those not trained yet say so."""
     found = {}
-    for arch in sorted(ARCHS, key=lambda arch: arch != params.arch):
+    for arch in dict.fromkeys([params.arch, *registry.NETWORKS]):
         own = arch == params.arch
         # another network has its own convs, and no checkpoint, masks or normalization of this one's
         others = {"resume": "", "resume_mask": "", "normalization": "", "compress_rate": "[0.5]"}
         wanted = params if own else params.replace(arch=arch, **others)
         trained = own or study.dense_path(wanted).is_file()
         load = functools.partial(study.load_dense if trained else study.fresh, wanted)
-        found[NAMES[arch] + ("" if trained else " (untrained)")] = functools.cache(load)
+        found[network_name(arch) + ("" if trained else " (untrained)")] = functools.cache(load)
     return found
 
 

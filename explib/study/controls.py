@@ -11,10 +11,12 @@ measured again.
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
+from explib import registry
 from explib.data import load_data
 from explib.files import ROOT, write_json
 from explib.params import Params
@@ -36,23 +38,14 @@ STARTS = {
     },
     "vgg_16_bn": {"arch": "vgg_16_bn", "dataset": "cifar10"},
 }
-CRITERIA = [  # way and survivors
-    ("A", "random"),
-    ("B", "random"),
-    ("matched", "random"),
-    ("random", "random"),
-    ("bn", "random"),
-    ("A", "l1"),
-    ("B", "l1"),
-    ("l1", "random"),
-    ("filters", "random"),
-]
 # What way B could do otherwise at the highest cut; one group is no score, only the survivors' rule
 SETTINGS = [{"groups": n} for n in (1, 3, 5, 25, 100)] + [{"keep_floor": f} for f in (0.0, 0.2)]
 
 
-def measure(start: dict, seeds: int = 3) -> list[dict]:
+def measure(start: dict, seeds: int = 3, more: Sequence[str] = ()) -> list[dict]:
     """One row a criterion or setting and cut, appended to the record; returns all of its rows.
+
+    Of every registered criterion, and `more`: package.module:function of others.
 
     changed: the setting, "" for the usual ones. top1: per cent for each mask seed, with BatchNorm
     statistics re-estimated, and at the highest cut in top1_as_was as they were; norm_kept_pct:
@@ -60,14 +53,14 @@ def measure(start: dict, seeds: int = 3) -> list[dict]:
     """
     path = FOLDER / f"controls-{start['arch']}.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    data, plan = load_data(Params(**start)), _plan(start["arch"])
+    data, plan = load_data(Params(**start)), _plan(start["arch"], more)
     highest = max(cut["cut_pct"] for cut, *_ in plan)
     for cut, way, survivors, changed in plan:
         row = {
             "arch": start["arch"],
             "cut_pct": cut["cut_pct"],
             "pruning_way": way,
-            "survivors": survivors if way in "AB" else "",
+            "survivors": survivors,
             "changed": ", ".join(f"{name} {value}" for name, value in changed.items()),
         }
         if any(row.items() <= known.items() for known in rows):
@@ -76,11 +69,11 @@ def measure(start: dict, seeds: int = 3) -> list[dict]:
             **start,
             **changed,
             pruning_way=way,
-            survivors=survivors,
+            survivors=survivors or "random",
             compress_rate=cut["compress_rate"],
         )
         as_was = cut["cut_pct"] == highest and not changed
-        chance = survivors == "random" and way not in ("l1", "filters")
+        chance = survivors != "l1" and way not in ("l1", "filters")
         found = [
             _before(params.replace(seed=seed, mask_seed=seed), data, as_was)
             for seed in range(seeds if chance else 1)
@@ -98,11 +91,12 @@ def measure(start: dict, seeds: int = 3) -> list[dict]:
     return rows
 
 
-def _plan(arch: str) -> list[tuple]:
+def _plan(arch: str, more: Sequence[str] = ()) -> list[tuple]:
     """What to measure: (published row, way, survivors, changed settings)."""
     cuts = [row for row in published()["rows"].to_dict("records") if row["arch"] == arch]
     highest = max(cuts, key=lambda row: row["cut_pct"])
-    usual = [(cut, *criterion, {}) for cut in cuts for criterion in CRITERIA]
+    criteria = [*registry.variants(), *((name, "") for name in more)]
+    usual = [(cut, *criterion, {}) for cut in cuts for criterion in criteria]
     return usual + [
         (highest, "B", survivors, changed) for changed in SETTINGS for survivors in ("random", "l1")
     ]
@@ -135,8 +129,9 @@ def norm_kept(model: torch.nn.Module, masks: Masks) -> float:
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["resnet_56"]
+    more = [word for word in sys.argv[1:] if registry.is_path(word)]
+    chosen = [word for word in sys.argv[1:] if word not in more] or ["resnet_56"]
     if unknown := [arch for arch in chosen if arch not in STARTS]:
         sys.exit(f"controls: {unknown[0]!r} is unknown; known: {', '.join(STARTS)}")
     for arch in chosen:
-        measure(STARTS[arch])
+        measure(STARTS[arch], more=more)

@@ -1,14 +1,14 @@
 """What a run starts from: the dense network of a configuration, its masks, and what they leave."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from explib import models
-from explib.data import count_classes
+from explib import models, registry
+from explib.data import example_of, size_of
 from explib.errors import ParamError
 from explib.files import resolve, sha256
 from explib.params import Params
@@ -19,6 +19,7 @@ from explib.pruning import scores as scoring
 from explib.pruning.layers import Conv
 from explib.pruning.masks import Masks
 from explib.rates import keep_floor
+from explib.registry import file_name
 from explib.study import published as published_figures
 
 
@@ -40,21 +41,19 @@ def seed_all(params: Params) -> None:
         torch.set_num_threads(params.threads)
 
 
-def example_of(params: Params) -> torch.Tensor:
-    """One image (1, 3, side, side) as the networks of a configuration take them, of zeros."""
-    return torch.zeros(1, 3, params.side, params.side)
-
-
 def fresh(params: Params) -> Dense:
     """The network of a configuration with seeded fresh weights, its rates checked against it."""
     seed_all(params)
-    model = models.build(params.arch, count_classes(params))
+    model = models.build(params.arch, size_of(params)[0])
     try:
         convs = layer_finding.find_convs(model, example_of(params))
     except ValueError as error:
+        known = registry.NETWORKS.get(params.arch)
         raise ParamError(
-            f"image_size: {params.arch} takes no images of {params.side} pixels ({error}); give "
-            f"{models.ARCHS[params.arch].image_size}"
+            f"{'image_size' if params.dataset == 'imagenet' else 'arch'}: {params.arch} does not "
+            f"run on images {size_of(params)[1]} of {params.dataset} "
+            f"({' '.join(str(error.__cause__ or error).split())})"
+            + (f"; its usual ones have {known.image_size} pixels a side" if known else "")
         ) from None
     rates = models.rates_by_name(params.arch, [conv.name for conv in convs], params.rates)
     if params.start_cov >= len(convs):
@@ -67,7 +66,8 @@ def dense_path(params: Params) -> Path:
     """The checkpoint of the dense network: `resume`, else the one that 00_baseline writes."""
     if params.resume:
         return resolve(params.resume)
-    return resolve(params.results_dir) / f"checkpoints/{params.dataset}/{params.arch}.safetensors"
+    name = f"{file_name(params.arch)}.safetensors"
+    return resolve(params.results_dir) / f"checkpoints/{file_name(params.dataset)}/{name}"
 
 
 def load_dense(params: Params) -> Dense:
@@ -77,6 +77,8 @@ def load_dense(params: Params) -> Dense:
     trained with another normalization of its inputs.
     """
     network, path = fresh(params), dense_path(params)
+    if not params.resume_mask:
+        _criterion(params)  # if it cannot be imported, that is to be known before any long work
     if not path.is_file():
         raise FileNotFoundError(
             f"resume: {path} is not there; run notebooks/00_baseline.ipynb with dataset "
@@ -103,6 +105,11 @@ def load_dense(params: Params) -> Dense:
     return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
 
 
+def _criterion(params: Params) -> Callable:
+    """The function that chooses the masks of a configuration."""
+    return registry.load(registry.criterion(params.pruning_way).function, "pruning_way")
+
+
 def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -> Masks:
     """The masks of a configuration (or of some of its convs) from the model's present weights.
 
@@ -117,26 +124,23 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
             raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
         return {name: found[name] for name in wanted}
     floor = keep_floor(params.rates) if params.keep_floor is None else params.keep_floor
-    choose = partial(
-        criteria.prune,
+    options = {
+        "floor": floor,
+        "bias_in_score": params.bias_in_score,
+        "survivors": params.survivors,
+        "groups": params.groups,
+        "strict_rate": params.strict_rate,
+    }
+    known = criteria.options_of(_criterion(params))
+    return criteria.prune(
         dense.model,
-        None,
+        example_of(params),
         wanted,
+        params.pruning_way,
         seed=params.mask_seed,
-        floor=floor,
         convs=dense.convs,
-        bias_in_score=params.bias_in_score,
-        survivors=params.survivors,
-        groups=params.groups,
-        strict_rate=params.strict_rate,
+        **{name: value for name, value in options.items() if name in known},
     )
-    if params.pruning_way != "filters":
-        return choose(params.pruning_way)
-    from explib.pruning import filters  # needs torch-pruning, which only this comparison uses
-
-    example = example_of(params)
-    equal = counting.macs(dense.model, example, choose("random"))
-    return filters.filter_masks(dense.model, example, equal["left"], dense.convs)
 
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:

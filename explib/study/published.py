@@ -8,7 +8,7 @@ import yaml
 from ptflops import get_model_complexity_info
 from torch import nn
 
-from explib import models
+from explib import models, registry
 from explib.files import ROOT
 from explib.pruning.counting import counted, layer_table, macs, weights
 from explib.pruning.layers import Conv, modes_kept
@@ -71,7 +71,7 @@ def published_rows(rows: list[dict]) -> pd.DataFrame:
         if row["arch"] not in networks:
             with torch.device("meta"):
                 model = models.build(row["arch"])
-            size = models.ARCHS[row["arch"]].image_size
+            size = registry.network(row["arch"]).image_size
             networks[row["arch"]] = model, *counted(model, torch.zeros(1, 3, size, size))
         model, convs, dense = networks[row["arch"]]
         rates = models.rates_by_name(

@@ -21,6 +21,7 @@ import torchvision
 import explib
 from explib.files import ROOT, resolve, write_json
 from explib.params import Params, from_mapping
+from explib.registry import file_name
 
 SCHEMA = 1
 KINDS = ("baseline", "finetune")
@@ -81,7 +82,8 @@ def identity(record: dict) -> str:
 
 def write(record: dict, results_dir: str | Path = "results") -> Path:
     """Write a record to results_dir/records/DATASET/; a later equal run replaces its own only."""
-    name = f"{record['params']['dataset']}/{record['kind']}-{identity(record)}.json"
+    folder = file_name(record["params"]["dataset"])
+    name = f"{folder}/{record['kind']}-{identity(record)}.json"
     return write_json(resolve(results_dir) / "records" / name, record)
 
 
@@ -158,7 +160,7 @@ def _numbers(place: str, found: dict, names: Iterable[str], most: float = math.i
 
 def each(results_dir: str | Path = "results", dataset: str = "cifar10") -> Iterator[dict]:
     """The records of a data set one after another, in the order of their file names."""
-    folder = resolve(results_dir) / "records" / dataset
+    folder = resolve(results_dir) / "records" / file_name(dataset)
     return map(read, sorted(folder.glob("*.json")))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from explib.data import Data, load_data
+from explib import registry
+from explib.data import Data, load_data, size_of
 from explib.errors import DataError, ParamError
 from explib.files import (
     load_tensors,
@@ -58,8 +59,8 @@ def baseline(params: Params) -> dict:
     Leaves the checkpoint where `load_dense` looks for it, and in job_dir, from where a finished run
     puts it back if another one's has come in its place; returns the record.
     """
-    unnamed = params.name == f"{params.arch}-{params.pruning_way}"
-    name = f"{params.arch}-baseline" if unnamed else params.name
+    unnamed = params.name == params.replace(name="").name
+    name = registry.file_name(f"{params.arch}-baseline") if unnamed else params.name
     return _baseline(params.replace(name=name, distill=0.0))  # there is none to learn from
 
 
@@ -148,7 +149,7 @@ def _finished(params: Params, kind: str) -> dict | None:
     if (kind == "finetune" or params.resume) and dense.is_file():
         _same_dense(known.get("checkpoint_sha256"), sha256(dense), path)
     then, found = known.get("data", {}).get("sha256"), None
-    if params.dataset == "imagenet":  # any folder; the others are the same everywhere
+    if not registry.dataset(params.dataset).fixed:
         with contextlib.suppress(DataError):  # of images that are there no more
             found = load_data(params).sha256
     if then and found and found != then:
@@ -280,7 +281,7 @@ def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -
     meta = {
         "arch": params.arch,
         "num_classes": len(data.classes),
-        "image_size": params.side,
+        "image_size": size_of(params)[1][-1],
         "dataset": params.dataset,
         "normalization": params.normalization,
         "name": params.name,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from explib import engine
-from explib.data import Data, eval_batches, load_data
+from explib import engine, registry
+from explib.data import Data, eval_batches, example_of, load_data
 from explib.engine import build
 from explib.files import ROOT, write_json
 from explib.params import Params
@@ -39,6 +39,7 @@ def verify(path: str | Path, data_dir: str = "") -> list[dict]:
         raise ValueError(f"{path}: does not say its {lacking[0]}; give a network that a run left")
     if meta.get("evaluated_on", "test") != "test":
         raise ValueError(f"{path}: was evaluated on {meta['evaluated_on']}, not on the test images")
+    registry.stored("dataset", meta["dataset"], str(path))
     params = Params(
         arch=meta["arch"],
         dataset=meta["dataset"],
@@ -46,7 +47,7 @@ def verify(path: str | Path, data_dir: str = "") -> list[dict]:
         data_dir=data_dir,
         image_size=meta.get("image_size", 0) if meta["dataset"] == "imagenet" else 0,
     )
-    data, example = load_data(params), torch.zeros(1, 3, params.side, params.side)
+    data, example = load_data(params), example_of(params)
     ways = {}
     for name, dtype in _engine_types().items():
         ways[name] = _scores(engine.compile(model, example, dtype=dtype), data)

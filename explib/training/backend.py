@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from explib import engine
-from explib.data import Data, eval_batches
+from explib.data import Data, eval_batches, example_of
 from explib.data.splits import Folders, Split
 from explib.engine import build, native, training
 from explib.engine.fused import fuse
@@ -80,7 +80,7 @@ def forward_of(
     elif sparse := _sparse(model, params, device, masks or {}):
         network, how = sparse, "surviving kernels"
     elif params.compile in ("auto", "sparse") and device == "cpu":
-        network = fuse(model, torch.zeros(1, 3, params.side, params.side))
+        network = fuse(model, example_of(params))
         how = "eager" if network is model else "fused passes"
     else:
         network, how = model, "eager"
@@ -103,7 +103,7 @@ def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.M
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     if not asked and (pruned < SPARSE_FROM * kernels or _in_matrices(params, device)):
         return None
-    example = torch.zeros(1, 3, params.side, params.side)
+    example = example_of(params)
     network = training.sparse(model, masks, example) if device == "cpu" else None
     if asked and network is None:
         raise ValueError(
@@ -131,7 +131,7 @@ def teacher_of(
         and params.compile in ("auto", "sparse")
         and not _in_matrices(params, device)
     ):
-        example = torch.zeros(1, 3, params.side, params.side)
+        example = example_of(params)
         types = [torch.float32]
         if precision_of(params, device) == "bf16":
             types = [torch.bfloat16]

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from explib.checks import parse_steps
 from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
 from explib.data.splits import Split
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
-from explib.params import Params, parse_steps
+from explib.params import Params
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 from explib.training import distributed, soft_labels

@@ -14,6 +14,7 @@ import torch
 from explib.data import Data, epoch_plan, train_batch
 from explib.files import load_tensors, resolve, save_tensors
 from explib.params import Params
+from explib.registry import file_name
 
 CHUNK = 1024
 """Images, about, that the dense network is asked about at once."""
@@ -24,7 +25,7 @@ def folder(params: Params, data: Data, checkpoint_sha256: str) -> Path:
     origin = [checkpoint_sha256, data.summary(), params.seed, params.batch_size]
     digest = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     name = f"soft-labels-{params.arch}-s{params.seed}-{digest}"
-    return resolve(params.results_dir) / "runs" / params.dataset / name
+    return resolve(params.results_dir) / "runs" / file_name(params.dataset) / name
 
 
 @torch.no_grad()

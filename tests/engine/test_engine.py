@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from explib import engine, models
+from explib import engine, models, registry
 from explib.data import eval_batches, load_data
 from explib.engine import build, fused, graph, plan
 from explib.files import ROOT
@@ -25,7 +25,7 @@ from tests.conftest import image, needs_compiler
 from tests.engine.sweep import BATCHES, BOUNDS, SIZES, sweep
 
 SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
-SIDES = dict.fromkeys(models.ARCHS, 32) | {"resnet_50": 64}
+SIDES = dict.fromkeys(registry.NETWORKS, 32) | {"resnet_50": 64}
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
 
 
@@ -54,7 +54,7 @@ def error(model: nn.Module, fast: nn.Module, images: torch.Tensor) -> float:
     return float((fast(images) - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize("arch", models.ARCHS)
+@pytest.mark.parametrize("arch", registry.NETWORKS)
 def test_every_network_of_the_study_gives_torch_its_results(arch):
     model, side = masked(arch), SIDES[arch]
     fast = engine.compile(model, torch.zeros(1, 3, side, side), fallback=False)
@@ -496,7 +496,7 @@ def test_pooling_keeps_nan_wherever_it_is(count):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("arch", models.ARCHS)
+@pytest.mark.parametrize("arch", registry.NETWORKS)
 def test_every_network_in_16_bits_is_as_near_as_these_allow(arch, dtype):
     if not build.computes(build.library(), dtype):
         pytest.skip(f"this processor does not compute in {dtype}")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from explib import models
+from explib import models, registry
 from explib.errors import ParamError
+from explib.models import resnet
 from explib.pruning import counting
 from explib.pruning.checkpoints import load_weights
 from explib.pruning.layers import find_convs
@@ -30,16 +31,17 @@ KNOWN = {
 def arch(request):
     torch.manual_seed(0)
     model = models.build(request.param)
-    return request.param, model, find_convs(model, image(models.ARCHS[request.param].image_size))
+    size = registry.NETWORKS[request.param].image_size
+    return request.param, model, find_convs(model, image(size))
 
 
 class TestArchs:
     def test_all_are_known(self):
-        assert set(models.ARCHS) == set(KNOWN)
+        assert set(registry.NETWORKS) == set(KNOWN)
 
     def test_convs_macs_and_parameters(self, arch):
         name, model, convs = arch
-        size = models.ARCHS[name].image_size
+        size = registry.NETWORKS[name].image_size
         count, millions, parameters = KNOWN[name]
         assert len(convs) == count
         assert round(counting.macs(model, image(size))["dense"] / 1e6, 2) == millions
@@ -81,7 +83,7 @@ class TestArchs:
 
 
 def test_an_unknown_arch_lists_the_known():
-    with pytest.raises(ParamError, match="'resnet_18' is unknown; known: vgg_16_bn"):
+    with pytest.raises(ParamError, match="'resnet_18' is unknown; did you mean 'resnet_110'"):
         models.build("resnet_18")
 
 
@@ -114,7 +116,7 @@ def test_resnet_50_rates_put_the_shortcut_first_in_its_stage():
 
 
 def test_the_shortcut_takes_every_second_pixel_and_pads_the_channels():
-    block = models.resnet.BasicBlock(2, 6, 2).eval()
+    block = resnet.BasicBlock(2, 6, 2).eval()
     with torch.no_grad():
         block.conv2.weight.zero_()
     x = torch.arange(1, 33.0).reshape(1, 2, 4, 4)
@@ -127,7 +129,7 @@ def test_the_shortcut_takes_every_second_pixel_and_pads_the_channels():
 
 def test_a_block_by_hand():
     torch.manual_seed(0)
-    block = models.resnet.BasicBlock(4, 4, 1).eval()
+    block = resnet.BasicBlock(4, 4, 1).eval()
     block.bn1.running_mean.fill_(0.1)
     x = torch.randn(2, 4, 5, 5)
     scale = (1 + 1e-5) ** -0.5
@@ -184,12 +186,12 @@ class TestLoadWeights:
     @pytest.fixture
     def state(self):
         torch.manual_seed(1)
-        return models.resnet.build(depth=8).state_dict()
+        return resnet.build(depth=8).state_dict()
 
     @pytest.fixture
     def model(self):
         torch.manual_seed(2)
-        return models.resnet.build(depth=8)
+        return resnet.build(depth=8)
 
     @pytest.mark.parametrize(
         "change",

@@ -1,272 +1,26 @@
-"""Which kernels go, against a slow reading of the method's text, and the properties it implies."""
+"""Masks of whole networks by any criterion: what it may return, what is refused."""
 
-import math
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from explib import models
+from explib import models, registry
 from explib.errors import ParamError
-from explib.params import WAYS
 from explib.pruning import counting
 from explib.pruning import layers as layer_finding
-from explib.pruning.criteria import prune, prune_layer
+from explib.pruning.criteria import prune
 from explib.pruning.layers import prunable
-from explib.pruning.scores import delta_e, levels, redundancy
+from explib.pruning.scores import delta_e, levels
 from explib.rates import keep_floor, number_to_prune, parse_rates
 from tests.conftest import image
+from tests.pruning.test_ways import counts, seeded
 
 RATES_71 = "[0.0]+[0.7]*17+[0.4]*2+[0.7]*16+[0.5]*2+[0.8]*17"
-
-
-def slow_counts(weight, gamma, rate, floor, way, groups=13, strict=False):
-    """How many kernels go from each set, {(filter, level): n} for A and {level: n} for B.
-
-    Plain loops over the text of the method, section 2; rate and floor are decimal strings.
-    """
-    filters, channels = len(weight), len(weight[0])
-    delta = [[sum(float(x) for x in kernel.ravel()) for kernel in row] for row in weight]
-    top = max(map(max, delta))
-    if top <= 0:
-        top = max(abs(value) for row in delta for value in row) or 1.0
-    level = [
-        [round((1 / (1 + math.exp(-2 * x / top)) - 0.5) * groups) for x in row] for row in delta
-    ]
-    held = Counter(value for row in level for value in row)
-    by_frequency = sorted(held, key=lambda value: (-held[value], value))
-    if way == "A":
-        by_gamma = sorted(range(filters), key=lambda f: (abs(gamma[f]), f))
-        sets = [
-            ((f, value), level[f].count(value))
-            for f in by_gamma
-            for value in by_frequency
-            if value in level[f]
-        ]
-    else:
-        sets = [(value, held[value]) for value in by_frequency]
-    n = int(Fraction(rate) * filters * channels)
-    pruned = Counter()
-    for survivors_too in (False, True) if strict else (False,):
-        for key, size in sets:
-            stay = math.ceil(Fraction(floor) * size)
-            candidates = stay if survivors_too else size - stay
-            taken = min(candidates, n - pruned.total())
-            pruned[key] += taken
-    return +pruned
-
-
-def counts(mask, level, way):
-    """How many kernels a mask prunes from each set, as `slow_counts`."""
-    gone = [tuple(place) for place in (~mask).nonzero().tolist()]
-    return Counter((f, int(level[f, c])) if way == "A" else int(level[f, c]) for f, c in gone)
-
-
-@st.composite
-def layers(draw):
-    """Weights in steps of 1/8 and scales with ties, both exact."""
-    filters, channels, side = (draw(st.integers(1, n)) for n in (9, 9, 3))
-    random = np.random.default_rng(draw(st.integers(0, 2**20)))
-    low, high = draw(st.sampled_from([(-8, 9), (-3, 1), (0, 3)]))
-    weight = random.integers(low, high, (filters, channels, side, side)) / 8
-    gamma = random.integers(-3, 4, filters) / 4
-    return torch.from_numpy(weight).float(), torch.from_numpy(gamma).float()
-
-
-shares = st.integers(0, 99).map(lambda hundredths: f"{hundredths / 100:.2f}")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def layer(filters=12, channels=10, seed=0):
-    weight = torch.randn(filters, channels, 3, 3, generator=seeded(seed))
-    return weight, torch.randn(filters, generator=seeded(seed + 100))
-
-
-class TestAgainstTheText:
-    @given(layers(), shares, shares, st.booleans(), st.sampled_from(["random", "l1"]))
-    def test_way_a_takes_as_many_of_every_filter_and_level(self, given, rate, floor, strict, keep):
-        weight, gamma = given
-        mask = prune_layer(
-            weight, float(rate), "A", gamma=gamma, floor=float(floor), strict_rate=strict,
-            survivors=keep, generator=seeded(),
-        )  # fmt: skip
-        wanted = slow_counts(weight.numpy(), gamma.tolist(), rate, floor, "A", strict=strict)
-        assert counts(mask, levels(delta_e(weight)), "A") == wanted
-
-    @given(layers(), shares, shares, st.booleans(), st.sampled_from(["random", "l1"]))
-    def test_way_b_takes_as_many_of_every_level(self, given, rate, floor, strict, keep):
-        weight, _ = given
-        mask = prune_layer(
-            weight, float(rate), "B", floor=float(floor), strict_rate=strict,
-            survivors=keep, generator=seeded(),
-        )  # fmt: skip
-        wanted = slow_counts(weight.numpy(), None, rate, floor, "B", strict=strict)
-        assert counts(mask, levels(delta_e(weight)), "B") == wanted
-
-    def test_a_layer_by_hand(self):
-        # levels 5, 5, 5, 0 / 0, 0, 5, 5; level 5 is held by five kernels, 0 by three
-        weight = torch.tensor([[1.0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None, None]
-        gamma = torch.tensor([-2.0, 1.0])
-        floor = 0.4  # of 1, 2, 3, 5 kernels stay 1, 1, 2, 2
-        level = levels(delta_e(weight))
-        # A: filter 1 first: one of its 5s, one of its 0s; then one of filter 0's 5s
-        mask = prune_layer(weight, 0.9, "A", gamma=gamma, floor=floor, generator=seeded())
-        assert counts(mask, level, "A") == {(1, 5): 1, (1, 0): 1, (0, 5): 1}
-        # B: three of the five 5s, then one of the three 0s; half of 8 is 4
-        mask = prune_layer(weight, 0.5, "B", floor=floor, generator=seeded())
-        assert counts(mask, level, "B") == {5: 3, 0: 1}
-
-
-class TestNumbers:
-    @pytest.mark.parametrize(
-        ("rate", "kernels", "n"),
-        [(0.7, 10, 7), (0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (0.999, 1, 0), (0, 9, 0)],
-    )
-    def test_n_whatever_binary_fractions_say(self, rate, kernels, n):
-        assert number_to_prune(rate, kernels) == n
-
-    @given(layers(), shares, st.sampled_from(["B", "random", "l1", "bn", "matched"]))
-    def test_n_is_reached_where_there_is_no_floor(self, given, rate, way):
-        weight, gamma = given
-        mask = prune_layer(weight, float(rate), way, gamma=gamma, generator=seeded())
-        assert int((~mask).sum()) == int(Fraction(rate) * mask.numel())
-
-    @given(layers(), shares, shares, st.sampled_from("AB"))
-    def test_every_set_keeps_its_floor(self, given, rate, floor, way):
-        weight, gamma = given
-        mask = prune_layer(
-            weight, float(rate), way, gamma=gamma, floor=float(floor), generator=seeded()
-        )
-        level = levels(delta_e(weight))
-        sizes = counts(torch.zeros_like(mask), level, way)
-        for key, pruned in counts(mask, level, way).items():
-            assert sizes[key] - pruned >= math.ceil(Fraction(floor) * sizes[key])
-
-    @given(layers(), shares, shares, st.sampled_from("AB"))
-    def test_strict_rate_reaches_n(self, given, rate, floor, way):
-        weight, gamma = given
-        mask = prune_layer(
-            weight, float(rate), way, gamma=gamma, floor=float(floor), strict_rate=True
-        )
-        assert int((~mask).sum()) == int(Fraction(rate) * mask.numel())
-
-
-class TestChance:
-    @pytest.mark.parametrize("way", ["A", "B", "random", "bn", "matched"])
-    def test_equal_seeds_equal_masks_and_other_seeds_others(self, way):
-        weight, gamma = layer(12, 11)
-        masks = [
-            prune_layer(weight, 0.55, way, gamma=gamma, floor=0.2, generator=seeded(seed))
-            for seed in (1, 1, 2)
-        ]
-        assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-
-    @pytest.mark.parametrize(("way", "survivors"), [("l1", "random"), ("A", "l1"), ("B", "l1")])
-    def test_magnitude_leaves_nothing_to_chance(self, way, survivors):
-        weight, gamma = layer()
-        one, two = (
-            prune_layer(weight, 0.5, way, gamma=gamma, survivors=survivors, generator=seeded(s))
-            for s in (1, 2)
-        )
-        assert torch.equal(one, two)
-
-    @pytest.mark.parametrize("way", ["A", "B", "random"])
-    def test_every_kernel_of_equal_ones_has_the_same_chance(self, way):
-        weight, gamma = torch.ones(1, 8, 3, 3), torch.ones(1)
-        gone = sum(
-            (~prune_layer(weight, 0.5, way, gamma=gamma, generator=seeded(s))).int()
-            for s in range(400)
-        )
-        # 400 draws of a half: 140 to 260 is six standard deviations
-        assert gone.min() > 140 and gone.max() < 260 and gone.sum() == 1600
-
-
-class TestCriteria:
-    @given(layers(), shares)
-    def test_l1_keeps_the_largest_of_topk(self, given, rate):
-        weight, _ = given
-        norm = weight.abs().sum((2, 3)).flatten()
-        mask = prune_layer(weight, float(rate), "l1").flatten()
-        kept = norm[mask].sort(descending=True).values
-        assert torch.equal(kept, norm.topk(int(mask.sum())).values)
-
-    @given(layers(), shares, shares, st.sampled_from("AB"))
-    def test_l1_survivors_are_the_largest_of_their_set(self, given, rate, floor, way):
-        weight, gamma = given
-        mask = prune_layer(
-            weight, float(rate), way, gamma=gamma, floor=float(floor), survivors="l1"
-        )
-        norm, level = weight.abs().sum((2, 3)), levels(delta_e(weight))
-        for filters in range(len(weight)) if way == "A" else [slice(None)]:
-            for value in level.unique():
-                of_set = level[filters] == value
-                kept = norm[filters][of_set & mask[filters]]
-                pruned = norm[filters][of_set & ~mask[filters]]
-                assert not len(kept) or not len(pruned) or kept.min() >= pruned.max()
-
-    def test_bn_takes_the_filters_of_lowest_scale(self):
-        weight, _ = layer(5, 4)
-        gamma = torch.tensor([0.3, -0.1, 0.5, -0.2, 0.1])
-        mask = prune_layer(weight, 0.55, "bn", gamma=gamma, generator=seeded())
-        # 11 of 20: filters 1 and 4 (equal, lower index first) whole, then three of filter 3
-        assert (~mask).sum(1).tolist() == [0, 4, 0, 3, 4]
-
-    def test_a_negative_scale_counts_by_its_magnitude(self):
-        weight, _ = layer(2, 4)
-        mask = prune_layer(weight, 0.5, "bn", gamma=torch.tensor([-5.0, 1.0]))
-        assert (~mask).sum(1).tolist() == [0, 4]
-
-    def test_matched_takes_as_many_of_every_norm_as_way_b(self):
-        weight, _ = layer(12, 12)
-        ours = prune_layer(weight, 0.6, "B", floor=0.2, generator=seeded())
-        mask = prune_layer(weight, 0.6, "matched", floor=0.2, generator=seeded())
-        order = weight.abs().sum((2, 3)).flatten().argsort()
-        blocks = [kept.flatten()[order].view(9, 16).sum(1) for kept in (ours, mask)]
-        assert torch.equal(*blocks) and not torch.equal(ours, mask)
-
-    def test_matched_draws_evenly_among_kernels_alike(self):
-        weight = torch.arange(1.0, 17.0).view(4, 4, 1, 1)  # one neighbourhood
-        kept = sum(
-            prune_layer(weight, 0.5, "matched", generator=seeded(seed)).double()
-            for seed in range(2000)
-        )
-        # 8 of 16 stay: mean 1000, standard deviation 22
-        assert (kept - 1000).abs().max() < 100
-
-
-class TestPermutation:
-    def test_of_filters_permutes_the_counts_of_way_a(self):
-        weight, gamma = layer()
-        order = torch.randperm(12, generator=seeded(3))
-        one = prune_layer(weight, 0.6, "A", gamma=gamma, floor=0.2, generator=seeded())
-        two = prune_layer(
-            weight[order], 0.6, "A", gamma=gamma[order], floor=0.2, generator=seeded()
-        )
-        level = levels(delta_e(weight))
-        assert counts(two, level[order], "A") == Counter(
-            {
-                (order.tolist().index(f), value): n
-                for (f, value), n in counts(one, level, "A").items()
-            }
-        )
-
-    @pytest.mark.parametrize("way", "AB")
-    def test_of_channels_changes_no_count(self, way):
-        weight, gamma = layer()
-        order = torch.randperm(10, generator=seeded(3))
-        level = levels(delta_e(weight))
-        one = prune_layer(weight, 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
-        two = prune_layer(weight[:, order], 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
-        assert counts(two, level[:, order], way) == counts(one, level, way)
+WAYS = [name for name, entry in registry.CRITERIA.items() if not entry.whole_network]
 
 
 class TestErrors:
@@ -290,9 +44,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"^0: BatchNorm scales hold NaN"):
             prune(net, image(8), {"0": 0.5}, way)
 
-    def test_an_unknown_way_lists_the_known(self):
-        with pytest.raises(ParamError, match="'C' is unknown; known: A, B, random, l1, bn"):
-            prune_layer(layer()[0], 0.5, "C")
+    def test_an_unknown_criterion_lists_the_known(self, net):
+        known = (
+            r"^criterion: 'C' is unknown; known: 'A', 'B', 'random', 'l1', 'bn', .*module:function"
+        )
+        with pytest.raises(ParamError, match=known):
+            prune(net, image(8), 0.5, "C")
+        with pytest.raises(ParamError, match="did you mean 'matched'"):
+            prune(net, image(8), 0.5, "match")
 
     @pytest.mark.parametrize("rate", [1, 1.0, 1.2, -0.1, float("nan")])
     def test_a_rate_out_of_range(self, net, rate):
@@ -306,7 +65,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ({"survivors": "L1"}, "survivors: 'L1' is unknown; known: random, l1"),
+            ({"survivors": "L1"}, "survivors: 'L1' is unknown; .*known: 'random', 'l1'"),
+            ({"floors": 1}, "floors: is not for criterion 'B'; it takes bias_in_score, floor, .*"),
             ({"floor": 2.0}, "floor: 2.0 is out of range; give 0 to 1"),
             ({"floor": -1}, "floor: -1 is out of range; give 0 to 1"),
             ({"groups": 0}, "groups: 0; give a whole number from 1"),
@@ -398,7 +158,8 @@ class TestNetworks:
         model = models.build(arch)
         convs = layer_finding.find_convs(model, image(32))
         for way in WAYS:
-            masks = prune(model, None, 0.3, way, floor=0.0, convs=convs)
+            floor = 0.0 if way in ("A", "B", "matched") else None
+            masks = prune(model, None, 0.3, way, floor=floor, convs=convs)
             assert list(masks) == [conv.name for conv in convs]
             for conv in convs:
                 assert int((~masks[conv.name]).sum()) == number_to_prune(0.3, conv.kernels)
@@ -435,8 +196,96 @@ class TestPublicCheckpoint:
         assert round(100 * (1 - left / dense), 1) == 71.5
 
 
-def test_redundancy_by_hand():
-    scores = {"a": torch.tensor([[4.0, 4.0], [2.0, 0.0]]), "b": torch.ones(2, 3)}
-    table = redundancy(scores)
-    assert table.layer.tolist() == ["a", "b"] and table.kernels.tolist() == [4, 6]
-    assert table.redundant_pct.tolist() == [50, 100] and table.levels.tolist() == [3, 1]
+def peak(layer):
+    return layer.weight.abs().amax((2, 3))
+
+
+class TestOwnCriteria:
+    """What a function of the user's may be, and what it sees."""
+
+    def test_the_lowest_scores_go(self, net):
+        for name, mask in prune(net, image(8), 0.4, peak).items():
+            score = net.get_submodule(name).weight.abs().amax((2, 3))
+            assert int((~mask).sum()) == number_to_prune(0.4, mask.numel())
+            assert score[~mask].max() <= score[mask].min()
+
+    def test_of_equal_scores_the_lower_index_goes(self, net):
+        mask = prune(net, image(8), {"3": 0.25}, lambda layer: torch.zeros(6, 8))["3"]
+        assert mask.flatten().tolist() == [False] * 12 + [True] * 36
+
+    def test_scores_may_be_whole_numbers_infinite_or_of_numpy(self, net):
+        def scores(layer):
+            return np.arange(48).reshape(6, 8)
+
+        def last_row_first(layer):
+            return torch.tensor([1.0, 2, 3, 4, float("inf"), float("-inf")])[:, None].expand(6, 8)
+
+        mask = prune(net, image(8), {"3": 0.5}, scores)["3"]
+        assert (~mask).sum(1).tolist() == [8, 8, 8, 0, 0, 0]
+        mask = prune(net, image(8), {"3": 0.5}, last_row_first)["3"]
+        assert (~mask).sum(1).tolist() == [8, 8, 0, 0, 0, 8]
+
+    def test_a_mask_is_taken_as_it_is(self, net):
+        masks = prune(net, image(8), 0.5, lambda layer: layer.weight.sum((2, 3)) > 0)
+        for name, mask in masks.items():
+            assert torch.equal(mask, net.get_submodule(name).weight.sum((2, 3)) > 0)
+
+    def test_at_rate_0_a_conv_stays_whole(self, net):
+        masks = prune(net, image(8), [0.5, 0.0, 0.5], lambda layer: layer.weight[:, :, 0, 0] > 0)
+        assert masks["3"].all() and not masks["0"].all()
+
+    def test_it_sees_the_layer(self, net):
+        seen = {}
+
+        def look(layer):
+            seen[layer.name] = layer
+            return peak(layer)
+
+        prune(net, image(8), {"0": 0.5, "3": 0.25}, look, seed=3)
+        first, other = seen["0"], seen["3"]
+        assert torch.equal(first.weight, net[0].weight) and not first.weight.requires_grad
+        assert first.bias is None and torch.equal(other.bias, net[3].bias)
+        assert torch.equal(first.gamma, net[1].weight) and other.gamma is None
+        assert (first.rate, first.to_prune, other.to_prune) == (0.5, 12, 12)
+        torch.testing.assert_close(first.scale, net[1].weight.abs())
+        draws = [torch.rand(3, generator=layer.generator) for layer in (first, other)]
+        prune(net, image(8), {"0": 0.5, "3": 0.25}, look, seed=3)
+        assert torch.equal(draws[0], torch.rand(3, generator=seen["0"].generator))
+        assert not torch.equal(*draws)
+
+    def test_its_options_are_handed_on_by_name(self, net):
+        def power(layer, p=1.0):
+            return layer.weight.abs().pow(p).sum((2, 3))
+
+        by_norm = prune(net, image(8), 0.5, "l1")
+        assert all(torch.equal(by_norm[k], m) for k, m in prune(net, image(8), 0.5, power).items())
+        other = prune(net, image(8), 0.5, power, p=8.0)
+        assert not all(torch.equal(by_norm[name], mask) for name, mask in other.items())
+        with pytest.raises(ParamError, match=r"^q: is not for criterion 'power'; it takes p$"):
+            prune(net, image(8), 0.5, power, q=2)
+        with pytest.raises(
+            ParamError, match=r"^floor: is not for criterion 'L1 kernels'; .* none$"
+        ):
+            prune(net, image(8), 0.5, "l1", floor=0.2)
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (
+                torch.zeros(6),
+                r"returned torch.float32 \(6,\); give scores or a boolean mask, \(6, 8\)",
+            ),
+            (torch.zeros(8, 6), r"returned torch.float32 \(8, 6\)"),
+            (torch.zeros(6, 8, dtype=torch.complex64), "returned torch.complex64"),
+            (None, "returned a NoneType"),
+            (torch.full((6, 8), float("nan")), "scores hold NaN"),
+            (torch.zeros(6, 8, dtype=torch.bool), "prunes every kernel; keep at least one"),
+        ],
+    )
+    def test_what_is_no_answer_names_the_layer(self, net, returned, message):
+        with pytest.raises(ValueError, match=f"^3: the criterion('s|) {message}"):
+            prune(net, image(8), {"3": 0.5}, lambda layer: returned)
+
+    def test_what_is_no_function(self, net):
+        with pytest.raises(ParamError, match=r"^criterion: 3; give a function or a name$"):
+            prune(net, image(8), 0.5, 3)

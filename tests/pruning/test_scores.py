@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from explib.pruning.scores import delta_e, levels, linear_relation
+from explib.pruning.scores import delta_e, levels, linear_relation, redundancy
 
 
 def test_a_layer_by_hand():
@@ -164,3 +164,10 @@ class TestLinearRelation:
         images = torch.randn(8, 3, 32, 32)
         _, _, r2 = linear_relation(public.model, "layer2.3.conv1", images)
         assert 0.9 < r2 <= 1
+
+
+def test_redundancy_by_hand():
+    scores = {"a": torch.tensor([[4.0, 4.0], [2.0, 0.0]]), "b": torch.ones(2, 3)}
+    one, other = redundancy(scores)
+    assert one == {"layer": "a", "kernels": 4, "redundant_pct": 50, "levels": 3}
+    assert other == {"layer": "b", "kernels": 6, "redundant_pct": 100, "levels": 1}

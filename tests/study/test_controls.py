@@ -5,8 +5,13 @@ import json
 import pytest
 import torch
 
+from explib import registry
 from explib.params import Params
 from explib.study import controls, runs
+
+
+def peak(layer):
+    return layer.weight.abs().amax((2, 3))
 
 
 def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
@@ -16,13 +21,15 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     rates = controls.published()["rows"].assign(compress_rate="[0.5]")
     monkeypatch.setattr(controls, "published", lambda: {"rows": rates})
     monkeypatch.setattr(controls, "FOLDER", tmp_path)
-    rows = controls.measure(small, seeds=2)
+    own = f"{__name__}:peak"
+    rows = controls.measure(small, seeds=2, more=[own])
     settings = [row for row in rows if row["changed"]]
     assert len(settings) == 2 * len(controls.SETTINGS)
     assert {row["cut_pct"] for row in settings} == {71.9}
     rows = [row for row in rows if not row["changed"]]
-    assert len(rows) == 3 * len(controls.CRITERIA)
-    assert [len(row["top1"]) for row in rows[:9]] == [2, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert len(rows) == 3 * (len(registry.variants()) + 1)
+    chance = [len(row["top1"]) for row in rows[:10]]  # the last one: what nobody knows may draw
+    assert chance == [2, 2, 2, 2, 2, 1, 1, 1, 1, 2] and rows[9]["pruning_way"] == own
     assert all(0 <= value <= 100 for row in rows for value in row["top1"])
     assert {row["cut_pct"] for row in rows if "top1_as_was" in row} == {71.9}
     kernels = [row for row in rows if row["pruning_way"] in ("B", "random", "l1", "matched")]
@@ -33,7 +40,7 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     written = json.loads((tmp_path / "controls-resnet_56.json").read_text())["rows"]
     assert written == rows + settings
     monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
-    assert controls.measure(small) == written
+    assert controls.measure(small, more=[own]) == written
 
 
 def test_the_norm_kept_is_a_mean_over_convs(net):

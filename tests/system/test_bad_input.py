@@ -289,7 +289,8 @@ def test_damaged_files_of_an_earlier_run(good, tmp_path, name, content, message)
 def test_images_of_a_size_that_a_network_does_not_take(tmp_path):
     root = make_folders(tmp_path / "images", {"a": 4, "b": 4})
     params = TINY.replace(dataset="imagenet", data_dir=str(root), arch="vgg_16_bn")
-    with pytest.raises(ParamError, match=r"^image_size: vgg_16_bn takes no images of 224 pixels"):
+    message = r"^image_size: vgg_16_bn does not run on images \(3, 224, 224\) .* 32 pixels a side$"
+    with pytest.raises(ParamError, match=message):
         networks.fresh(params)
 
 
@@ -434,8 +435,8 @@ def test_a_state_that_is_no_state_of_a_run(good, tmp_path):
 
 # what a network says of itself instead, and what the answer has to say
 NETWORKS = {
-    "of an unknown arch": ({"arch": "lenet"}, "is a 'lenet'; known: vgg_16_bn"),
-    "whose arch is a list": ({"arch": []}, "is a []; known: vgg_16_bn"),
+    "of an unknown arch": ({"arch": "lenet"}, "its arch is 'lenet'; known: vgg_16_bn"),
+    "whose arch is a list": ({"arch": []}, "its arch is []; known: vgg_16_bn"),
     "of no classes": ({"num_classes": None}, "num_classes is None; give how many"),
     "of negative classes": ({"num_classes": -5}, "num_classes is -5; give how many"),
     "of other classes": ({"num_classes": 7}, "linear.weight is (10, 64), not (7, 64)"),

@@ -26,11 +26,14 @@ PARAMS = TINY.replace(limit_train=128)
 LIVES = """
 import functools, json, os, random, signal, sys, time
 import torch
-from explib import data, models, runs
+from explib import data, registry
+from explib.models import resnet
 from explib.params import Params
+from explib.study import runs
 
 torch.set_num_threads(1)  # no threads before a fork
-models.ARCHS["resnet_56"] = models.Arch(lambda num_classes: models.resnet.build(num_classes, 8))
+small = lambda num_classes: resnet.build(num_classes, 8)
+registry.NETWORKS["resnet_56"] = registry.Network(small, "ResNet-56")
 runs._save_network = functools.partial(runs._save_network, dtype=torch.float32)  # every bit
 chance, changes, wanted = random.Random(0), json.loads(sys.argv[1]), int(sys.argv[2])
 

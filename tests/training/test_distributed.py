@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from explib import models
 from explib.data import load_data
 from explib.errors import ParamError
 from explib.files import ROOT, load_tensors
+from explib.models import resnet
 from explib.params import Params
 from explib.pruning import checkpoints
 from explib.study import networks
@@ -34,10 +34,12 @@ FIXED = Params(
 # argument, rank 1 is lost once, as soon as there is something to go on from.
 DRIVER = """
 import os, pathlib, signal, sys, threading, time
-from explib import models
+from explib import registry
 from explib.__main__ import cli
+from explib.models import resnet
 
-models.ARCHS["resnet_56"] = models.Arch(lambda num_classes: models.resnet.build(num_classes, 8))
+small = lambda num_classes: resnet.build(num_classes, 8)
+registry.NETWORKS["resnet_56"] = registry.Network(small, "ResNet-56")
 state, mark = map(pathlib.Path, sys.argv[1:3])
 
 def kill():
@@ -57,7 +59,7 @@ def start(tmp_path_factory):
     """A trained network: with fixed statistics, fresh weights diverge."""
     params = FIXED.replace(freeze_bn=False, lr=0.1, limit_train=0, batch_size=64, epochs=3)
     torch.manual_seed(0)
-    model = models.resnet.build(10, 8).to(memory_format=torch.channels_last)
+    model = resnet.build(10, 8).to(memory_format=torch.channels_last)
     for _ in loop.train(model, load_data(params), params):
         pass
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"

@@ -13,8 +13,9 @@ import torch
 
 from explib.files import ROOT, write_json
 from explib.models import build
-from explib.pruning.criteria import prune, prune_layer
+from explib.pruning.criteria import Layer, prune
 from explib.pruning.layers import find_convs
+from explib.pruning.ways import way_b
 from explib.rates import keep_floor, number_to_prune, parse_rates
 from explib.study.records import provenance
 
@@ -70,11 +71,12 @@ def scoring() -> dict:
         for survivors in ("random", "l1")
     }
     weight, floor = model.get_submodule(convs[-1].name).weight.detach(), keep_floor(rates)
-    ours = best_of(lambda: prune_layer(weight, 0.6, "B", floor=floor), 5)
+    layer = Layer(convs[-1].name, weight, rate=0.6)
+    ours = best_of(lambda: way_b(layer, floor=floor), 5)
     started = time.perf_counter()
     pruned = plain_loop(weight, 0.6, floor)
     plain = time.perf_counter() - started
-    assert pruned == int((~prune_layer(weight, 0.6, "B", floor=floor)).sum())
+    assert pruned == int((~way_b(layer, floor=floor)).sum())
     torch.set_num_threads(threads)
     return result | {
         "512x512 layer, way B, s": ours,

@@ -1,0 +1,257 @@
+"""The study's criteria against a slow reading of the method's text, and properties it implies."""
+
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from explib import registry
+from explib.pruning.criteria import Layer, mask_of, options_of
+from explib.pruning.scores import delta_e, levels
+from explib.rates import number_to_prune
+
+
+def slow_counts(weight, gamma, rate, floor, way, groups=13, strict=False):
+    """How many kernels go from each set, {(filter, level): n} for A and {level: n} for B.
+
+    Plain loops over the text of the method, section 2; rate and floor are decimal strings.
+    """
+    filters, channels = len(weight), len(weight[0])
+    delta = [[sum(float(x) for x in kernel.ravel()) for kernel in row] for row in weight]
+    top = max(map(max, delta))
+    if top <= 0:
+        top = max(abs(value) for row in delta for value in row) or 1.0
+    level = [
+        [round((1 / (1 + math.exp(-2 * x / top)) - 0.5) * groups) for x in row] for row in delta
+    ]
+    held = Counter(value for row in level for value in row)
+    by_frequency = sorted(held, key=lambda value: (-held[value], value))
+    if way == "A":
+        by_gamma = sorted(range(filters), key=lambda f: (abs(gamma[f]), f))
+        sets = [
+            ((f, value), level[f].count(value))
+            for f in by_gamma
+            for value in by_frequency
+            if value in level[f]
+        ]
+    else:
+        sets = [(value, held[value]) for value in by_frequency]
+    n = int(Fraction(rate) * filters * channels)
+    pruned = Counter()
+    for survivors_too in (False, True) if strict else (False,):
+        for key, size in sets:
+            stay = math.ceil(Fraction(floor) * size)
+            candidates = stay if survivors_too else size - stay
+            taken = min(candidates, n - pruned.total())
+            pruned[key] += taken
+    return +pruned
+
+
+def counts(mask, level, way):
+    """How many kernels a mask prunes from each set, as `slow_counts`."""
+    gone = [tuple(place) for place in (~mask).nonzero().tolist()]
+    return Counter((f, int(level[f, c])) if way == "A" else int(level[f, c]) for f, c in gone)
+
+
+@st.composite
+def layers(draw):
+    """Weights in steps of 1/8 and scales with ties, both exact."""
+    filters, channels, side = (draw(st.integers(1, n)) for n in (9, 9, 3))
+    random = np.random.default_rng(draw(st.integers(0, 2**20)))
+    low, high = draw(st.sampled_from([(-8, 9), (-3, 1), (0, 3)]))
+    weight = random.integers(low, high, (filters, channels, side, side)) / 8
+    gamma = random.integers(-3, 4, filters) / 4
+    return torch.from_numpy(weight).float(), torch.from_numpy(gamma).float()
+
+
+shares = st.integers(0, 99).map(lambda hundredths: f"{hundredths / 100:.2f}")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def layer(filters=12, channels=10, seed=0):
+    weight = torch.randn(filters, channels, 3, 3, generator=seeded(seed))
+    return weight, torch.randn(filters, generator=seeded(seed + 100))
+
+
+def chosen(weight, rate, way, gamma=None, generator=None, **options):
+    """The mask of one layer, with those of the options that the way has."""
+    function = registry.load(registry.criterion(way).function, "pruning_way")
+    options = {name: value for name, value in options.items() if name in options_of(function)}
+    layer = Layer("layer", weight, None, gamma, rate, generator)
+    return mask_of(layer, function, **options)
+
+
+class TestAgainstTheText:
+    @given(layers(), shares, shares, st.booleans(), st.sampled_from(["random", "l1"]))
+    def test_way_a_takes_as_many_of_every_filter_and_level(self, given, rate, floor, strict, keep):
+        weight, gamma = given
+        mask = chosen(
+            weight, float(rate), "A", gamma=gamma, floor=float(floor), strict_rate=strict,
+            survivors=keep, generator=seeded(),
+        )  # fmt: skip
+        wanted = slow_counts(weight.numpy(), gamma.tolist(), rate, floor, "A", strict=strict)
+        assert counts(mask, levels(delta_e(weight)), "A") == wanted
+
+    @given(layers(), shares, shares, st.booleans(), st.sampled_from(["random", "l1"]))
+    def test_way_b_takes_as_many_of_every_level(self, given, rate, floor, strict, keep):
+        weight, _ = given
+        mask = chosen(
+            weight, float(rate), "B", floor=float(floor), strict_rate=strict,
+            survivors=keep, generator=seeded(),
+        )  # fmt: skip
+        wanted = slow_counts(weight.numpy(), None, rate, floor, "B", strict=strict)
+        assert counts(mask, levels(delta_e(weight)), "B") == wanted
+
+    def test_a_layer_by_hand(self):
+        # levels 5, 5, 5, 0 / 0, 0, 5, 5; level 5 is held by five kernels, 0 by three
+        weight = torch.tensor([[1.0, 1, 1, 0], [0, 0, 1, 1]])[:, :, None, None]
+        gamma = torch.tensor([-2.0, 1.0])
+        floor = 0.4  # of 1, 2, 3, 5 kernels stay 1, 1, 2, 2
+        level = levels(delta_e(weight))
+        # A: filter 1 first: one of its 5s, one of its 0s; then one of filter 0's 5s
+        mask = chosen(weight, 0.9, "A", gamma=gamma, floor=floor, generator=seeded())
+        assert counts(mask, level, "A") == {(1, 5): 1, (1, 0): 1, (0, 5): 1}
+        # B: three of the five 5s, then one of the three 0s; half of 8 is 4
+        mask = chosen(weight, 0.5, "B", floor=floor, generator=seeded())
+        assert counts(mask, level, "B") == {5: 3, 0: 1}
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("rate", "kernels", "n"),
+        [(0.7, 10, 7), (0.29, 100, 29), (0.57, 100, 57), (0.5, 3, 1), (0.999, 1, 0), (0, 9, 0)],
+    )
+    def test_n_whatever_binary_fractions_say(self, rate, kernels, n):
+        assert number_to_prune(rate, kernels) == n
+
+    @given(layers(), shares, st.sampled_from(["B", "random", "l1", "bn", "matched"]))
+    def test_n_is_reached_where_there_is_no_floor(self, given, rate, way):
+        weight, gamma = given
+        mask = chosen(weight, float(rate), way, gamma=gamma, generator=seeded())
+        assert int((~mask).sum()) == int(Fraction(rate) * mask.numel())
+
+    @given(layers(), shares, shares, st.sampled_from("AB"))
+    def test_every_set_keeps_its_floor(self, given, rate, floor, way):
+        weight, gamma = given
+        mask = chosen(weight, float(rate), way, gamma=gamma, floor=float(floor), generator=seeded())
+        level = levels(delta_e(weight))
+        sizes = counts(torch.zeros_like(mask), level, way)
+        for key, pruned in counts(mask, level, way).items():
+            assert sizes[key] - pruned >= math.ceil(Fraction(floor) * sizes[key])
+
+    @given(layers(), shares, shares, st.sampled_from("AB"))
+    def test_strict_rate_reaches_n(self, given, rate, floor, way):
+        weight, gamma = given
+        mask = chosen(weight, float(rate), way, gamma=gamma, floor=float(floor), strict_rate=True)
+        assert int((~mask).sum()) == int(Fraction(rate) * mask.numel())
+
+
+class TestChance:
+    @pytest.mark.parametrize("way", ["A", "B", "random", "bn", "matched"])
+    def test_equal_seeds_equal_masks_and_other_seeds_others(self, way):
+        weight, gamma = layer(12, 11)
+        masks = [
+            chosen(weight, 0.55, way, gamma=gamma, floor=0.2, generator=seeded(seed))
+            for seed in (1, 1, 2)
+        ]
+        assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+    @pytest.mark.parametrize(("way", "survivors"), [("l1", "random"), ("A", "l1"), ("B", "l1")])
+    def test_magnitude_leaves_nothing_to_chance(self, way, survivors):
+        weight, gamma = layer()
+        one, two = (
+            chosen(weight, 0.5, way, gamma=gamma, survivors=survivors, generator=seeded(s))
+            for s in (1, 2)
+        )
+        assert torch.equal(one, two)
+
+    @pytest.mark.parametrize("way", ["A", "B", "random"])
+    def test_every_kernel_of_equal_ones_has_the_same_chance(self, way):
+        weight, gamma = torch.ones(1, 8, 3, 3), torch.ones(1)
+        gone = sum(
+            (~chosen(weight, 0.5, way, gamma=gamma, generator=seeded(s))).int() for s in range(400)
+        )
+        # 400 draws of a half: 140 to 260 is six standard deviations
+        assert gone.min() > 140 and gone.max() < 260 and gone.sum() == 1600
+
+
+class TestCriteria:
+    @given(layers(), shares)
+    def test_l1_keeps_the_largest_of_topk(self, given, rate):
+        weight, _ = given
+        norm = weight.abs().sum((2, 3)).flatten()
+        mask = chosen(weight, float(rate), "l1").flatten()
+        kept = norm[mask].sort(descending=True).values
+        assert torch.equal(kept, norm.topk(int(mask.sum())).values)
+
+    @given(layers(), shares, shares, st.sampled_from("AB"))
+    def test_l1_survivors_are_the_largest_of_their_set(self, given, rate, floor, way):
+        weight, gamma = given
+        mask = chosen(weight, float(rate), way, gamma=gamma, floor=float(floor), survivors="l1")
+        norm, level = weight.abs().sum((2, 3)), levels(delta_e(weight))
+        for filters in range(len(weight)) if way == "A" else [slice(None)]:
+            for value in level.unique():
+                of_set = level[filters] == value
+                kept = norm[filters][of_set & mask[filters]]
+                pruned = norm[filters][of_set & ~mask[filters]]
+                assert not len(kept) or not len(pruned) or kept.min() >= pruned.max()
+
+    def test_bn_takes_the_filters_of_lowest_scale(self):
+        weight, _ = layer(5, 4)
+        gamma = torch.tensor([0.3, -0.1, 0.5, -0.2, 0.1])
+        mask = chosen(weight, 0.55, "bn", gamma=gamma, generator=seeded())
+        # 11 of 20: filters 1 and 4 (equal, lower index first) whole, then three of filter 3
+        assert (~mask).sum(1).tolist() == [0, 4, 0, 3, 4]
+
+    def test_a_negative_scale_counts_by_its_magnitude(self):
+        weight, _ = layer(2, 4)
+        mask = chosen(weight, 0.5, "bn", gamma=torch.tensor([-5.0, 1.0]))
+        assert (~mask).sum(1).tolist() == [0, 4]
+
+    def test_matched_takes_as_many_of_every_norm_as_way_b(self):
+        weight, _ = layer(12, 12)
+        ours = chosen(weight, 0.6, "B", floor=0.2, generator=seeded())
+        mask = chosen(weight, 0.6, "matched", floor=0.2, generator=seeded())
+        order = weight.abs().sum((2, 3)).flatten().argsort()
+        blocks = [kept.flatten()[order].view(9, 16).sum(1) for kept in (ours, mask)]
+        assert torch.equal(*blocks) and not torch.equal(ours, mask)
+
+    def test_matched_draws_evenly_among_kernels_alike(self):
+        weight = torch.arange(1.0, 17.0).view(4, 4, 1, 1)  # one neighbourhood
+        kept = sum(
+            chosen(weight, 0.5, "matched", generator=seeded(seed)).double() for seed in range(2000)
+        )
+        # 8 of 16 stay: mean 1000, standard deviation 22
+        assert (kept - 1000).abs().max() < 100
+
+
+class TestPermutation:
+    def test_of_filters_permutes_the_counts_of_way_a(self):
+        weight, gamma = layer()
+        order = torch.randperm(12, generator=seeded(3))
+        one = chosen(weight, 0.6, "A", gamma=gamma, floor=0.2, generator=seeded())
+        two = chosen(weight[order], 0.6, "A", gamma=gamma[order], floor=0.2, generator=seeded())
+        level = levels(delta_e(weight))
+        assert counts(two, level[order], "A") == Counter(
+            {
+                (order.tolist().index(f), value): n
+                for (f, value), n in counts(one, level, "A").items()
+            }
+        )
+
+    @pytest.mark.parametrize("way", "AB")
+    def test_of_channels_changes_no_count(self, way):
+        weight, gamma = layer()
+        order = torch.randperm(10, generator=seeded(3))
+        level = levels(delta_e(weight))
+        one = chosen(weight, 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
+        two = chosen(weight[:, order], 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
+        assert counts(two, level[:, order], way) == counts(one, level, way)
