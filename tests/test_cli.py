@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -78,8 +80,9 @@ assert not slow, slow
     def test_every_command_is_in_a_section(self):
         assert sorted(COMMANDS) == sorted(cli.commands)
         text = call("--help")
-        titles = [line[:-1] for line in text.splitlines() if line.endswith(":")]
-        assert titles == ["Options", *SECTIONS] and "..." not in text  # no line is cut off
+        titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[A-Z].*:", line)]
+        assert titles == ["Options", *SECTIONS]
+        assert text.count("...") == 1  # of the usage: no line is cut off
 
     def test_every_parameter_is_an_option_with_its_explanation(self):
         text = " ".join(call("finetune", "--help").split())
@@ -243,11 +246,7 @@ def test_options_stand_above_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (
-            ["flops", "--arch", "resnet_5"],
-            2,
-            "arch: 'resnet_5' is unknown; did you mean 'resnet_56'",
-        ),
+        (["flops", "--arch", "resnet_5"], 2, "'resnet_5' is unknown; did you mean 'resnet_56'"),
         (["tables", "--dataset", "cifar11"], 2, "dataset: 'cifar11' is unknown"),
         (["tables", "--dataset", "digits", "--readme"], 2, "README.md has the tables of 'cifar10'"),
         (["controls", "googlenet"], 2, "arch: 'googlenet' has no controls"),
@@ -256,7 +255,7 @@ def test_options_stand_above_the_file(tmp_path):
         (["verify", "not-there.safetensors"], 1, "not-there.safetensors"),
         (["bench", "processes", "0"], 2, "0 is not in the range"),
         (["flops", "--compress_rate", "[1.5]"], 2, "compress_rate: rate 1.5"),
-        (["flops", "--lr", "many"], 2, "'many' is not a valid float"),
+        (["baseline", "--lr", "many"], 2, "'many' is not a valid float"),
         (["flops", "-f", "not-there.yaml"], 2, "not-there.yaml: cannot be read"),
         (["prune", "--resume", "not-there.th"], 1, "not-there.th is not there"),
         (["evaluate", "not-there.safetensors"], 1, "not-there.safetensors"),
@@ -280,7 +279,7 @@ class TestStudy:
         assert "torch fp32: the worst of 1 off by 0.00, allowed 0.05" in call("verify", path)
         assert not (tmp_path / "bench").exists()  # one network is not all that are shipped
         found = json.loads(call("verify", "--results_dir", tmp_path, "--json"))
-        assert json.loads(open(found["file"]).read())["rows"] == found["rows"]
+        assert json.loads(Path(found["file"]).read_text())["rows"] == found["rows"]
         assert found["rows"] == [{"network": "a", **row}]
         row["top1"] = 89.9
         done = CliRunner().invoke(cli, ["verify", str(path)])
@@ -312,7 +311,7 @@ class TestStudy:
         notebook.parent.mkdir(parents=True)
         nbformat.write(new_notebook(cells=[cell]), notebook)
         found = call("report", "--results_dir", tmp_path).strip()
-        assert found == str(tmp_path / "report.html") and "one" in open(found).read()
+        assert found == str(tmp_path / "report.html") and "one" in Path(found).read_text()
         monkeypatch.chdir(tmp_path)
         assert call("report", notebook, "page.html").strip() == "page.html"
         assert (tmp_path / "page.html").read_bytes() == (tmp_path / "report.html").read_bytes()
