@@ -19,14 +19,19 @@ from click.shell_completion import CompletionItem
 from explib.errors import ParamError
 from explib.params import CHOICES, Params, from_mapping, from_yaml
 
-_NETWORK = ("arch", "dataset", "data_dir", "image_size", "normalization", "resume")
-_NETWORK += ("results_dir", "threads")
-_MASKS = ("compress_rate", "start_cov", "pruning_way", "survivors", "groups", "keep_floor")
-_MASKS += ("strict_rate", "bias_in_score", "resume_mask", "seed", "mask_seed")
-_TRAINING = ("data_url", "epochs", "batch_size", "micro_batch", "lr", "lr_schedule")
-_TRAINING += ("lr_decay_step", "momentum", "nesterov", "weight_decay", "label_smoothing")
-_TRAINING += ("freeze_bn", "validation", "limit_train", "limit_test", "seed", "device")
-_TRAINING += ("precision", "compile", "workers")
+_NETWORK = (
+    "arch", "dataset", "data_dir", "image_size", "normalization", "resume", "results_dir",
+    "threads",
+)  # fmt: skip
+_MASKS = (
+    "compress_rate", "start_cov", "pruning_way", "survivors", "groups", "keep_floor",
+    "strict_rate", "bias_in_score", "resume_mask", "seed", "mask_seed",
+)  # fmt: skip
+_TRAINING = (
+    "data_url", "epochs", "batch_size", "micro_batch", "lr", "lr_schedule", "lr_decay_step",
+    "momentum", "nesterov", "weight_decay", "label_smoothing", "freeze_bn", "validation",
+    "limit_train", "limit_test", "seed", "device", "precision", "compile", "workers",
+)  # fmt: skip
 FIELDS = {
     "score": (*_NETWORK, "start_cov", "groups", "bias_in_score"),
     "prune": (*_NETWORK, *_MASKS, "name", "job_dir"),

@@ -290,11 +290,12 @@ def record(
         "rows": measure(params, rounds),
         "by_sparsity": (row for arch in archs for row in by_sparsity(arch, params)),
     }
-    found = {"rows": [], "by_sparsity": [], "provenance": provenance(device)}
+    found: dict[str, list[dict]] = {part: [] for part in parts}
+    origin = {"provenance": provenance(device)}
     for part, rows in parts.items():
         for row in rows:
             found[part].append(row)
-            whole = found | {"ratios": ratios(found["rows"])}
+            whole = {**found, **origin, "ratios": ratios(found["rows"])}
             write_bench("training-MACHINE", whole, results_dir)
             yield row
 
