@@ -189,6 +189,12 @@ class TestOptions:
 def test_the_whole_way(folder):
     rows = json.loads(call(*tiny("score", results_dir=folder), "--json"))
     assert len(rows) == 7 and rows[0]["kernels"] == 48
+    weights, _, _ = checkpoints.load_compact(folder / "checkpoints/digits/resnet_56.safetensors")
+    sums = weights[f"{rows[1]['layer']}.weight"].sum((2, 3))
+    assert (rows[1]["delta_e_min"], rows[1]["delta_e_max"]) == pytest.approx(
+        (float(sums.min()), float(sums.max())), abs=1e-5
+    )
+    assert -7 <= rows[1]["level_min"] < rows[1]["level_max"] == 5  # (1 / (1 + e^-2) - 0.5) * 13
     pruned = json.loads(call(*tiny("prune", results_dir=folder), "--json"))
     assert (folder / "runs").is_dir() and os.path.isfile(pruned["masks"])
     assert f"{100 * pruned['sparsity']:.2f} %" in call(*tiny("flops", results_dir=folder))
@@ -366,9 +372,12 @@ class TestElsewhere:
         assert done.returncode == 0 and "50.00 % (asked for: 50.00 %)" in done.stdout, done.stderr
 
     def test_the_tables_of_a_readme(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("explib.__main__.resolve", lambda path: tmp_path / path)
+        words = ["tables", "--readme", "--no-figures", "--results_dir", tmp_path / "found"]
+        (tmp_path / "README.md").write_text("no marks")
+        assert "README.md: has no table" in call(*words, status=1)
         (tmp_path / "README.md").write_text("<!-- table:flops -->\n<!-- /table:flops -->\n")
-        found = call("tables", "--readme", "--no-figures", "--results_dir", "found").split()
+        found = call(*words).split()
         assert str(tmp_path / "README.md") in found
         assert "| VGG-16 | 53.10 |" in (tmp_path / "README.md").read_text()
         assert (tmp_path / "found/tables/cifar10/flops.csv").is_file()

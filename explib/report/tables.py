@@ -304,11 +304,15 @@ def build(
     """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths.
 
     readme: a Markdown file whose tables are written anew, too, where its marks say; see `fill`.
+    ValueError where it has no marks.
     """
     folder = resolve(results_dir) / "tables" / dataset
     written, tables = [], make(results_dir, dataset)
     if readme:
-        written.append(write_text(readme, fill(Path(readme).read_text(), tables)))
+        text = Path(readme).read_text()
+        if "<!-- table:" not in text:
+            raise ValueError(f"{readme}: has no table between <!-- table:NAME --> and its end")
+        written.append(write_text(readme, fill(text, tables)))
     for name, table in tables.items():
         written += [
             write_text(folder / f"{name}.csv", table.to_csv(index=False)),
