@@ -381,3 +381,10 @@ class TestElsewhere:
         assert str(tmp_path / "README.md") in found
         assert "| VGG-16 | 53.10 |" in (tmp_path / "README.md").read_text()
         assert (tmp_path / "found/tables/cifar10/flops.csv").is_file()
+
+
+def test_no_other_module_reads_arguments():
+    paths = sorted((ROOT / "explib").glob("**/*.py"))
+    doors = [path.name for path in paths if "__name__ ==" in path.read_text()]
+    assert doors == ["__main__.py"]
+    assert not [path for path in paths if re.search(r"argparse|sys\.argv", path.read_text())]
