@@ -36,23 +36,22 @@ tables: .venv/ready  ## every table and figure, and those of the README, from th
 	@$(MAKE) --no-print-directory --jobs 2 readme 04_tables
 
 readme: .venv/ready
-	$(BIN)/python -m explib.report.tables
+	$(BIN)/explib tables --readme --no-figures
 
 04_tables: .venv/ready
 	$(BIN)/papermill --no-progress-bar --log-level WARNING notebooks/04_tables.ipynb results/notebooks/cifar10/04_tables.ipynb
 
 report: tables  ## the study as one HTML page, results/report.html: seconds
-	$(BIN)/python -m explib.report.page
+	$(BIN)/explib report
 
 verify: .venv/ready  ## the shipped networks' accuracy, measured anew, in torch and in the engine: minutes
-	$(BIN)/python -m explib.study.verify
+	$(BIN)/explib verify
 
 lab: .venv/ready  ## JupyterLab on the first notebook
 	$(BIN)/jupyter lab notebooks/00_baseline.ipynb
 
 bench: .venv/ready  ## how fast this machine scores, trains, evaluates and runs what is left: minutes
-	$(BIN)/python -m explib.study.bench.scoring
-	$(BIN)/python -m explib.study.bench.training
-	$(BIN)/python -m explib.study.bench.processes
-	$(BIN)/python -m explib.study.bench.inference
-	$(BIN)/python -m explib.report.inference_plots
+	$(BIN)/explib bench scoring
+	$(BIN)/explib bench training
+	$(BIN)/explib bench processes
+	$(BIN)/explib bench inference

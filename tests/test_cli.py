@@ -1,20 +1,45 @@
 """The command line, called as a user calls it: output, JSON, exit status, one-line errors."""
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
 from click.testing import CliRunner
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from explib.__main__ import cli
-from explib.files import ROOT
+from explib import models
+from explib.__main__ import SECTIONS, cli
+from explib.cli import FIELDS
+from explib.files import ROOT, load_tensors
 from explib.params import Params
+from explib.pruning import checkpoints
+from explib.study import controls, recipes, verify
+from explib.study.bench import inference, processes, training
+from tests.conftest import make_folders
 
-TINY = ["--epochs", "1", "--batch_size", "32", "--limit_train", "64", "--limit_test", "40"]
-TINY += ["--bn_images", "32", "--threads", "1"]
+TINY = {"epochs": 1, "batch_size": 32, "limit_train": 64, "limit_test": 40, "bn_images": 32}
+TINY |= {"threads": 1, "device": "cpu", "precision": "fp32"}
+COMMANDS = [name for names in SECTIONS.values() for name in names]
+# Another value for each field that some command does not show
+OTHERS = {
+    "name": "other", "data_url": "https://example.org/x", "resume_mask": "not-there.safetensors",
+    "job_dir": "/not-there", "pruning_way": "A", "compress_rate": "[0.3]", "survivors": "l1",
+    "groups": 5, "keep_floor": 0.4, "start_cov": 2, "strict_rate": True, "bias_in_score": True,
+    "schedule": "layerwise", "epochs": 7, "batch_size": 16, "micro_batch": 8, "lr": 0.1,
+    "lr_schedule": "step", "lr_decay_step": "3", "momentum": 0.5, "nesterov": False,
+    "weight_decay": 0.1, "label_smoothing": 0.1, "distill": 0.1, "fade_epochs": 1,
+    "bn_images": 16, "freeze_bn": True, "validation": 9, "limit_train": 33, "limit_test": 21,
+    "seed": 3, "mask_seed": 4, "device": "cpu", "precision": "bf16", "compile": "on",
+    "workers": 2,
+}  # fmt: skip
 
 
 def call(*words, status=0):
@@ -24,49 +49,159 @@ def call(*words, status=0):
     return done.stdout if status == 0 else done.stderr
 
 
+def tiny(command, **more):
+    """The options of a run of a second, as far as a command has them."""
+    chosen = {name: value for name, value in TINY.items() if name in FIELDS[command]} | more
+    return [command, *(f"--{name}={value}" for name, value in chosen.items())]
+
+
 @pytest.fixture
 def folder(tmp_path, resnet_8):
     """A results folder with a dense network of eight layers."""
-    call("baseline", "--results_dir", tmp_path, *TINY)
+    call(*tiny("baseline", results_dir=tmp_path))
     return tmp_path
 
 
-def test_as_a_process_help_is_quick_and_needs_no_torch():
-    code = "import sys, explib.__main__ as m; assert 'torch' not in sys.modules; m.cli(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "finetune" in done.stdout, done.stderr
-    module = [sys.executable, "-m", "explib", "nonsense"]
-    assert subprocess.run(module, capture_output=True, cwd=ROOT).returncode == 2
+class TestHelp:
+    def test_it_is_quick_and_needs_no_torch(self):
+        """As a process, for every command; nor what draws and tabulates."""
+        commands = [["-h"], *([name, "--help"] for name in COMMANDS)]
+        commands += [["bench", name, "--help"] for name in cli.commands["bench"].commands]
+        code = f"""
+import sys, explib.__main__ as m
+for words in {commands}:
+    m.cli(words, standalone_mode=False)
+slow = {{"torch", "pandas", "matplotlib", "numpy"}} & set(sys.modules)
+assert not slow, slow
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("Usage:") == len(commands), done.stderr
+
+    def test_every_command_is_in_a_section(self):
+        assert sorted(COMMANDS) == sorted(cli.commands)
+        text = call("--help")
+        titles = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[A-Z].*:", line)]
+        assert titles == ["Options", *SECTIONS]
+        assert text.count("...") == 1  # of the usage: no line is cut off
+
+    def test_every_parameter_is_an_option_with_its_explanation(self):
+        text = " ".join(call("finetune", "--help").split())
+        for field in dataclasses.fields(Params):
+            assert f"--{field.name} " in text or f"--{field.name}," in text, field.name
+        assert "weight of the dense network's soft labels in the loss [default: 0.9]" in text
+        assert "share of each redundant set that stays; null: 1-max(rates)-0.1" in text
+
+    def test_options_stand_under_the_headings_of_the_parameters(self):
+        lines = call("finetune", "--help").splitlines()
+        titles = [line[:-1] for line in lines if line.endswith(":") and line[0] != " "]
+        assert titles[1:] == [
+            "What is pruned, and on which images",
+            "How kernels are chosen (method: score, levels, way)",
+            "How the network is trained",
+            "The machine",
+        ]
+        at = {line.split()[0]: number for number, line in enumerate(lines) if line[:4] == "  --"}
+        assert at["--arch"] < at["--pruning_way,"] < at["--epochs"] < at["--device"]
+
+    @pytest.mark.parametrize(
+        ("words", "found"),
+        [
+            ("explib finetune --pruning_", "--pruning_way"),
+            ("explib finetune --arch resnet_1", "resnet_110"),
+            ("explib ver", "verify"),
+            ("explib bench tr", "training"),
+        ],
+    )
+    def test_names_complete(self, words, found):
+        place = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = subprocess.run(
+            [sys.executable, "-c", "from explib.__main__ import cli; cli(prog_name='explib')"],
+            capture_output=True, text=True,
+            env={**os.environ, "_EXPLIB_COMPLETE": "bash_complete", **place},
+        )  # fmt: skip
+        assert found in done.stdout, done.stderr
 
 
-def test_every_parameter_is_an_option_with_its_explanation():
-    text = " ".join(call("finetune", "--help").split())
-    for field in dataclasses.fields(Params):
-        assert f"--{field.name} " in text or f"--{field.name}," in text, field.name
-    assert "weight of the dense network's soft labels in the loss [default: 0.9]" in text
-    assert "share of each redundant set that stays; null: 1-max(rates)-0.1" in text
+class TestOptions:
+    """A command shows the fields of Params that it uses, and no others."""
 
+    def result(self, tmp_path, command, **more):
+        """What a command computes, without times and places."""
+        found = json.loads(call(*tiny(command, **more), "--json"))
+        if command == "prune":
+            masks, _ = load_tensors(found.pop("masks"))
+            return found, {name: mask.tolist() for name, mask in masks.items()}
+        if command == "baseline":
+            weights, _ = load_tensors(f"{found['params']['job_dir']}/model.safetensors")
+            curve = [(e["train_loss"], e["top1"]) for e in found["history"]]
+            return found["accuracy"], curve, {k: v.tolist() for k, v in weights.items()}
+        return found
 
-def test_names_complete():
-    words = {"_EXPLIB_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
-    words["COMP_WORDS"] = "explib finetune --pruning_"
-    done = subprocess.run(
-        [sys.executable, "-c", "from explib.__main__ import cli; cli(prog_name='explib')"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **words},
-    )  # fmt: skip
-    assert "--pruning_way" in done.stdout
+    @pytest.mark.parametrize("command", ["score", "flops", "prune", "baseline"])
+    def test_a_field_that_is_not_shown_changes_nothing(self, folder, tmp_path, command):
+        hidden = [f.name for f in dataclasses.fields(Params) if f.name not in FIELDS[command]]
+        assert hidden and set(hidden) <= set(OTHERS)
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump({name: OTHERS[name] for name in hidden}))
+        (tmp_path / "plain.yaml").write_text("{}")
+        plain, changed = (
+            self.result(tmp_path, command, file=tmp_path / name, results_dir=tmp_path)
+            for name in ("plain.yaml", "x.yaml")
+        )
+        assert changed == plain
+
+    @pytest.fixture
+    def read(self, monkeypatch):
+        """The fields that are read outside of Params itself, as they are read."""
+        found, whole = set(), {"rates": ["compress_rate"], "side": ["image_size", "dataset"]}
+        plain = Params.__getattribute__
+
+        def reading(params, name):
+            if sys._getframe(1).f_code.co_filename != inspect.getfile(Params):
+                found.update(whole.get(name, [name]))
+            return plain(params, name)
+
+        monkeypatch.setattr(Params, "__getattribute__", reading)
+        return found
+
+    @pytest.mark.parametrize("command", FIELDS)
+    def test_a_field_that_is_shown_is_read(self, tmp_path, resnet_8, read, command):
+        images = make_folders(tmp_path / "images", {"a": 4, "b": 4})
+        model = models.build("resnet_56", 2)
+        meta = {"arch": "resnet_56", "num_classes": 2}
+        dense = checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+        of_folders = {"dataset": "imagenet", "data_dir": images, "image_size": 32}
+        of_folders |= {"results_dir": tmp_path, "resume": dense}
+        sizes = {"batch_size": 2, "lr_schedule": "step", "limit_train": 0, "limit_test": 0}
+        of_folders |= {name: value for name, value in sizes.items() if name in FIELDS[command]}
+        call(*tiny(command, **of_folders))
+        if command in ("baseline", "finetune"):  # from scratch; and from an address without data
+            call(*tiny("baseline", **of_folders | {"resume": ""}))
+            nowhere = {"dataset": "cifar10", "data_dir": tmp_path, "results_dir": tmp_path}
+            nowhere |= {"data_url": "https://127.0.0.1:9/x"}
+            call(*tiny("baseline", **nowhere), status=1)
+        assert set(FIELDS[command]) <= read
+
+    def test_of_another_command_it_is_refused(self):
+        assert "No such option" in call("prune", "--epochs", "3", status=2)
+        assert "No such option" in call("baseline", "--survivors", "l1", status=2)
 
 
 def test_the_whole_way(folder):
-    words = ["--results_dir", folder, *TINY]
-    rows = json.loads(call("score", *words, "--json"))
+    rows = json.loads(call(*tiny("score", results_dir=folder), "--json"))
     assert len(rows) == 7 and rows[0]["kernels"] == 48
-    pruned = json.loads(call("prune", *words, "--json"))
+    weights, _, _ = checkpoints.load_compact(folder / "checkpoints/digits/resnet_56.safetensors")
+    sums = weights[f"{rows[1]['layer']}.weight"].sum((2, 3))
+    assert (rows[1]["delta_e_min"], rows[1]["delta_e_max"]) == pytest.approx(
+        (float(sums.min()), float(sums.max())), abs=1e-5
+    )
+    assert -7 <= rows[1]["level_min"] < rows[1]["level_max"] == 5  # (1 / (1 + e^-2) - 0.5) * 13
+    pruned = json.loads(call(*tiny("prune", results_dir=folder), "--json"))
     assert (folder / "runs").is_dir() and os.path.isfile(pruned["masks"])
-    assert f"{100 * pruned['sparsity']:.2f} %" in call("flops", *words)
-    record = json.loads(call("finetune", *words, "--json"))
+    assert f"{100 * pruned['sparsity']:.2f} %" in call(*tiny("flops", results_dir=folder))
+    record = json.loads(call(*tiny("finetune", results_dir=folder), "--json"))
     assert record["status"] == "done" and record["params"]["epochs"] == 1
-    assert "last" in call("finetune", *words)  # done already: shown, not computed again
+    # done already: shown, not computed again
+    assert "last" in call(*tiny("finetune", results_dir=folder))
     network = f"{record['params']['job_dir']}/model.safetensors"
     found = json.loads(call("evaluate", network, "--json"))
     assert {row["recorded"] for row in found} == {record["accuracy"]["last"]}
@@ -74,6 +209,9 @@ def test_the_whole_way(folder):
     assert all(0 <= row["top1"] <= 100 for row in found)
     written = json.loads(call("tables", "--results_dir", folder, "--dataset", "digits", "--json"))
     assert any(path.endswith(".csv") for path in written)
+    assert any(path.endswith(".svg") for path in written)
+    few = call("tables", "--results_dir", folder, "--dataset", "digits", "--no-figures")
+    assert few.split() == [path for path in written if "/tables/" in path]
 
 
 def test_a_batch_begins_with_baselines_and_survives_a_failure(tmp_path, resnet_8):
@@ -114,9 +252,16 @@ def test_options_stand_above_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["flops", "--arch", "resnet_5"], 2, "'resnet_5' is not one of"),
+        (["flops", "--arch", "resnet_5"], 2, "'resnet_5' is unknown; did you mean 'resnet_56'"),
+        (["tables", "--dataset", "cifar11"], 2, "dataset: 'cifar11' is unknown"),
+        (["tables", "--dataset", "digits", "--readme"], 2, "README.md has the tables of 'cifar10'"),
+        (["controls", "googlenet"], 2, "arch: 'googlenet' has no controls"),
+        (["recipes", "-f", "not-there.yaml"], 2, "not-there.yaml: cannot be read"),
+        (["report", "not-there.ipynb"], 1, "not-there.ipynb: no such notebook"),
+        (["verify", "not-there.safetensors"], 1, "not-there.safetensors"),
+        (["bench", "processes", "0"], 2, "0 is not in the range"),
         (["flops", "--compress_rate", "[1.5]"], 2, "compress_rate: rate 1.5"),
-        (["flops", "--lr", "many"], 2, "'many' is not a valid float"),
+        (["baseline", "--lr", "many"], 2, "'many' is not a valid float"),
         (["flops", "-f", "not-there.yaml"], 2, "not-there.yaml: cannot be read"),
         (["prune", "--resume", "not-there.th"], 1, "not-there.th is not there"),
         (["evaluate", "not-there.safetensors"], 1, "not-there.safetensors"),
@@ -126,3 +271,120 @@ def test_errors_are_one_line_and_a_status(words, status, message):
     text = call(*words, status=status)
     errors = [line for line in text.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+class TestStudy:
+    """The commands of the study: what they measure is tested beside it, here is what they show."""
+
+    def test_a_network_that_is_worse_than_it_claims_is_status_1(self, tmp_path, monkeypatch):
+        row = {"way": "torch fp32", "top1": 90.0, "recorded": 90.0, "differ": 0}
+        monkeypatch.setattr(verify, "verify", lambda path, data_dir: [row])
+        path = tmp_path / "checkpoints/cifar10/a.safetensors"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert "torch fp32: the worst of 1 off by 0.00, allowed 0.05" in call("verify", path)
+        assert not (tmp_path / "bench").exists()  # one network is not all that are shipped
+        found = json.loads(call("verify", "--results_dir", tmp_path, "--json"))
+        assert json.loads(Path(found["file"]).read_text())["rows"] == found["rows"]
+        assert found["rows"] == [{"network": "a", **row}]
+        row["top1"] = 89.9
+        done = CliRunner().invoke(cli, ["verify", str(path)])
+        assert done.exit_code == 1 and "off by 0.10" in done.stdout
+
+    def test_rows_are_shown_as_they_come(self, tmp_path, monkeypatch):
+        row = {"arch": "vgg_16_bn", "cut_pct": 53.1, "pruning_way": "B", "survivors": "l1"}
+        row |= {"changed": "groups 1", "top1": [80.0, 82.0]}
+        given = []
+
+        def measure(start, results_dir, seeds):
+            given.append((start, results_dir, seeds))
+            yield row
+
+        monkeypatch.setattr(controls, "measure", measure)
+        words = ["controls", "vgg_16_bn", "--seeds", 2, "--results_dir", tmp_path]
+        assert call(*words).splitlines()[0].split() == [
+            *("vgg_16_bn", "53.1", "%", "B", "l1", "groups", "1", "81.00")
+        ]
+        assert given == [(controls.STARTS["vgg_16_bn"], str(tmp_path), 2)]
+        assert json.loads(call(*words, "--json")) == [row]
+        done = {"recipe": "ours", "before": 20.0, "last": 91.5}
+        monkeypatch.setattr(recipes, "compare", lambda file, results_dir: iter([done]))
+        assert "20.00 → 91.50 %" in call("recipes", "--results_dir", tmp_path)
+
+    def test_a_page_is_written_where_it_is_asked_for(self, tmp_path, monkeypatch):
+        cell = new_code_cell("1", outputs=[new_output("stream", text="one")])
+        notebook = tmp_path / "notebooks/cifar10/04_tables.ipynb"
+        notebook.parent.mkdir(parents=True)
+        nbformat.write(new_notebook(cells=[cell]), notebook)
+        found = call("report", "--results_dir", tmp_path).strip()
+        assert found == str(tmp_path / "report.html") and "one" in Path(found).read_text()
+        monkeypatch.chdir(tmp_path)
+        assert call("report", notebook, "page.html").strip() == "page.html"
+        assert (tmp_path / "page.html").read_bytes() == (tmp_path / "report.html").read_bytes()
+
+
+class TestBench:
+    def test_inference_writes_its_record_and_draws_it(self, tmp_path, monkeypatch):
+        path = ROOT / "results/bench/runtime-amd-epyc.json"
+        record, given = json.loads(path.read_text()), []
+
+        def measure(threads, results_dir):
+            given.append((threads, results_dir))
+            return record
+
+        monkeypatch.setattr(inference, "measure", measure)
+        text = call("bench", "inference", "--threads", 2, "--results_dir", tmp_path)
+        assert given == [(2, str(tmp_path))] and "resnet_56 batch 128" in text
+        assert (tmp_path / "bench" / path.name).read_bytes() == path.read_bytes()
+        drawn = sorted(path.name for path in (tmp_path / "figures/cifar10").glob("*.svg"))
+        names = ("accuracy_vs_speed", "speed", "speed_vs_density")
+        assert drawn == sorted(f"{name}-amd-epyc.svg" for name in names)
+
+    def test_training_ends_with_its_ratios(self, tmp_path, monkeypatch):
+        plain = {"network": "resnet_56", "task": "train", "loop": "plain", "images_per_s": 200.0}
+        rows = [plain, plain | {"loop": "ours", "images_per_s": 500.0}]
+        rows.append({"network": "resnet_56", "pruned_pct": 50.0, "all_kernels": 1.0})
+        rows[-1]["surviving_kernels"] = 2.0
+        monkeypatch.setattr(training, "record", lambda params, results_dir: iter(rows))
+        last = call("bench", "training", "--results_dir", tmp_path).splitlines()[-1]
+        assert last.split() == ["resnet_56,", "train:", "ours", "/", "plain", "2.5"]
+
+    def test_processes_are_as_many_as_asked_for(self, tmp_path, resnet_8, monkeypatch):
+        small = processes.RUN.replace(limit_train=32, batch_size=16, limit_test=8)
+        monkeypatch.setattr(processes, "RUN", small)
+        monkeypatch.setattr(processes, "images_per_s", lambda count, params: 100.0 * count**0.5)
+        text = call("bench", "processes", 1, 4, "--results_dir", tmp_path)
+        assert "4 processes: 200 images/s, 0.50 of linear" in text
+        assert (tmp_path / "bench/processes.json").is_file()
+
+
+class TestElsewhere:
+    """Paths that a user gives are relative to where one stands."""
+
+    def test_another_folder_than_the_project(self, folder, tmp_path_factory):
+        away = tmp_path_factory.mktemp("away")
+        (away / "x.yaml").write_text("compress_rate: '[0.5]'\n")
+        words = ["flops", "-f", "x.yaml", "--results_dir", "found", "--threads", "1"]
+        done = subprocess.run(
+            [sys.executable, "-m", "explib", *words], cwd=away, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0 and "50.00 % (asked for: 50.00 %)" in done.stdout, done.stderr
+
+    def test_the_tables_of_a_readme(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("explib.__main__.resolve", lambda path: tmp_path / path)
+        words = ["tables", "--readme", "--no-figures", "--results_dir", tmp_path / "found"]
+        (tmp_path / "README.md").write_text("no marks")
+        assert "README.md: has no table" in call(*words, status=1)
+        (tmp_path / "README.md").write_text("<!-- table:flops -->\n<!-- /table:flops -->\n")
+        found = call(*words).split()
+        assert str(tmp_path / "README.md") in found
+        assert "| VGG-16 | 53.10 |" in (tmp_path / "README.md").read_text()
+        assert (tmp_path / "found/tables/cifar10/flops.csv").is_file()
+
+
+def test_no_other_module_reads_arguments():
+    paths = sorted((ROOT / "explib").glob("**/*.py"))
+    doors = [path.name for path in paths if "__name__ ==" in path.read_text()]
+    assert doors == ["__main__.py"]
+    assert not [path for path in paths if re.search(r"argparse|sys\.argv", path.read_text())]

@@ -15,7 +15,7 @@ from explib.pruning import scores as scoring
 from explib.rates import parse_rates
 from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
-from explib.report import plots, selection
+from explib.report import inference_plots, plots, selection
 from explib.report.names import colour_of, criterion_name, network_name
 from explib.report.plots import _figure, _style, curves, save, sparsity
 from explib.study import networks, records
@@ -270,6 +270,12 @@ _SEE = {
     "of the magnitudes that way B keeps; below it, the score does harm.",
     "recipes": "each recipe is one change away from ours (orange).",
     "training": "the plain loop and ours, by turns in one run.",
+    "speed": "whole networks, dense in torch and in the engine; a dash is a type of numbers that "
+    "this machine was not measured in.",
+    "speed_vs_density": "the engine against dense torch in numbers of the same width; where a "
+    "line crosses 1, leaving out kernels begins to pay.",
+    "accuracy_vs_speed": "up and to the right is better; pale marks are beaten in both by another "
+    "network of their kind.",
     "sparse_training": "what leaving out pruned kernels brings in training, by turns in one run.",
     "scores": "most kernels of a layer lie near 0, where they neither pass on nor invert the mean "
     "of their input; the long tails are the few that do.",
@@ -303,6 +309,8 @@ def _benchmarks(folder: Path) -> dict[str, Figure]:
     }
     for path in sorted(folder.glob("training-*.json")):
         figures[f"sparse_{path.stem}"] = bench.sparse_training(json.loads(path.read_text()))
+    for path in sorted(folder.glob("runtime-*.json")):
+        figures |= inference_plots.figures(json.loads(path.read_text()))
     return figures
 
 

@@ -1,7 +1,5 @@
 """Figures of speed, in the study's style: measured rows in, a matplotlib Figure out."""
 
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,10 +7,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from explib.files import ROOT
 from explib.registry import BLUE, GREEN, GREY, ORANGE, RED, SKY
 from explib.report.names import network_name
-from explib.report.plots import HALO, _figure, _style, save
+from explib.report.plots import HALO, _figure, _style
 from explib.study.bench.inference import DENSE, ENGINE, crossover
 from explib.study.records import hardware, machine
 
@@ -158,18 +155,12 @@ def _titled(title: str, where: str) -> str:
     return f"{title}, {where}" if where else title
 
 
-def build(record: dict) -> None:
-    """Draw the figures of a record of explib.study.bench.inference into results/figures/cifar10."""
-    dense = record["networks"][0]["images_per_s"]
-    name = record["provenance"]["hardware"]["name"]
-    for title, figure in {
+def figures(record: dict) -> dict[str, Figure]:
+    """The figures of a record of explib.study.bench.inference, by the names of their files."""
+    dense, name = record["networks"][0]["images_per_s"], record["provenance"]["hardware"]["name"]
+    figures = {
         "speed": speeds(record["networks"]),
         "speed_vs_density": by_density(record["density"], dense, hardware(name)),
         "accuracy_vs_speed": accuracy_vs_speed(record["shipped"], hardware(name)),
-    }.items():
-        save(figure, ROOT / f"results/figures/cifar10/{title}-{machine(name)}")
-
-
-if __name__ == "__main__":
-    for path in (ROOT / "results/bench").glob("runtime-*.json"):
-        build(json.loads(path.read_text()))
+    }
+    return {f"{title}-{machine(name)}": figure for title, figure in figures.items()}

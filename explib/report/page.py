@@ -1,19 +1,16 @@
-"""The study as one HTML page: `make report`, or `python -m explib.report.page [NOTEBOOK [PAGE]]`.
+"""The study as one HTML page: `make report`, or `explib report [NOTEBOOK [PAGE]]`.
 
 The executed notebook of tables, its code folded away; pictures are inside, nothing is fetched.
 """
 
-import sys
 from pathlib import Path
 
 import nbformat
 from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 
-from explib.files import ROOT, write_text
+from explib.files import write_text
 
-NOTEBOOK = ROOT / "results/notebooks/cifar10/04_tables.ipynb"
-PAGE = ROOT / "results/report.html"
 TITLE = "EXP pruning: report"
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -59,7 +56,7 @@ TEMPLATE = """
 """
 
 
-def build(notebook: str | Path = NOTEBOOK, page: str | Path = PAGE) -> Path:
+def build(notebook: str | Path, page: str | Path) -> Path:
     """Write an executed notebook as one page; returns its path.
 
     FileNotFoundError or ValueError for a notebook that is missing or was not executed.
@@ -79,10 +76,3 @@ def build(notebook: str | Path = NOTEBOOK, page: str | Path = PAGE) -> Path:
     ]  # fmt: skip
     body, _ = exporter.from_notebook_node(content, {"title": TITLE, "css": CSS})
     return write_text(page, body)
-
-
-if __name__ == "__main__":
-    try:
-        print(build(*sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))

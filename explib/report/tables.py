@@ -1,13 +1,12 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
 from scipy import stats
 
 from explib import registry
-from explib.files import ROOT, resolve, write_text
+from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
 from explib.report import selection
@@ -300,11 +299,22 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 
 
-def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list[Path]:
-    """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths."""
+def build(
+    results_dir: str | Path = "results", dataset: str = "cifar10", readme: str | Path = ""
+) -> list[Path]:
+    """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths.
+
+    readme: a Markdown file whose tables are written anew, too, where its marks say; see `fill`.
+    ValueError where it has no marks.
+    """
     folder = resolve(results_dir) / "tables" / registry.file_name(dataset)
-    written = []
-    for name, table in make(results_dir, dataset).items():
+    written, tables = [], make(results_dir, dataset)
+    if readme:
+        text = Path(readme).read_text()
+        if "<!-- table:" not in text:
+            raise ValueError(f"{readme}: has no table between <!-- table:NAME --> and its end")
+        written.append(write_text(readme, fill(text, tables)))
+    for name, table in tables.items():
         written += [
             write_text(folder / f"{name}.csv", table.to_csv(index=False)),
             write_text(folder / f"{name}.md", to_markdown(table)),
@@ -323,9 +333,3 @@ def counting_table(left: dict) -> pd.DataFrame:
     }
     columns = ["dense, millions", "left, millions", "cut, %"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).round(2)
-
-
-if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    write_text(readme, fill(readme.read_text(), make()))
-    print(*build(), readme, sep="\n", file=sys.stdout)

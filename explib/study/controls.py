@@ -1,34 +1,32 @@
-"""Is the score better than chance before fine-tuning? `python -m explib.study.controls`.
+"""Is the score better than chance before fine-tuning? `explib controls` measures it.
 
 Every criterion prunes the same network at the same rates, and way B also with other settings; the
 test set is evaluated with BatchNorm statistics re-estimated, and at the highest cut also as they
 were. Cheap, so that it can have several seeds: minutes on two cores, in the engine that runs what
-is left. Networks named on the command line (`resnet_56 vgg_16_bn`) are measured one after another,
-each into a record of its own, results/bench/controls-ARCH.json; what that has already is not
-measured again.
+is left.
 """
 
 import json
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from explib import registry
-from explib.data import load_data
-from explib.files import ROOT, write_json
+from explib.data import Data, load_data
+from explib.errors import ParamError
+from explib.files import resolve
 from explib.params import Params
 from explib.pruning import counting
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 from explib.study import networks
 from explib.study.published import published
-from explib.study.records import provenance
+from explib.study.records import write_bench
 from explib.training import evaluation
 
-FOLDER = ROOT / "results/bench"
 STARTS = {
     "resnet_56": {
         "arch": "resnet_56",
@@ -42,53 +40,61 @@ STARTS = {
 SETTINGS = [{"groups": n} for n in (1, 3, 5, 25, 100)] + [{"keep_floor": f} for f in (0.0, 0.2)]
 
 
-def measure(start: dict, seeds: int = 3, more: Sequence[str] = ()) -> list[dict]:
-    """One row a criterion or setting and cut, appended to the record; returns all of its rows.
+def measure(
+    start: dict, results_dir: str | Path = "results", seeds: int = 3, more: Sequence[str] = ()
+) -> Iterator[dict]:
+    """Yield one row a criterion or setting and cut, each when it is in the record.
 
-    Of every registered criterion, and `more`: package.module:function of others.
-
-    changed: the setting, "" for the usual ones. top1: per cent for each mask seed, with BatchNorm
-    statistics re-estimated, and at the highest cut in top1_as_was as they were; norm_kept_pct:
-    `norm_kept`, mean over seeds; macs_left.
+    Of every registered criterion, and `more`: package.module:function of others. start: the
+    parameters of the dense network. The record is results_dir/bench/controls-ARCH.json; what it has
+    already is not measured again. Rows: changed: the setting, "" for the usual ones; top1: per cent
+    for each mask seed, with BatchNorm statistics re-estimated, and at the highest cut in
+    top1_as_was as they were; norm_kept_pct: `norm_kept`, mean over seeds; macs_left.
     """
-    path = FOLDER / f"controls-{start['arch']}.json"
+    arch, name = start["arch"], f"controls-{start['arch']}"
+    path = resolve(results_dir) / f"bench/{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    data, plan = load_data(Params(**start)), _plan(start["arch"], more)
+    data, plan = load_data(Params(**start)), _plan(arch, more)
     highest = max(cut["cut_pct"] for cut, *_ in plan)
     for cut, way, survivors, changed in plan:
         row = {
-            "arch": start["arch"],
+            "arch": arch,
             "cut_pct": cut["cut_pct"],
             "pruning_way": way,
             "survivors": survivors,
-            "changed": ", ".join(f"{name} {value}" for name, value in changed.items()),
+            "changed": ", ".join(f"{field} {value}" for field, value in changed.items()),
         }
-        if any(row.items() <= known.items() for known in rows):
+        if known := [known for known in rows if row.items() <= known.items()]:
+            yield known[0]
             continue
-        params = Params(
-            **start,
-            **changed,
-            pruning_way=way,
-            survivors=survivors or "random",
-            compress_rate=cut["compress_rate"],
-        )
+        settings = {**changed, "pruning_way": way, "survivors": survivors or "random"}
+        params = Params(**start, **settings, compress_rate=cut["compress_rate"])
         as_was = cut["cut_pct"] == highest and not changed
-        chance = survivors != "l1" and way not in ("l1", "filters")
-        found = [
-            _before(params.replace(seed=seed, mask_seed=seed), data, as_was)
-            for seed in range(seeds if chance else 1)
-        ]
-        row["top1"] = [one["top1"] for one in found]
-        if as_was:
-            row["top1_as_was"] = [one["top1_as_was"] for one in found]
-        row["norm_kept_pct"] = statistics.mean(one["norm_kept_pct"] for one in found)
-        row["macs_left"] = found[0]["macs_left"]
+        row |= _over_seeds(params, data, seeds, as_was)
         rows.append(row)
-        write_json(path, {"start": start, "rows": rows, "provenance": provenance()})
-        mean = statistics.mean(row["top1"])
-        said = f"{row['cut_pct']} % {way:8s} {row['survivors']:7s} {row['changed']:15s}"
-        print(f"{said} {mean:6.2f}", flush=True)
-    return rows
+        write_bench(name, {"start": start, "rows": rows}, results_dir)
+        yield row
+
+
+def start_of(arch: str) -> dict:
+    """The parameters of a dense network of STARTS. ParamError for another."""
+    if arch not in STARTS:
+        raise ParamError(f"arch: {arch!r} has no controls; known: {', '.join(STARTS)}")
+    return STARTS[arch]
+
+
+def _over_seeds(params: Params, data: Data, seeds: int, as_was: bool) -> dict:
+    """What `_before` finds with several mask seeds, or with one where nothing is random."""
+    chance = params.survivors == "random" and params.pruning_way not in ("l1", "filters")
+    found = [
+        _before(params.replace(seed=seed, mask_seed=seed), data, as_was)
+        for seed in range(seeds if chance else 1)
+    ]
+    row = {"top1": [one["top1"] for one in found]}
+    if as_was:
+        row["top1_as_was"] = [one["top1_as_was"] for one in found]
+    row["norm_kept_pct"] = statistics.mean(one["norm_kept_pct"] for one in found)
+    return row | {"macs_left": found[0]["macs_left"]}
 
 
 def _plan(arch: str, more: Sequence[str] = ()) -> list[tuple]:
@@ -102,7 +108,7 @@ def _plan(arch: str, more: Sequence[str] = ()) -> list[tuple]:
     ]
 
 
-def _before(params: Params, data, as_was: bool) -> dict:
+def _before(params: Params, data: Data, as_was: bool) -> dict:
     """What pruning alone leaves of one network."""
     dense = networks.load_dense(params)
     masks = networks.choose_masks(params, dense)
@@ -126,12 +132,3 @@ def norm_kept(model: torch.nn.Module, masks: Masks) -> float:
         squares = model.get_submodule(name).weight.double().square().sum((2, 3))
         shares.append(float((squares * mask.to(squares.device)).sum() / squares.sum()))
     return 100 * statistics.mean(shares)
-
-
-if __name__ == "__main__":
-    more = [word for word in sys.argv[1:] if registry.is_path(word)]
-    chosen = [word for word in sys.argv[1:] if word not in more] or ["resnet_56"]
-    if unknown := [arch for arch in chosen if arch not in STARTS]:
-        sys.exit(f"controls: {unknown[0]!r} is unknown; known: {', '.join(STARTS)}")
-    for arch in chosen:
-        measure(STARTS[arch], more=more)

@@ -152,6 +152,24 @@ def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
     }
 
 
+def score_table(params: Params, dense: Dense) -> list[dict]:
+    """A row for each conv: those of `explib.pruning.scores.redundancy`, with the ranges.
+
+    delta_e_min, delta_e_max, level_min, level_max: of its expectation scaling factors and levels.
+    """
+    found = scores(params, dense)
+    rows = scoring.redundancy(found, params.groups)
+    for row, delta in zip(rows, found.values(), strict=True):
+        levels = scoring.levels(delta, params.groups)
+        row |= {
+            "delta_e_min": float(delta.min()),
+            "delta_e_max": float(delta.max()),
+            "level_min": int(levels.min()),
+            "level_max": int(levels.max()),
+        }
+    return rows
+
+
 def save_masks(params: Params, masks: Masks) -> Path:
     """Write masks where `finetune` leaves those of the same configuration.
 

@@ -50,6 +50,17 @@ def provenance(device: str = "cpu") -> dict:
     }
 
 
+def write_bench(name: str, found: dict, results_dir: str | Path = "results") -> Path:
+    """Write what was measured apart from runs to results_dir/bench/NAME.json.
+
+    With its provenance, unless `found` has it. MACHINE in the name stands for this machine's.
+    """
+    origin = found.get("provenance") or provenance()
+    name = name.replace("MACHINE", machine(origin["hardware"]["name"]))
+    path = resolve(results_dir) / f"bench/{name}.json"
+    return write_json(path, {**found, "provenance": origin})
+
+
 def _git(*words: str) -> str | None:
     """What git says of this project; None where it cannot say."""
     try:

@@ -1,13 +1,10 @@
-"""Have the shipped networks the accuracy they claim? `python -m explib.study.verify [FILE ...]`.
+"""Have the shipped networks the accuracy they claim? `explib verify` asks.
 
-Evaluates each on its data set's test images, in torch in fp32 and in the engine in every type this
-processor computes in, beside the accuracy that its run recorded. Without a FILE it takes all that
-are shipped, and writes results/bench/accuracy-MACHINE.json.
+Each is evaluated on its data set's test images, in torch in fp32 and in the engine in every type
+that this processor computes in, beside the accuracy that its run recorded.
 """
 
-import sys
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,11 +12,11 @@ import torch
 from explib import engine, registry
 from explib.data import Data, eval_batches, example_of, load_data
 from explib.engine import build
-from explib.files import ROOT, write_json
+from explib.files import resolve
 from explib.params import Params
 from explib.pruning.checkpoints import load_network
 from explib.study.bench.inference import ENGINE, RECHECK
-from explib.study.records import machine, provenance
+from explib.study.records import write_bench
 
 TOLERANCE = 0.05
 """Per cent: weights are shipped in fp16, and another machine rounds otherwise."""
@@ -88,34 +85,41 @@ def _engine_types() -> dict[str, torch.dtype]:
     return {name: dtype for name, dtype in ENGINE.items() if build.computes(library, dtype)}
 
 
-def main(paths: list[str]) -> int:
-    """Print a row for each way to run each network; 1 if any is off by too much, else 0.
+def shipped(results_dir: str | Path = "results") -> list[Path]:
+    """The networks of results_dir/checkpoints/cifar10. FileNotFoundError where there is none."""
+    folder = resolve(results_dir) / "checkpoints/cifar10"
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise FileNotFoundError(f"{folder}: no networks (*.safetensors); name some")
+    return files
 
-    Allowed are TOLERANCE, and TOLERANCE_SHORT for what no float32 checks.
+
+def verify_all(paths: Iterable[str | Path], data_dir: str = "") -> Iterator[dict]:
+    """The rows of `verify` for several networks, each with its network's name."""
+    for path in paths:
+        for row in verify(path, data_dir):
+            yield {"network": Path(path).stem, **row}
+
+
+def allowed(way: str) -> float:
+    """By how many points of top-1 a way to run a network may be off."""
+    return TOLERANCE_SHORT if "16" in way and "rechecked" not in way else TOLERANCE
+
+
+def worst(rows: list[dict]) -> list[dict]:
+    """The largest difference from what is claimed, for each way to run the networks.
+
+    way; networks: how many; off and allowed: points of top-1; passed: whether it is within these.
     """
-    files = paths or sorted((ROOT / "results/checkpoints").glob("cifar10/*.safetensors"))
-    rows, allowed, worst = [], {}, defaultdict(float)
-    print(f"{'network':28s} {'way':24s} {'top-1':>6s} {'recorded':>9s} {'other answers':>14s}")
-    for path in files:
-        for row in verify(path):
-            way = row["way"]
-            plain = "16" in way and "rechecked" not in way
-            allowed[way] = TOLERANCE_SHORT if plain else TOLERANCE
-            worst[way] = max(worst[way], abs(row["top1"] - row["recorded"]))
-            rows.append({"network": Path(path).stem, **row})
-            found = f"{row['top1']:6.2f} {row['recorded']:9.2f} {row['differ']:14d}"
-            print(f"{Path(path).stem:28s} {way:24s} {found}", flush=True)
-    for way, most in worst.items():
-        print(f"{way}: the worst of {len(files)} off by {most:.2f}, allowed {allowed[way]}")
-    if not paths:
-        record = {"recheck": RECHECK, "rows": rows, "provenance": provenance()}
-        name = machine(record["provenance"]["hardware"]["name"])
-        print(write_json(ROOT / f"results/bench/accuracy-{name}.json", record))
-    return int(any(most > allowed[way] + 1e-9 for way, most in worst.items()))
+    found = {}
+    for way in dict.fromkeys(row["way"] for row in rows):
+        own = [abs(row["top1"] - row["recorded"]) for row in rows if row["way"] == way]
+        found[way] = {"networks": len(own), "off": max(own), "allowed": allowed(way)}
+    return [
+        {"way": way, **row, "passed": row["off"] <= row["allowed"] + 1e-9}
+        for way, row in found.items()
+    ]
 
 
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+def write(rows: list[dict], results_dir: str | Path = "results") -> Path:
+    """Write the rows of all shipped networks to results_dir/bench/accuracy-MACHINE.json."""
+    return write_bench("accuracy-MACHINE", {"recheck": RECHECK, "rows": rows}, results_dir)

@@ -44,4 +44,4 @@ def test_what_was_not_executed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"bare\.ipynb: has no outputs"):
         report.build(tmp_path / "bare.ipynb", tmp_path / "page.html")
     with pytest.raises(FileNotFoundError, match="make tables"):
-        report.build(tmp_path / "none.ipynb")
+        report.build(tmp_path / "none.ipynb", tmp_path / "page.html")

@@ -1,14 +1,19 @@
 """The benchmarks on toy sizes: that they measure what they say; the time itself is no test."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from explib import models
 from explib.data import normalize
+from explib.errors import ParamError
 from explib.params import Params
+from explib.pruning import checkpoints
 from explib.rates import number_to_prune
 from explib.report import bench_plots, bench_tables
 from explib.study import recipes
@@ -62,13 +67,49 @@ def test_the_speeds_of_runs_together_are_summed(monkeypatch):
 
 
 def test_processes_are_compared_with_a_linear_growth(tmp_path, resnet_8, monkeypatch):
-    speeds, path = {1: 100.0, 2: 150.0, 4: 200.0}, tmp_path / "processes.json"
+    speeds = {1: 100.0, 2: 150.0, 4: 200.0}
     monkeypatch.setattr(processes, "images_per_s", lambda count, params: speeds[count])
-    monkeypatch.setattr(processes, "RESULT", path)
     monkeypatch.setattr(processes, "RUN", Params(**{**TINY, "epochs": 1, "limit_train": 32}))
-    rows = processes.measure()
+    rows = list(processes.measure(results_dir=tmp_path))
     assert [row["efficiency"] for row in rows] == [1.0, 0.75, 0.5]
-    assert json.loads(path.read_text())["rows"] == rows
+    assert json.loads((tmp_path / "bench/processes.json").read_text())["rows"] == rows
+
+
+def test_a_run_that_fails_in_several_processes_is_one_line(monkeypatch):
+    monkeypatch.setattr(processes.sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="2 processes: the run failed"):
+        processes.images_per_s(2, Params(**TINY))
+
+
+def test_a_run_under_torchrun_is_timed(tmp_path):
+    """As it is: the command line under torchrun, and its JSON."""
+    params = processes.RUN.replace(
+        batch_size=16, limit_train=16, limit_test=8, epochs=1, bn_images=16,
+        results_dir=str(tmp_path), resume=str(tmp_path / "dense.safetensors"),
+    )  # fmt: skip
+    model = models.build("resnet_56", 10)
+    meta = {"arch": "resnet_56", "num_classes": 10}
+    checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+    assert processes.images_per_s(1, params) > 0
+
+
+def test_the_training_record_grows_by_row(tmp_path, monkeypatch):
+    rows = [row("train", "plain", 200.0), row("train", "ours", 500.0)]
+    sparse = {"network": "resnet_56", "pruned_pct": 50.0, "all_kernels": 1.0}
+    monkeypatch.setattr(training, "measure", lambda params, rounds: iter(rows))
+    monkeypatch.setattr(training, "by_sparsity", lambda arch, params: iter([sparse]))
+    monkeypatch.setattr(training, "NETWORKS", ("resnet_56",))
+    monkeypatch.setattr(training.sparse_training, "library", lambda: True)
+    growing = training.record(Params(**TINY), tmp_path)
+    assert next(growing) == rows[0]
+    (path,) = tmp_path.glob("bench/training-*.json")
+    first = json.loads(path.read_text())
+    assert first["rows"] == rows[:1] and first["ratios"] == {}
+    assert list(growing) == [rows[1], sparse]
+    whole = json.loads(path.read_text())
+    assert whole["rows"] == rows and whole["by_sparsity"] == [sparse]
+    assert whole["ratios"] == {"resnet_56, train: ours / plain": 2.5}
+    assert whole["provenance"]["hardware"]["device"] == "cpu"
 
 
 def test_what_fails_is_a_row_that_says_why(images, resnet_8, monkeypatch):
@@ -181,15 +222,30 @@ def test_recipes_are_compared_on_a_validation_split(tmp_path, monkeypatch, resne
         "recipes": {"ours": {}, "lr": {"lr": 0.01}},
     }
     (tmp_path / "recipes.yaml").write_text(yaml.safe_dump(setup, sort_keys=False))
-    monkeypatch.setattr(recipes, "SOURCE", tmp_path / "recipes.yaml")
-    monkeypatch.setattr(recipes, "RESULT", tmp_path / "recipes.json")
-    monkeypatch.setattr(recipes, "RUNS", str(tmp_path / "runs"))
-    rows = recipes.compare()
+    compare = partial(recipes.compare, tmp_path / "recipes.yaml", tmp_path)
+    rows = list(compare())
     assert [row["changes"] for row in rows] == [{}, {"lr": 0.01}]
-    written = json.loads((tmp_path / "recipes.json").read_text())
+    written = json.loads((tmp_path / "bench/recipes.json").read_text())
     assert written["rows"] == rows and written["pruned"]["validation"] == 100
-    records = [json.loads(p.read_text()) for p in tmp_path.glob("runs/records/digits/*.json")]
+    records = [
+        json.loads(p.read_text()) for p in tmp_path.glob("runs/recipes/records/digits/*.json")
+    ]
     assert {r["provenance"]["data"]["evaluated_on"] for r in records} == {
         "validation (100 training images)"
     }
-    assert recipes.compare() == rows  # from the records: nothing is computed again
+    assert list(compare()) == rows  # from the records: nothing is computed again
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "recipes.yaml: cannot be read"),
+        ("dense: [", "recipes.yaml: not YAML"),
+        ("dense: {}\npruned: {}", "recipes.yaml: has no mapping 'recipes'"),
+    ],
+)
+def test_a_file_that_holds_no_recipes_is_one_line(tmp_path, content, message):
+    if content:
+        (tmp_path / "recipes.yaml").write_text(content)
+    with pytest.raises(ParamError, match=message):
+        next(recipes.compare(tmp_path / "recipes.yaml", tmp_path))

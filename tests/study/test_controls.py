@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from explib import registry
+from explib.errors import ParamError
 from explib.params import Params
 from explib.study import controls, runs
 
@@ -20,9 +21,8 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     runs.baseline(Params(**small, epochs=1, batch_size=32))
     rates = controls.published()["rows"].assign(compress_rate="[0.5]")
     monkeypatch.setattr(controls, "published", lambda: {"rows": rates})
-    monkeypatch.setattr(controls, "FOLDER", tmp_path)
     own = f"{__name__}:peak"
-    rows = controls.measure(small, seeds=2, more=[own])
+    rows = list(controls.measure(small, tmp_path, seeds=2, more=[own]))
     settings = [row for row in rows if row["changed"]]
     assert len(settings) == 2 * len(controls.SETTINGS)
     assert {row["cut_pct"] for row in settings} == {71.9}
@@ -37,10 +37,16 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     kept = {(row["pruning_way"], row["survivors"]): row["norm_kept_pct"] for row in rows}
     assert kept["random", ""] < kept["B", "random"] < kept["B", "l1"] < kept["l1", ""]
     assert abs(kept["matched", ""] - kept["B", "random"]) < 2
-    written = json.loads((tmp_path / "controls-resnet_56.json").read_text())["rows"]
+    written = json.loads((tmp_path / "bench/controls-resnet_56.json").read_text())["rows"]
     assert written == rows + settings
     monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
-    assert controls.measure(small, more=[own]) == written
+    assert list(controls.measure(small, tmp_path, more=[own])) == written
+
+
+def test_a_network_without_controls_is_named():
+    assert controls.start_of("vgg_16_bn")["dataset"] == "cifar10"
+    with pytest.raises(ParamError, match="arch: 'lenet' has no controls; known: resnet_56, vgg"):
+        controls.start_of("lenet")
 
 
 def test_the_norm_kept_is_a_mean_over_convs(net):

@@ -13,7 +13,7 @@ from explib.engine import build
 from explib.files import ROOT
 from explib.pruning import checkpoints, counting, criteria, filters
 from explib.pruning.layers import find_convs
-from explib.report import bench_tables, inference_plots
+from explib.report import bench_tables, figures, inference_plots
 from explib.study.bench import inference
 from explib.study.records import machine
 from tests.conftest import image, needs_compiler
@@ -87,7 +87,7 @@ def test_what_is_timed_stays_within_16_bits(arch, dtype):
 
 
 @needs_compiler
-def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):
+def test_networks_of_each_kind_run_as_they_run_best(tmp_path):
     model = inference.fresh("resnet_56")
     convs = find_convs(model, image(32))
     chosen = {
@@ -99,10 +99,9 @@ def test_networks_of_each_kind_run_as_they_run_best(tmp_path, monkeypatch):
     }
     for name, masks in chosen.items():
         meta = {"arch": "resnet_56", "num_classes": 10, "name": name, "top1": 90.0}
-        path = tmp_path / f"results/checkpoints/cifar10/{name}.safetensors"
+        path = tmp_path / f"checkpoints/cifar10/{name}.safetensors"
         checkpoints.save_compact(path, model, masks, meta)
-    monkeypatch.setattr(inference, "ROOT", tmp_path)
-    rows = {row["name"]: row for row in inference.shipped(4, 0.0, ["eager fp32"])}
+    rows = {row["name"]: row for row in inference.shipped(4, 0.0, ["eager fp32"], tmp_path)}
     assert all(row["kind"] == name for name, row in rows.items()) and len(rows) == 3
     assert "eager fp32" in rows["dense"]["images_per_s"]
     assert {"engine fp32", "eager fp32"} <= set(rows["filters"]["images_per_s"])
@@ -173,8 +172,12 @@ def test_the_density_figure_shows_speed_ups_over_the_right_network():
 @pytest.mark.parametrize("path", sorted((ROOT / "results/bench").glob("runtime-*.json")))
 def test_the_committed_record_draws(path):
     record = json.loads(path.read_text())
-    figure = inference_plots.accuracy_vs_speed(record["shipped"])
-    assert figure.axes[0].get_xlabel() and figure.axes[0].get_ylabel()
+    names = path.stem.removeprefix("runtime-")
+    drawn = inference_plots.figures(record)
+    assert list(drawn) == [
+        f"{title}-{names}" for title in ("speed", "speed_vs_density", "accuracy_vs_speed")
+    ]
+    assert all(f.axes[0].get_xlabel() and figures.what_to_see(n) for n, f in drawn.items())
     assert record["provenance"]["git_dirty"] is False
 
 

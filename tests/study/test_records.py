@@ -150,3 +150,15 @@ def test_origin_says_which_code_machine_and_data():
         "finetune one", 3, "2026-11-23", "0123456789+", "2.11", "CPU", "fp32",
         "digits ffffffffff", "dense.safetensors",
     ]  # fmt: skip
+
+
+def test_what_is_measured_apart_from_runs_says_where(tmp_path):
+    path = records.write_bench("speed-MACHINE", {"rows": [1]}, tmp_path)
+    name = records.machine(records.provenance()["hardware"]["name"])
+    assert path == tmp_path / f"bench/speed-{name}.json"
+    found = json.loads(path.read_text())
+    assert found["rows"] == [1] and found["provenance"]["hardware"]["device"] == "cpu"
+    origin = {"hardware": {"name": "abacus"}}
+    other = records.write_bench("speed-MACHINE", {"provenance": origin}, tmp_path)
+    assert other.name == "speed-abacus.json"
+    assert json.loads(other.read_text())["provenance"] == origin

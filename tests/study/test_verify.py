@@ -1,5 +1,7 @@
 """Shipped networks: loaded in one call, measured against what they claim."""
 
+import json
+
 import pytest
 import torch
 
@@ -41,10 +43,12 @@ def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
 
 
 @needs_compiler
-def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
+def test_a_wrong_claim_is_found(shipped, monkeypatch):
     path, _, _ = shipped
-    assert verify.main([str(path)]) == 1
-    rows = {row["way"]: row for row in verify.verify(path)}
+    found = list(verify.verify_all([path]))
+    assert {row["network"] for row in found} == {"net"}
+    assert not any(row["passed"] for row in verify.worst(found))
+    rows = {row["way"]: row for row in found}
     torch_row = rows["torch fp32"]
     assert torch_row["recorded"] == 99.0 and 0 <= torch_row["top1"] < 60  # an untrained network
     assert set(verify._engine_types()) == {n for n in rows if "engine" in n and "," not in n}
@@ -59,8 +63,35 @@ def test_a_wrong_claim_is_found(shipped, capsys, monkeypatch):
     meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
     checkpoints.save_compact(path, model, masks, {**meta, "top1": torch_row["top1"]})
     monkeypatch.setattr(verify, "_engine_types", lambda: {"engine fp32": torch.float32})
-    assert verify.main([str(path)]) == 0
-    assert "engine fp32: the worst of 1 off by 0.00, allowed 0.05" in capsys.readouterr().out
+    off = {row["way"]: row for row in verify.worst(list(verify.verify_all([path])))}
+    assert off["engine fp32"]["networks"] == 1 and off["engine fp32"]["off"] == 0
+    assert all(row["passed"] for row in off.values())
+
+
+def test_the_worst_of_several_networks_counts_for_each_way():
+    def row(way, top1):
+        return {"way": way, "top1": top1, "recorded": 90.0}
+
+    rows = [row("torch fp32", 90.0), row("engine bf16", 89.9), row("engine bf16, rechecked", 90.0)]
+    rows += [row("torch fp32", 89.94), row("engine bf16", 90.12)]
+    rows += [row("engine bf16, rechecked", 90.05)]
+    torch_row, short, twice = verify.worst(rows)
+    assert (torch_row["networks"], torch_row["allowed"], torch_row["passed"]) == (2, 0.05, False)
+    assert (short["allowed"], short["passed"]) == (0.15, True)  # nothing of float32 in it
+    assert short["off"] == pytest.approx(0.12)
+    assert (twice["allowed"], twice["passed"]) == (0.05, True)
+
+
+def test_the_shipped_networks_are_those_of_the_results(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoints/cifar10: no networks"):
+        verify.shipped(tmp_path)
+    (tmp_path / "checkpoints/cifar10").mkdir(parents=True)
+    (tmp_path / "checkpoints/cifar10/b.safetensors").touch()
+    (tmp_path / "checkpoints/cifar10/a.safetensors").touch()
+    assert [path.stem for path in verify.shipped(tmp_path)] == ["a", "b"]
+    written = json.loads(verify.write([{"way": "torch fp32"}], tmp_path).read_text())
+    assert written["rows"] == [{"way": "torch fp32"}] and written["recheck"] == verify.RECHECK
+    assert list(tmp_path.glob("bench/accuracy-*.json"))
 
 
 def test_images_are_measured_at_the_size_that_it_was_trained_with(tmp_path, resnet_8, monkeypatch):

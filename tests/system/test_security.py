@@ -86,9 +86,8 @@ class TestNamesAreNeverCommands:
         words = [
             f"--job_dir={job}",
             f"--results_dir={tmp_path / 'results'}",
-            "--compress_rate=[0.5]",
         ]
-        dense = CliRunner().invoke(cli, ["baseline", "--epochs=1", "--limit_train=32", *words[1:]])
+        dense = CliRunner().invoke(cli, ["baseline", "--epochs=1", "--limit_train=32", words[1]])
         assert dense.exit_code == 0, dense.output
         done = CliRunner().invoke(cli, ["prune", *words])
         assert done.exit_code == 0, done.output

@@ -1,1 +1,1 @@
-"""How fast this machine is: one module a benchmark, each `python -m explib.study.bench.NAME`."""
+"""How fast this machine is: one module a benchmark, each `explib bench NAME`."""

@@ -1,17 +1,16 @@
 """How fast networks run: dense torch, the engine, and a physically smaller network.
 
-`python -m explib.study.bench.inference` writes results/bench/runtime-MACHINE.json: images per
-second, the median of repeated calls by turns, all in one process on the same threads. Networks
-pruned at published rates have random weights: speed depends on which kernels survive, not on their
-values.
+`explib bench inference` measures images per second, the median of repeated calls by turns, all in
+one process on the same threads. Networks pruned at published rates have random weights: speed
+depends on which kernels survive, not on their values.
 """
 
-import argparse
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from explib import engine, models
 from explib.data import data_root, eval_batches, load_data
 from explib.engine import build, graph, native
 from explib.engine.fused import keep_memory
-from explib.files import ROOT, write_json
+from explib.files import resolve
 from explib.params import Params
 from explib.pruning import counting, criteria, filters
 from explib.pruning import masks as masking
@@ -30,7 +29,7 @@ from explib.pruning.layers import find_convs
 from explib.pruning.masks import Masks
 from explib.rates import parse_rates
 from explib.study import published as published_figures
-from explib.study.records import machine, provenance
+from explib.study.records import provenance
 
 NETWORKS = {"resnet_56": "resnet_56-71", "vgg_16_bn": "vgg_16_bn-70"}  # labels of published rates
 DENSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
@@ -199,8 +198,13 @@ def by_density(
     ]
 
 
-def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE) -> list[dict]:
-    """One row per network of this project's checkpoints: its top-1 in per cent, and its speed.
+def shipped(
+    batch: int = 128,
+    seconds: float = 1.0,
+    dense: Sequence[str] = DENSE,
+    results_dir: str | Path = "results",
+) -> list[dict]:
+    """One row per network of results_dir/checkpoints/cifar10: its top-1 in per cent, its speed.
 
     kind: `dense`; `kernels`, run by the engine; or `filters`, pruned by whole filters, run by torch
     and by the engine as the smaller dense network that it is. Where CIFAR-10 is on disk the images
@@ -209,7 +213,7 @@ def shipped(batch: int = 128, seconds: float = 1.0, dense: Sequence[str] = DENSE
     """
     rows = []
     real = (data_root() / "cifar-10-batches-py").is_dir()
-    for path in sorted((ROOT / "results/checkpoints/cifar10").glob("*.safetensors")):
+    for path in sorted((resolve(results_dir) / "checkpoints/cifar10").glob("*.safetensors")):
         model, masks, meta = load_network(path)
         images = torch.randn(batch, 3, 32, 32)
         if real:
@@ -244,28 +248,21 @@ def crossover(rows: list[dict], engine: str, dense: float) -> float | None:
     return None
 
 
-def measure(archs: list[str]) -> dict:
-    """The whole record."""
+def measure(
+    archs: Sequence[str] = tuple(NETWORKS), threads: int = 0, results_dir: str | Path = "results"
+) -> dict:
+    """The whole record, on so many threads (0: as many as torch takes).
+
+    results_dir: where the shipped networks are.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
     networks = [row for arch in archs for row in by_network(arch)]
     amx = native.multiplies_matrices()
     return {
         "networks": networks,
         "density": by_density(),
-        "shipped": shipped(),
+        "shipped": shipped(results_dir=results_dir),
         "engine": engine.compile(fresh("resnet_56"), EXAMPLE).report,
         "dense_bf16": "AMX" if amx else torch.backends.cpu.get_cpu_capability(),
         "provenance": provenance(),
     }
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    record = measure(list(NETWORKS))
-    for row in record["networks"]:
-        print(row["arch"], "batch", row["batch"])
-        for name, speed in row["images_per_s"].items():
-            print(f"  {name:16s} {speed:10.1f} images/s")
-    name = machine(record["provenance"]["hardware"]["name"])
-    print(write_json(ROOT / f"results/bench/runtime-{name}.json", record))

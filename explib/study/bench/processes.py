@@ -1,4 +1,4 @@
-"""How one run grows with processes: `python -m explib.study.bench.processes`, each on one thread.
+"""How one run grows with processes, each on one thread: `explib bench processes`.
 
 The same fine-tuning (ResNet-56, half of its kernels, batch 256 in all, with the dense network's
 soft labels) in 1, 2 and 4 processes, as torchrun starts them; on GPUs, one process each.
@@ -9,37 +9,42 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
-from explib.files import ROOT, write_json
 from explib.params import Params
 from explib.study import runs
-from explib.study.records import provenance
+from explib.study.records import write_bench
 
-RESULT = ROOT / "results/bench/processes.json"
 RUN = Params(arch="resnet_56", batch_size=256, limit_train=1024, limit_test=64, epochs=3, threads=1)
 
 
 def images_per_s(processes: int, params: Params) -> float:
-    """Training images per second, of the last epoch."""
+    """Training images per second, of the last epoch. RuntimeError where the run fails."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     given = {k: v for k, v in params.asdict().items() if v != getattr(Params(), k)}
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "explib", "finetune", "--json"]
         + [f"--{name}={value}" for name, value in given.items()],
-        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise RuntimeError(f"{processes} processes: the run failed; what it said stands above")
     return json.loads(done.stdout)["history"][-1]["images_per_s"]
 
 
-def measure(counts: tuple[int, ...] = (1, 2, 4)) -> list[dict]:
-    """One row for each number of processes: images/s, and the share of a linear growth."""
-    rows = []
+def measure(
+    counts: Sequence[int] = (1, 2, 4), results_dir: str | Path = "results"
+) -> Iterator[dict]:
+    """Yield a row for each number of processes: images/s, and the share of a linear growth.
+
+    The rows so far are in results_dir/bench/processes.json.
+    """
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         runs.baseline(RUN.replace(results_dir=f"{folder}/dense", epochs=1))
         dense = f"{folder}/dense/checkpoints/digits/resnet_56.safetensors"
@@ -49,11 +54,6 @@ def measure(counts: tuple[int, ...] = (1, 2, 4)) -> list[dict]:
             first = rows[0] if rows else {"processes": count, "images_per_s": speed}
             linear = first["images_per_s"] * count / first["processes"]
             rows.append({"processes": count, "images_per_s": speed, "efficiency": speed / linear})
-            cores = torch.cuda.device_count() or os.cpu_count()
-            print(f"{count} processes: {speed:.0f} images/s, {speed / linear:.2f} of linear")
-            write_json(RESULT, {"rows": rows, "devices": cores, "provenance": provenance()})
-    return rows
-
-
-if __name__ == "__main__":
-    measure()
+            devices = torch.cuda.device_count() or os.cpu_count()
+            write_bench("processes", {"rows": rows, "devices": devices}, results_dir)
+            yield rows[-1]

@@ -1,4 +1,4 @@
-"""How fast whole networks are scored and pruned: `python -m explib.study.bench.scoring`.
+"""How fast whole networks are scored and pruned: `explib bench scoring`.
 
 The plain loop does per kernel what the vectorised code does per layer, as the published
 implementation is written; it is timed on one layer only, since all of VGG-16 would take it minutes.
@@ -11,13 +11,11 @@ from collections import Counter, defaultdict
 
 import torch
 
-from explib.files import ROOT, write_json
 from explib.models import build
 from explib.pruning.criteria import Layer, prune
 from explib.pruning.layers import find_convs
 from explib.pruning.ways import way_b
 from explib.rates import keep_floor, number_to_prune, parse_rates
-from explib.study.records import provenance
 
 RATES = "[0.1]*2+[0.4]*2+[0.5]*2+[0.6]*2+[0.7]*3+[0.6]*2"
 
@@ -53,7 +51,7 @@ def best_of(work, repeats: int) -> float:
     return min(times)
 
 
-def scoring() -> dict:
+def measure() -> dict[str, float]:
     """Scores and masks of all 13 layers of VGG-16 on one core, and one 512x512 layer both ways."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
@@ -83,12 +81,3 @@ def scoring() -> dict:
         "512x512 layer, plain loop, s": plain,
         "plain loop / ours": plain / ours,
     }
-
-
-if __name__ == "__main__":
-    figures = scoring()
-    for name, value in figures.items():
-        print(f"{name:45s} {value:10.4f}")
-    record = {**figures, "provenance": provenance()}
-    written = write_json(ROOT / "results/bench/scoring.json", record)
-    print(written)

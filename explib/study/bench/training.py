@@ -1,10 +1,9 @@
-"""How fast this machine trains and evaluates: `python -m explib.study.bench.training`.
+"""How fast this machine trains and evaluates: `explib bench training`.
 
 Ours beside the loop that one would write first, by turns in one run: torchvision's transforms in a
 DataLoader of 8 workers, fp32, eager, SGD, weights masked anew after every step. On a CPU also what
-leaving out pruned kernels brings. Writes results/bench/training-MACHINE.json after every figure;
-needs CIFAR-10, about seven minutes on two cores and under ten on a GPU. Of packages beyond PyTorch
-it uses those of explib only.
+leaving out pruned kernels brings. Needs CIFAR-10, about seven minutes on two cores and under ten on
+a GPU. Of packages beyond PyTorch it uses those of explib only.
 """
 
 import json
@@ -24,13 +23,13 @@ from torchvision.transforms import v2
 
 from explib.data import Data, Split, load_data
 from explib.engine import training as sparse_training
-from explib.files import ROOT, write_json
+from explib.files import write_json
 from explib.models import build
 from explib.params import Params
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.pruning.layers import find_convs
-from explib.study.records import machine, provenance
+from explib.study.records import provenance, write_bench
 from explib.training import backend, evaluation
 from explib.training import loop as tuning
 
@@ -270,41 +269,44 @@ def variant(name: str, data: Data, params: Params, masked: bool = True):
             yield row | {"images_per_s": None, "error": str(error).splitlines()[0]}
 
 
-def main(params: Params | None = None, rounds: int = 3) -> Path:
-    """Measure, print and write; returns the file. By default on CIFAR-10, on a CPU a part of it."""
+def usual(**changes) -> Params:
+    """The setting that is measured: CIFAR-10, and on a CPU a part of it."""
     few = {} if torch.cuda.is_available() else {"limit_train": 2048, "limit_test": 2048}
-    params = params or Params(dataset="cifar10", distill=0.0, lr=0.01, **few)
+    return Params(**{"dataset": "cifar10", "distill": 0.0, "lr": 0.01, **few, **changes})
+
+
+def record(
+    params: Params | None = None, results_dir: str | Path = "results", rounds: int = 3
+) -> Iterator[dict]:
+    """Measure everything; yields each row of `measure`, then of `by_sparsity`.
+
+    params: by default those of `usual`. The rows so far are in
+    results_dir/bench/training-MACHINE.json, with the `ratios` of them.
+    """
+    params = params or usual()
     device = backend.device_of(params)
-    record = {"rows": [], "by_sparsity": [], "provenance": provenance(device)}
-    name = machine(record["provenance"]["hardware"]["name"])
-    path, rows = ROOT / f"results/bench/training-{name}.json", record["rows"]
-    for row in measure(params, rounds):
-        rows.append(row)
-        speed = row["images_per_s"]
-        name = f"{row['network']}, {row.get('task', 'train')}, {row['loop']}"
-        print(f"{name:45s}", "failed" if speed is None else f"{speed:10.0f} images/s", flush=True)
-        write_json(path, record | {"ratios": ratios(rows)})
-    for arch in NETWORKS if device == "cpu" and sparse_training.library() else ():
-        for row in by_sparsity(arch, params):
-            record["by_sparsity"].append(row)
-            name = f"{arch}, {row['pruned_pct']:.0f} % pruned, all and surviving kernels"
-            speeds = f"{row['all_kernels']:10.0f} {row['surviving_kernels']:10.0f} images/s"
-            print(f"{name:45s}", speeds, flush=True)
-            write_json(path, record | {"ratios": ratios(rows)})
-    for name, value in ratios(rows).items():
-        print(f"{name:45s} {value:10.2f}")
-    return path
+    archs = NETWORKS if device == "cpu" and sparse_training.library() else ()
+    parts = {
+        "rows": measure(params, rounds),
+        "by_sparsity": (row for arch in archs for row in by_sparsity(arch, params)),
+    }
+    found: dict[str, list[dict]] = {part: [] for part in parts}
+    origin = {"provenance": provenance(device)}
+    for part, rows in parts.items():
+        for row in rows:
+            found[part].append(row)
+            whole = {**found, **origin, "ratios": ratios(found["rows"])}
+            write_bench("training-MACHINE", whole, results_dir)
+            yield row
 
 
 def ratios(rows: list[dict]) -> dict[str, float]:
     """Ours to the plain loop for each network and task."""
-    speed = {(r["network"], r.get("task"), r["loop"]): r["images_per_s"] for r in rows}
+    speed = {
+        (r["network"], r.get("task"), r["loop"]): r["images_per_s"] for r in rows if "loop" in r
+    }
     return {
         f"{arch}, {task}: ours / plain": speed[arch, task, "ours"] / value
         for (arch, task, loop), value in speed.items()
         if loop == "plain" and (arch, task, "ours") in speed
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,107 @@
+"""Results as lines of plain text, for the command line."""
+
+import pandas as pd
+
+paths = "\n".join
+
+
+def columns(rows: list[dict]) -> str:
+    """Rows as aligned columns, numbers with four digits."""
+    return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}")
+
+
+def left(counts: dict) -> str:
+    """What pruning leaves, by layer and in all; `counts` as of `explib.study.networks.counts`."""
+    keys = ("name", "kernels", "nominal", "pruned", "macs_dense", "macs")
+    lines = [columns([{key: row[key] for key in keys} for row in counts["layers"]])]
+    macs, weights = counts["macs"], counts["weights"]
+    cut = 100 * (1 - macs["left"] / macs["dense"])
+    published = 100 * (1 - macs["published_m"] / (macs["dense"] / 1e6))
+    lines += [
+        "",
+        f"kernels pruned      {100 * counts['sparsity']:.2f} %"
+        f" (asked for: {100 * counts['nominal_sparsity']:.2f} %)",
+        f"multiply-adds left  {macs['left'] / 1e6:.2f} of {macs['dense'] / 1e6:.2f} M",
+        f"true cut            {cut:.2f} %",
+        f"published cut       {published:.2f} % (its convention mixes units)",
+        f"weights left        {weights['left'] / 1e6:.3f} of {weights['dense'] / 1e6:.3f} M",
+    ]
+    return "\n".join([*lines, f"masks in {counts['masks']}"] if "masks" in counts else lines)
+
+
+def run(record: dict) -> str:
+    """A record in a few lines: its state, its accuracies in per cent, its folder."""
+    top1 = {k: v for k, v in record["accuracy"].items() if v is not None}
+    lines = [f"{record['kind']} {record['params']['name']}: {record['status']}"]
+    lines += [f"{name:12s} {value:.2f} %" for name, value in top1.items() if name != "best_epoch"]
+    return "\n".join([*lines, f"files in {record['params']['job_dir']}"])
+
+
+def control(row: dict) -> str:
+    """A row of `explib.study.controls.measure`: setting, mean top-1 over the mask seeds."""
+    setting = f"{row['pruning_way']:8s} {row['survivors']:7s} {row['changed']:15s}"
+    return f"{row['arch']} {row['cut_pct']} % {setting} {sum(row['top1']) / len(row['top1']):6.2f}"
+
+
+def recipe(row: dict) -> str:
+    """A row of `explib.study.recipes.compare`."""
+    return f"{row['recipe']:40s} {row['before']:6.2f} → {row['last']:.2f} %"
+
+
+def accuracy(row: dict) -> str:
+    """A row of `explib.study.verify.verify_all`; its columns are those of ACCURACY."""
+    found = f"{row['top1']:6.2f} {row['recorded']:9.2f} {row['differ']:14d}"
+    return f"{row['network']:28s} {row['way']:24s} {found}"
+
+
+ACCURACY = f"{'network':28s} {'way':24s} {'top-1':>6s} {'recorded':>9s} {'other answers':>14s}"
+
+
+def verified(found: dict) -> str:
+    """The largest differences of `explib.study.verify.worst`, and the file written."""
+    lines = [
+        f"{row['way']}: the worst of {row['networks']} off by {row['off']:.2f}, "
+        f"allowed {row['allowed']}"
+        for row in found["worst"]
+    ]
+    return "\n".join(lines + [found["file"]] * bool(found["file"]))
+
+
+def growth(row: dict) -> str:
+    """A row of `explib.study.bench.processes.measure`."""
+    speed = f"{row['images_per_s']:.0f} images/s, {row['efficiency']:.2f} of linear"
+    return f"{row['processes']} processes: {speed}"
+
+
+def training(row: dict) -> str:
+    """A row of `explib.study.bench.training.record`, of either kind."""
+    if "pruned_pct" in row:
+        name = f"{row['network']}, {row['pruned_pct']:.0f} % pruned, all and surviving kernels"
+        return f"{name:45s} {row['all_kernels']:10.0f} {row['surviving_kernels']:10.0f} images/s"
+    name = f"{row['network']}, {row.get('task', 'train')}, {row['loop']}"
+    speed = row["images_per_s"]
+    return f"{name:45s} " + ("failed" if speed is None else f"{speed:10.0f} images/s")
+
+
+def values(found: dict[str, float]) -> str:
+    """Named numbers, one a line."""
+    return "\n".join(f"{name:45s} {value:10.4g}" for name, value in found.items())
+
+
+def ratios(found: dict) -> str:
+    """The ratios of a record of `explib.study.bench.training`."""
+    return values(found["ratios"])
+
+
+def speeds(found: dict) -> str:
+    """Images per second of a record of `explib.study.bench.inference`, by network and batch."""
+    lines = []
+    for row in found["networks"]:
+        lines.append(f"{row['arch']} batch {row['batch']}")
+        lines += [f"  {name:16s} {s:10.1f} images/s" for name, s in row["images_per_s"].items()]
+    return "\n".join(lines)
+
+
+def done(rows: list[dict]) -> str:
+    """The last line after rows that were printed one by one."""
+    return f"{len(rows)} rows"
