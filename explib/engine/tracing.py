@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
+from explib.pruning.holding import Held
 from explib.pruning.layers import modes_kept
 
 _WRITES = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -19,7 +20,8 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     NotImplementedError where torch.fx cannot trace it, or traces something else.
     """
     for name, module in model.named_modules():
-        if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
+        hooks = [hook for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks").values()]
+        if not all(isinstance(hook, Held) for hook in hooks):  # those go with their convs
             raise NotImplementedError(
                 f"{name or 'the network'} has hooks, which tracing would lose"
             )
