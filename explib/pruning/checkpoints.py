@@ -145,9 +145,9 @@ def load_state(path: str | Path) -> tuple[dict, dict]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"{path}: is no readable checkpoint ({why})") from None
+        raise ValueError(f"{path} is no readable checkpoint ({why})") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a state dict")
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state, {}
 
 

@@ -150,15 +150,17 @@ def hold(
     It holds for every torch.optim.Optimizer, for gradients changed or set by hand, for copies of
     the model and for weights loaded or moved later. optimizer: the only one that trains the model;
     gradients are then zeroed in one operation before its step rather than one by one, and what it
-    has gathered of pruned kernels is cleared. Masks held before are replaced, with a warning where
-    they were others. ValueError, naming the layer, for masks that do not fit or cannot be held: see
-    `check`.
+    has gathered of pruned kernels is cleared at once rather than after its next step. Masks held
+    before are replaced, with a warning where they were others. ValueError, naming the layer, for
+    masks that do not fit or cannot be held: see `check`.
     """
     masks = check(model, masks)
     elements = take_over(model, masks)
     masks = spread(model, masks)
     convs = {model.get_submodule(name): name for name in masks}  # one registered twice is one
     convs = {name: conv for conv, name in convs.items()}
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        optimizer = None  # no torch.optim.Optimizer, or a wrapper that never became one
     if optimizer is not None:
         _trains(optimizer, convs)
     _replace(convs, model, masks)

@@ -5,6 +5,7 @@ import io
 import itertools
 import random
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -127,20 +128,19 @@ class Averaging(Centralizing):
 
 class Dividing(Centralizing):
     def update(self, grad, weight):
-        return (
-            grad / grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.ndim - 1))
-            if grad.ndim > 1
-            else grad
-        )
+        if grad.ndim < 4:
+            return grad
+        return grad / grad.flatten(2).norm(dim=2)[:, :, None, None]  # 0 / 0
 
 
 class Lookahead(torch.optim.Optimizer):
-    """A wrapper as they are written: it does not call Optimizer.__init__."""
+    """A wrapper as timm has it: it does not call Optimizer.__init__, and so no hooks run."""
 
     def __init__(self, params):
         self.inner = torch.optim.SGD(params, 0.05, momentum=0.9)
         self.param_groups, self.defaults = self.inner.param_groups, {}
         self.state = self.inner.state
+        self._optimizer_step_pre_hooks = OrderedDict()
         self.slow = [torch.randn_like(p) for g in self.param_groups for p in g["params"]]
 
     def step(self, closure=None):
@@ -368,8 +368,8 @@ def test_whatever_becomes_of_the_model(change):
     for build, name, given in itertools.product(
         NETWORKS, ["SGD", "Adam", "centralizing", "LBFGS", "unknown"], [False, True]
     ):
-        if given and name == "unknown":
-            continue
+        if (given and name == "unknown") or (change is moved and name == "LBFGS"):
+            continue  # LBFGS takes no gradients with channels last
         model, masks = masked(build)
         optimizer = OPTIMIZERS[name](model.parameters())
         holding.hold(model, masks, *[optimizer] * given)
