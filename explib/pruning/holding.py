@@ -34,6 +34,7 @@ class Held:
         self._wide: dict[tuple, torch.Tensor] = {}
         self._weight = self._conv = lambda: None
         self._hook = None
+        self.released = False
 
     def __getstate__(self) -> dict:
         return {"name": self.name, "pruned": self.pruned}
@@ -61,6 +62,20 @@ class Held:
         """Before the conv's state is read."""
         if (weight := conv._parameters.get("weight")) is not None:
             self.zero(weight)
+
+    def put_on(self, conv: nn.Module) -> None:
+        """Hold the conv from now on."""
+        conv.register_forward_pre_hook(self)
+        conv.register_state_dict_pre_hook(self.before_saving)
+        self.follow(conv)
+
+    def take_off(self, conv: nn.Module) -> None:
+        """Hold it no longer."""
+        self.forget()
+        hooks = ((conv._forward_pre_hooks, self), (conv._state_dict_pre_hooks, self.before_saving))
+        for own, hook in hooks:
+            for key in [key for key, value in own.items() if value == hook]:
+                del own[key]
 
     def follow(self, conv: nn.Module) -> None:
         """See to the weight that the conv has now."""
@@ -151,8 +166,8 @@ def hold(
     the model and for weights loaded or moved later. optimizer: the only one that trains the model;
     gradients are then zeroed in one operation before its step rather than one by one, and what it
     has gathered of pruned kernels is cleared at once rather than after its next step. Masks held
-    before are replaced, with a warning where they were others. ValueError, naming the layer, for
-    masks that do not fit or cannot be held: see `check`.
+    before are replaced, with a warning where they were others, until this is undone. ValueError,
+    naming the layer, for masks that do not fit or cannot be held: see `check`.
     """
     masks = check(model, masks)
     elements = take_over(model, masks)
@@ -163,7 +178,7 @@ def hold(
         optimizer = None  # no torch.optim.Optimizer, or a wrapper that never became one
     if optimizer is not None:
         _trains(optimizer, convs)
-    _replace(convs, model, masks)
+    replaced = _replace(convs, model, masks)
     apply(model, masks)
     held = {}
     for name, conv in convs.items():
@@ -171,9 +186,7 @@ def hold(
         if name in elements:
             pruned = pruned | ~elements[name].to(pruned.device)
         one = held[name] = Held(name, pruned, gradients=optimizer is None)
-        conv.register_forward_pre_hook(one)
-        conv.register_state_dict_pre_hook(one.before_saving)
-        one.follow(conv)
+        one.put_on(conv)
     hook = None
     if optimizer is not None:
         for name, conv in convs.items():
@@ -184,8 +197,13 @@ def hold(
     def release() -> None:
         if hook is not None:
             hook.remove()
+        there = any(one is found for _, found in _holders(model) for one in held.values())
         for name, conv in convs.items():
-            _remove(conv, held[name])
+            held[name].take_off(conv)
+            held[name].released = True
+        for conv, earlier in replaced if there else ():
+            if not earlier.released:
+                earlier.put_on(conv)
 
     return release
 
@@ -208,8 +226,9 @@ def mask_gradients(
 
 def release(model: nn.Module) -> None:
     """Let a model's pruned kernels learn again, whoever holds them."""
-    for conv, held in _holders(model):
-        _remove(conv, held)
+    for conv, held in list(_holders(model)):
+        held.take_off(conv)
+        held.released = True
 
 
 def _before_step(held: list[Held]) -> Callable:
@@ -251,22 +270,23 @@ def _trains(optimizer: torch.optim.Optimizer, convs: dict[str, nn.Conv2d]) -> No
         )
 
 
-def _replace(convs: dict[str, nn.Conv2d], model: nn.Module, masks: Masks) -> None:
-    """Let go of the masks held so far; a warning tells of those that are others."""
+def _replace(convs: dict[str, nn.Conv2d], model: nn.Module, masks: Masks) -> list[tuple]:
+    """Take off the masks held so far, and return them; a warning tells of those that are others."""
     known = {id(conv): masks[name] for name, conv in convs.items()}
-    revived = 0
-    for conv, held in list(_holders(model)):
+    revived, replaced = 0, list(_holders(model))
+    for conv, held in replaced:
         pruned = held.pruned.flatten(2).all(2)
         mask = known.get(id(conv))
         kept = mask.to(pruned.device) if mask is not None else torch.ones_like(pruned)
         revived += int((pruned & kept).sum())
-        _remove(conv, held)
+        held.take_off(conv)
     if revived:
         warnings.warn(
             f"hold: replaces the masks held so far; {revived} kernels that they pruned stay in the "
             "new ones, and start from zero",
             stacklevel=3,
         )
+    return replaced
 
 
 def _holders(model: nn.Module) -> Iterable[tuple[nn.Module, Held]]:
@@ -274,11 +294,3 @@ def _holders(model: nn.Module) -> Iterable[tuple[nn.Module, Held]]:
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, Held):
                 yield module, hook
-
-
-def _remove(conv: nn.Module, held: Held) -> None:
-    held.forget()
-    hooks = ((conv._forward_pre_hooks, held), (conv._state_dict_pre_hooks, held.before_saving))
-    for own, hook in hooks:
-        for key in [key for key, value in own.items() if value == hook]:
-            del own[key]

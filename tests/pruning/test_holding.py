@@ -276,6 +276,7 @@ def scaled(model, optimizer, number):
     return None
 
 
+ORDERS = ["hold first", "optimizer first", "momentum first", "given"]
 LOOPS = [backward, closure, by_hand, centralized, accumulated, scaled]
 
 
@@ -287,8 +288,7 @@ def masked(build) -> tuple[nn.Module, masking.Masks]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_loop_in_every_order(name):
-    orders = ["hold first", "optimizer first", "momentum first", "given"]
-    for number, (loop, order) in enumerate(itertools.product(LOOPS, orders)):
+    for number, (loop, order) in enumerate(itertools.product(LOOPS, ORDERS)):
         build = NETWORKS[(number + number // 4) % 3]
         model, masks = masked(build)
         if order == "hold first":
@@ -464,6 +464,21 @@ class TestHooks:
             assert set(leaks(own, masks, batch(0)[0])) == set(masks)
             assert not any(m._forward_pre_hooks for m in own.modules())
             assert not any(m._state_dict_pre_hooks for m in own.modules())
+
+    def test_undone_is_as_it_was_before(self):
+        """A loop that holds masks itself leaves those that its user holds."""
+        model, masks = masked(Residual)
+        first = holding.hold(model, masks)
+        optimizer = Averaging(model.parameters())
+        second = holding.hold(model, masks, optimizer)
+        backward(model, optimizer, 0)
+        second()
+        backward(model, optimizer, 1)
+        assert masking.held(model, masks)
+        assert all(len(m._forward_pre_hooks) <= 1 for m in model.modules())
+        first()
+        backward(model, optimizer, 2)
+        assert set(leaks(model, masks, batch(0)[0])) == set(masks)
 
     def test_a_model_that_is_gone_is_forgotten(self):
         model, masks = masked(make_net)
