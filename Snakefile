@@ -12,7 +12,10 @@ from explib.study import gpus
 from explib.files import locked, write_text
 from explib.params import from_yaml
 
-RESULTS = config.get("results_dir", "results")
+workdir: workflow.basedir  # wherever it is started
+
+
+RESULTS = os.path.expanduser(config.get("results_dir", "results"))
 FILES = {
     dataset: {file.stem: file for file in sorted(Path("params", dataset).glob("*.yaml"))}
     for dataset in ("digits", "cifar10", "imagenet")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -162,7 +163,7 @@ class _Files(Dataset):
         index, seed = item
         path = self.files[index]
         try:
-            image = Image.open(path).convert("RGB")
+            image = _eight_bits(Image.open(path)).convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             why = " ".join(str(error).split())[:100]
             raise DataError(f"{path}: no readable image ({why}); restore it or remove it") from None
@@ -171,6 +172,13 @@ class _Files(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return pil_to_tensor(self.train(image))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8, its upper ones, as PIL takes them of colour images."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 SUFFIXES = (".jpeg", ".jpg", ".png")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
+from explib.pruning.holding import Held
 from explib.pruning.layers import modes_kept
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -21,7 +22,8 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     NotImplementedError where torch.fx cannot trace it, or traces something else.
     """
     for name, module in model.named_modules():
-        if any(getattr(module, f"_{kind}_hooks") for kind in _HOOKS):
+        hooks = [hook for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks").values()]
+        if not all(isinstance(hook, Held) for hook in hooks):  # those go with their convs
             raise NotImplementedError(
                 f"{name or 'the network'} has hooks, which tracing would lose"
             )

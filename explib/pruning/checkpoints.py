@@ -15,6 +15,7 @@ from explib.pruning.masks import Masks
 
 def save(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
     """Write masks, one bit a kernel."""
+    masks = {name: masking.as_tensor(mask) for name, mask in masks.items()}
     tensors = {name: _pack(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     return save_tensors(path, tensors, {"kind": "masks", "shapes": shapes, **(meta or {})})
@@ -63,23 +64,41 @@ def save_compact(
 ) -> Path:
     """Write a network as its surviving kernels and their positions only.
 
-    meta must say `arch` and `num_classes`. Weights of more than one dimension are stored as
-    `dtype`, everything else (BatchNorm, biases) as it is.
+    meta must say `arch` and `num_classes`. Parameters of more than one dimension are stored as
+    `dtype`, everything else (BatchNorm, biases, buffers) as it is, and what the network has under
+    two names once. ValueError, naming the layer, for masks that do not fit or whose pruned kernels
+    are not zero, and for a state that is no tensor.
     """
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        mask = masks.get(name.removesuffix(".weight"))
-        if mask is not None and name.endswith(".weight"):
-            tensors[f"{name}.positions"] = _pack(mask)
+    masks = masking.check(model, masks)
+    for name, count in masking.leaks(model, masks).items():
+        raise ValueError(
+            f"masks: {name} has {count} pruned kernels that are not zero and would be lost; hold "
+            "or apply the masks before saving"
+        )
+    state, tensors, shapes, first, same = model.state_dict(keep_vars=True), {}, {}, {}, {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    everywhere = masking.spread(model, masks)
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: is a {type(tensor).__name__}; a file holds tensors only")
+        original = first.setdefault(id(tensor), name)
+        if original != name:
+            same[name] = original
+            continue
+        layer, mask = name.removesuffix(".weight"), None
+        if name.endswith(".weight"):
+            mask = everywhere.get(layer)
+        if mask is not None:
+            tensors[f"{name}.positions"], shapes[layer] = _pack(mask), list(mask.shape)
             tensor = tensor[mask.to(tensor.device)]
-        wide = tensor.is_floating_point() and tensor.ndim > 1
-        tensors[name] = tensor.to(dtype) if wide else tensor
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return save_tensors(path, tensors, {**meta, "kind": "compact", "shapes": shapes})
+        wide = name in parameters and tensor.is_floating_point() and tensor.ndim > 1
+        tensors[name] = tensor.detach().to(dtype if wide else tensor.dtype).clone()
+    more = {"same": same} if same else {}
+    return save_tensors(path, tensors, {**meta, "kind": "compact", "shapes": shapes, **more})
 
 
 def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
-    """A file of `save_compact`: (dense state dict in fp32, masks, meta)."""
+    """Read a file of `save_compact`: (dense state dict, 16 bits as fp32; masks; meta)."""
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "compact":
         raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
@@ -96,26 +115,74 @@ def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict
         weight = kernels.new_zeros(*shape, *kernels.shape[1:])
         weight[mask] = kernels
         tensors[f"{name}.weight"], masks[name] = weight, mask
-    state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in tensors.items()
-    }
+    short = (torch.float16, torch.bfloat16)
+    state = {name: t.float() if t.dtype in short else t for name, t in tensors.items()}
+    same = meta.get("same", {})
+    for name, original in same.items() if isinstance(same, dict) else ():
+        if not isinstance(original, str) or original not in state:
+            raise ValueError(f"{path}: {name} is to be {original}, which it lacks; save it anew")
+        state[name] = state[original]
     return state, masks, meta
 
 
+def load_state(path: str | Path) -> tuple[dict, dict]:
+    """Read the state dict of any checkpoint, and what it says of itself: (state, meta).
+
+    A file of `save_compact`, another safetensors file, or one of torch.save, nested or not.
+    FileNotFoundError, or ValueError in one line, for what is none.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state, meta = load_tensors(path)
+        if meta.get("kind") == "compact":
+            state, _, meta = load_compact(path)
+        elif meta.get("kind") == "masks":
+            raise ValueError(f"{path}: holds masks; give the file of a network")
+        return state, meta
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} is no readable checkpoint ({why})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state, {}
+
+
+# where checkpoints have their weights, the first that is there; and what wrappers put before names
+_NESTS = ("state_dict", "model_state_dict", "model", "net", "module", "network", "model_state")
+_NESTS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.")
+_COUNTERS = {"n_averaged"}  # of torch.optim.swa_utils
+
+
+def _plain_name(name: str, own: dict) -> str:
+    """A name without the prefixes of wrappers, as far as the network has it without them."""
+    short = name
+    while short not in own:
+        prefix = next((p for p in _PREFIXES if short.startswith(p)), None)
+        if prefix is None:
+            return short
+        short = short.removeprefix(prefix)
+    return short
+
+
 def load_weights(model: nn.Module, state: dict, source: str) -> nn.Module:
-    """Load a state dict as found in the wild: nested, with `module.`, `fc` or `linear` heads.
+    """Load a state dict as found in the wild: nested, with wrappers' prefixes, `fc` or `linear`.
 
     Raises ValueError, listing what does not match, before anything is changed; so too for
     weights that are not finite.
     """
-    for key in ("state_dict", "model", "net"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
+    while key := next((key for key in _NESTS if isinstance(state.get(key), dict)), None):
+        state = state[key]
     own = model.state_dict()
     found = {}
     for name, value in state.items():
-        name = name.removeprefix("module.")
+        if name in _COUNTERS and name not in own:
+            continue
+        name = _plain_name(str(name), own)
         for old, new in (("fc.", "linear."), ("linear.", "fc.")):
             if name not in own and name.startswith(old) and new + name.removeprefix(old) in own:
                 name = new + name.removeprefix(old)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from explib.pruning.layers import Conv, Inputs, per_example, visited
-from explib.pruning.masks import Masks
+from explib.pruning.masks import Masks, check, masks_of, spread
 from explib.rates import number_to_prune
 
 
@@ -51,11 +51,22 @@ def layer_table(
 def macs(model: nn.Module, example_inputs: Inputs, masks: Masks | None = None) -> dict[str, int]:
     """MACs of one example: {"dense": of all the network does, "left": without pruned kernels}.
 
-    Layers, attention and matrix products in `forward` count alike; what cannot be counted is named
-    in a warning.
+    masks: by default those that the network has, its kernels of zeros; {} for none. Layers,
+    attention and matrix products in `forward` count alike; what cannot be counted is named in a
+    warning. ValueError, naming the layer, for masks that do not fit, or of a conv that does not run
+    with these inputs.
     """
+    masks = masks_of(model) if masks is None else check(model, masks)
     convs, dense = counted(model, example_inputs)
-    return {"dense": dense, "left": dense - cut(convs, masks or {})}
+    everywhere = spread(model, masks)
+    names = {conv.name for conv in convs}
+    for name in masks:
+        if not any(masks[name] is everywhere[other] for other in names & everywhere.keys()):
+            raise ValueError(
+                f"masks: {name} does not run with these example inputs, so that what its mask cuts "
+                "is not known; leave it out, or give inputs with which it runs"
+            )
+    return {"dense": dense, "left": dense - cut(convs, everywhere)}
 
 
 def cut(convs: list[Conv], masks: Masks) -> int:
@@ -117,10 +128,14 @@ class _Products(TorchDispatchMode):
 
 
 def weights(model: nn.Module, masks: Masks | None = None) -> dict[str, int]:
-    """Trainable numbers: {"dense": all of them, "left": without the pruned kernels' elements}."""
+    """Trainable numbers: {"dense": all of them, "left": without the pruned kernels' elements}.
+
+    masks: as in `macs`.
+    """
+    masks = masks_of(model) if masks is None else check(model, masks)
     dense = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(
         int((~mask).sum()) * model.get_submodule(name).weight[0, 0].numel()
-        for name, mask in (masks or {}).items()
+        for name, mask in masks.items()
     )
     return {"dense": dense, "left": dense - pruned}

@@ -15,8 +15,9 @@ example_inputs, convs, rates by name) that returns the masks by name.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -41,6 +42,7 @@ class Layer:
     gamma: torch.Tensor | None = None  # (F,), the scale of the BatchNorm that takes its output
     rate: float = 0.5  # the share of its kernels to prune
     generator: torch.Generator | None = None  # of this conv alone, on the CPU
+    norm: str | None = None  # the name of that BatchNorm
 
     @property
     def to_prune(self) -> int:
@@ -51,10 +53,11 @@ class Layer:
     def scale(self) -> torch.Tensor:
         """|gamma| (F,). ValueError, naming the layer, where there is none or it is not finite."""
         if self.gamma is None:
-            raise ValueError(
-                f"{self.name}: no BatchNorm takes this conv's output, and the criterion needs its "
-                "scale; use way B or leave the layer out"
-            )
+            lacking = "no BatchNorm takes this conv's output, and the criterion needs its scale"
+            if self.norm is not None:
+                lacking = f"its BatchNorm {self.norm} has no scale (affine=False), which the "
+                lacking += "criterion needs"
+            raise ValueError(f"{self.name}: {lacking}; use way B or leave the layer out")
         if not torch.isfinite(self.gamma).all():
             raise ValueError(f"{self.name}: BatchNorm scales hold NaN or infinite values")
         return self.gamma.abs()
@@ -84,7 +87,8 @@ def prune(
     registered name, or package.module:function. floor: the share of every redundant set that
     stays, by default 1 - max(rates) - 0.1. options: the criterion's own. The model is not changed;
     `masks.hold` does that. A conv's mask depends on the seed and its place only, so that leaving
-    another conv out does not change it; at rate 0 it stays whole.
+    another conv out does not change it; at rate 0 it stays whole. Kernels that are zero already
+    count as pruned, and first; a warning says how many.
 
     Raises ParamError for options that the criterion does not take, and ValueError, naming the
     layer, for weights that are not finite, and for scores and masks that cannot be.
@@ -103,6 +107,7 @@ def prune(
         masks = function(model, example_inputs, convs, rates, **options)
         check(model, masks, f"criterion {entry.label!r}")
         return masks
+    _tell_known(model, rates)
     masks = {}
     for index, conv in enumerate(convs):
         if conv.name in rates:
@@ -136,29 +141,71 @@ def _by_name(rate: Any, names: list[str]) -> dict[str, float]:
             raise ParamError(f"rate: {unknown[0]!r} is not a prunable conv of the network")
         rates = rate
     else:
+        rate = rate.tolist() if isinstance(rate, np.ndarray | np.generic | torch.Tensor) else rate
         given = list(rate) if isinstance(rate, list | tuple) else [rate]
         rates = dict(zip(names, spread_rates(given, len(names)), strict=True))
     for name, value in rates.items():
         if not isinstance(value, Real) or not 0 <= value < 1:
             raise ParamError(f"rate: {value!r} for {name}; give a number from 0 to below 1")
-    return rates
+    return {name: float(value) for name, value in rates.items()}
 
 
 def _layer(model: nn.Module, conv: Conv, rate: float, generator: torch.Generator) -> Layer:
     module = model.get_submodule(conv.name)
     gamma = model.get_submodule(conv.norm).weight if conv.norm else None
     tensors = [None if t is None else t.detach() for t in (module.weight, module.bias, gamma)]
-    return Layer(conv.name, *tensors, rate, generator)
+    return Layer(conv.name, *tensors, rate, generator, conv.norm)
+
+
+def _known(weight: torch.Tensor) -> torch.Tensor:
+    """Which kernels (F, C) of a layer are zero already; none where all are, as in a fresh one."""
+    zero = ~weight.flatten(2).any(2)
+    return zero & ~zero.all()
+
+
+def _tell_known(model: nn.Module, rates: dict[str, float]) -> None:
+    counts = [int(_known(model.get_submodule(name).weight.detach()).sum()) for name in rates]
+    if any(counts):
+        layers = sum(count > 0 for count in counts)
+        warnings.warn(
+            f"prune: {sum(counts)} kernels of {layers} convs are zero already; they count as "
+            "pruned, and first",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
 def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
-    """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it."""
-    shape, device = tuple(layer.weight.shape[:2]), layer.weight.device
+    """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it.
+
+    Of kernels that are zero already all are pruned; the criterion chooses how many more the rate
+    asks for.
+    """
     if not torch.isfinite(layer.weight).all():
         raise ValueError(
             f"{layer.name}: weights hold NaN or infinite values; give a sound checkpoint"
         )
+    zero = _known(layer.weight)
+    if not zero.any():
+        return _chosen(layer, function, **options)
+    state = None if layer.generator is None else layer.generator.get_state()
+    # the largest number to ask for with which no more than the rate are zero or chosen
+    mask, low, high = ~zero, 0, layer.to_prune if int(zero.sum()) < layer.to_prune else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if layer.generator is not None:
+            layer.generator.set_state(state)
+        found = _chosen(replace(layer, rate=(middle + 0.5) / zero.numel()), function, **options)
+        if int((~found | zero).sum()) <= layer.to_prune:
+            mask, low = found & ~zero, middle
+        else:
+            high = middle - 1
+    return mask
+
+
+def _chosen(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """The mask (F, C) that a criterion makes of a layer."""
+    shape, device = tuple(layer.weight.shape[:2]), layer.weight.device
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     if not layer.rate:
         return mask

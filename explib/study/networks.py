@@ -84,23 +84,17 @@ def load_dense(params: Params) -> Dense:
             f"resume: {path} is not there; run notebooks/00_baseline.ipynb with dataset "
             f"{params.dataset!r} and arch {params.arch!r}, or set resume to a checkpoint"
         )
-    if path.suffix == ".safetensors":
-        state, _, meta = checkpoints.load_compact(path)
-        if meta.get("arch", params.arch) != params.arch:
-            raise ValueError(f"resume: {path} is a {meta['arch']}, not a {params.arch}")
-        if meta.get("normalization", params.normalization) != params.normalization:
-            raise ParamError(
-                f"normalization: {params.normalization!r}, but {path.name} was trained with "
-                f"{meta['normalization']!r}; set that"
-            )
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            why = " ".join(str(error).split())[:160]
-            raise ValueError(f"resume: {path} is no readable checkpoint ({why})") from None
-        if not isinstance(state, dict):
-            raise ValueError(f"resume: {path} holds a {type(state).__name__}, not a state dict")
+    try:
+        state, meta = checkpoints.load_state(path)
+    except ValueError as error:
+        raise ValueError(f"resume: {error}") from None
+    if meta.get("arch", params.arch) != params.arch:
+        raise ValueError(f"resume: {path} is a {meta['arch']}, not a {params.arch}")
+    if meta.get("normalization", params.normalization) != params.normalization:
+        raise ParamError(
+            f"normalization: {params.normalization!r}, but {path.name} was trained with "
+            f"{meta['normalization']!r}; set that"
+        )
     checkpoints.load_weights(network.model, state, f"resume: {path.name}")
     return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
 

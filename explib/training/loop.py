@@ -19,6 +19,7 @@ from explib.data.splits import Split
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.params import Params
+from explib.pruning import holding
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 from explib.training import distributed, soft_labels
@@ -341,12 +342,7 @@ def _loss(logits, labels, params: Params, soft=None) -> torch.Tensor:
 @contextmanager
 def _holding(model: nn.Module, masks: Masks, optimizer, faded: bool):
     """Masks held; where they still fade, the pruned weights keep their values for now."""
-    values = {name: model.get_submodule(name).weight.detach().clone() for name in masks}
-    release = masking.hold(model, masks, optimizer)
-    if not faded:
-        with torch.no_grad():
-            for name, value in values.items():
-                model.get_submodule(name).weight.copy_(value)
+    release = (holding.hold if faded else holding.mask_gradients)(model, masks, optimizer)
     try:
         yield
     finally:

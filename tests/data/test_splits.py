@@ -76,6 +76,17 @@ class TestFolders:
             assert f"/train/{images.classes[label]}/" in file
         assert len(set(images.train.files)) == len(images.train)
 
+    def test_grey_images_of_16_bits_are_scaled(self, tmp_path):
+        grey = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64  # up to 65,472
+        for part, name in itertools.product(("train", "val"), ("ants", "bees")):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(grey).save(tmp_path / part / name / "0.png")
+        params = Params(dataset="imagenet", data_dir=str(tmp_path), image_size=224, workers=1)
+        ((found, _),) = sets.load_data(params).test.first(1).in_order(1)
+        usual = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+        wanted = pil_to_tensor(usual(Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")))
+        assert torch.equal(found[0], wanted) and found.max() < 255 and found.float().std() > 50
+
     def test_the_first_images_are_of_several_classes(self, images):
         assert len(images.train.first(8).labels.unique()) > 1
 

@@ -12,7 +12,7 @@ from torch import nn
 from explib import engine, models
 from explib.engine import build, fused, training
 from explib.params import Params
-from explib.pruning import criteria
+from explib.pruning import criteria, holding
 from explib.pruning import masks as masking
 from explib.study.bench import inference
 from explib.training import backend
@@ -232,12 +232,12 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
     chosen = criteria.prune(model, image(64), 0.7, "B")  # its first conv is 7x7
-    masking.hold(model, chosen)
+    holding.hold(model, chosen)
     plain = copy.deepcopy(model).double()
     fast = engine.sparse(model, chosen, image(64))
     kinds = [type(m) for m in fast.network.modules()]
     assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
-    masking.hold(plain, chosen)
+    holding.hold(plain, chosen)
     x, y = torch.randn(lanes, 3, 64, 64), torch.randint(0, 10, (lanes,))
     losses = []
     for own, network, images in ((model, fast, x), (plain, plain, x.double())):

@@ -1,5 +1,6 @@
 """Multiply-adds and weights: the published table twice over, masks by hand, ptflops."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -7,6 +8,7 @@ from torch import nn
 
 from explib import models
 from explib.pruning import counting
+from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.pruning.layers import find_convs
 from explib.rates import parse_rates
@@ -114,6 +116,40 @@ def test_counts_are_those_of_the_masks_not_of_the_rates():
     )
     assert left / 1e6 == pytest.approx(table["MACs left M"][0])
     assert counting.weights(model, masks)["left"] / 1e6 == pytest.approx(table["weights left M"][0])
+
+
+class TestMasks:
+    def test_by_default_those_that_the_network_has(self, net):
+        masks = {"0": torch.ones(8, 3, dtype=torch.bool), "3": torch.eye(6, 8, dtype=torch.bool)}
+        masks["0"][1] = False
+        masking.apply(net, masks)
+        found = counting.macs(net, image(8))
+        assert found == counting.macs(net, image(8), masks)
+        assert found["dense"] - found["left"] == 3 * 576 + 42 * 144
+        assert counting.macs(net, image(8), {})["left"] == found["dense"]
+        assert counting.weights(net) == counting.weights(net, masks)
+        assert counting.weights(net, {})["left"] == counting.weights(net)["dense"]
+
+    @pytest.mark.parametrize(
+        "count", [counting.weights, lambda m, k: counting.macs(m, image(8), k)]
+    )
+    def test_those_that_do_not_fit_are_refused_as_by_hold(self, net, count):
+        wrapped = prune(nn.DataParallel(net), image(8), 0.5)
+        with pytest.raises(ValueError, match=r"'module\.0' is no conv .*; here it is '0'"):
+            count(net, wrapped)
+        with pytest.raises(
+            ValueError, match=r"0 has a torch.bool mask \(16, 3\); give bool \(8, 3\)"
+        ):
+            count(net, {"0": torch.ones(16, 3, dtype=torch.bool)})
+        assert count(nn.DataParallel(net), wrapped) == count(net, prune(net, image(8), 0.5))
+        assert count(net, {"0": np.ones((8, 3), bool)})["left"] > 0
+
+    def test_a_mask_of_what_does_not_run_is_refused(self):
+        model = nn.Module()
+        model.used, model.spare = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        model.forward = model.used.forward
+        with pytest.raises(ValueError, match="masks: spare does not run with these example inputs"):
+            counting.macs(model, image(8), {"spare": torch.ones(4, 3, dtype=torch.bool)})
 
 
 def test_counting_leaves_the_mode_as_it_was(net):

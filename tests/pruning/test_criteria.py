@@ -10,8 +10,9 @@ from torch import nn
 
 from explib import models, registry
 from explib.errors import ParamError
-from explib.pruning import counting
+from explib.pruning import counting, holding
 from explib.pruning import layers as layer_finding
+from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.pruning.layers import prunable
 from explib.pruning.scores import delta_e, levels
@@ -289,3 +290,59 @@ class TestOwnCriteria:
     def test_what_is_no_function(self, net):
         with pytest.raises(ParamError, match=r"^criterion: 3; give a function or a name$"):
             prune(net, image(8), 0.5, 3)
+
+
+class TestKernelsThatAreZeroAlready:
+    @pytest.fixture
+    def pruned(self, net):
+        """Half of each conv's kernels are zero."""
+        masks = prune(net, image(8), 0.5, "random", seed=3)
+        masking.apply(net, masks)
+        return net, masks
+
+    @pytest.mark.parametrize("criterion", ["A", "B", "l1", "random", "matched"])
+    def test_go_first(self, pruned, criterion):
+        net, before = pruned
+        rates, options = {"0": 0.5, "6": 0.8}, {}
+        if criterion in "AB":
+            options = {"floor": 0.0}
+        with pytest.warns(UserWarning, match=r"^prune: 36 kernels of 2 convs are zero already"):
+            masks = prune(net, image(8), rates, criterion, **options)
+        assert torch.equal(masks["0"], before["0"])  # what was pruned is all that was asked for
+        assert int((~masks["6"]).sum()) == number_to_prune(0.8, 48)
+        assert not (masks["6"] & ~before["6"]).any()
+
+    @pytest.mark.filterwarnings("ignore:prune")
+    def test_more_than_the_rate_asks_for_stay_pruned(self, pruned):
+        net, before = pruned
+        for rate in (0.0, 0.2):
+            masks = prune(net, image(8), rate, "l1")
+            assert all(torch.equal(masks[name], mask) for name, mask in before.items())
+
+    @pytest.mark.filterwarnings("ignore:prune")
+    def test_a_cell_that_runs_twice_says_what_is_zero(self, net):
+        for _ in range(2):
+            masks = prune(net, image(8), 0.5, "B", seed=1)
+            holding.hold(net, masks)
+        zero = {name: ~net.get_submodule(name).weight.flatten(2).any(2) for name in masks}
+        assert all(torch.equal(~mask, zero[name]) for name, mask in masks.items())
+        assert masking.sparsity(masks) <= 0.5
+
+    def test_a_layer_of_zeros_only_has_none(self, net, recwarn):
+        nn.init.zeros_(net[6].weight)
+        masks = prune(net, image(8), 0.5, "random")
+        assert int((~masks["6"]).sum()) == 24 and not recwarn.list
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float32, tuple])
+def test_rates_as_arrays_simply_work(net, kind):
+    rate = 0.5 if kind is np.float32 else [0.5, 0.5, 0.5]
+    found = prune(net, image(8), kind(rate))
+    assert all(torch.equal(found[n], mask) for n, mask in prune(net, image(8), 0.5).items())
+
+
+def test_a_norm_without_a_scale_is_named(net):
+    net[1] = nn.BatchNorm2d(8, affine=False)
+    for criterion in ("A", "bn"):
+        with pytest.raises(ValueError, match=r"^0: its BatchNorm 1 has no scale \(affine=False\)"):
+            prune(net, image(8), {"0": 0.5}, criterion)

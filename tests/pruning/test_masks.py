@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from explib import models
-from explib.pruning import checkpoints
+from explib.pruning import checkpoints, holding
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.pruning.masks import Masks
@@ -45,7 +45,7 @@ class TestHold:
     def test_pruned_kernels_stay_zero_and_the_others_learn(self, net, masks, name, known):
         before = {n: net.get_submodule(n).weight.detach().clone() for n in masks}
         optimizer = OPTIMIZERS[name](net.parameters())
-        masking.hold(net, masks, optimizer if known else None)
+        holding.hold(net, masks, optimizer if known else None)
         steps(net, optimizer)
         assert not pruned_values(net, masks).any() and masking.held(net, masks)
         for layer, mask in masks.items():
@@ -58,13 +58,13 @@ class TestHold:
             for name, mask in masks.items():
                 net.get_submodule(name).weight[~mask] = value
         assert not masking.held(net, masks)
-        masking.hold(net, masks)
+        holding.hold(net, masks)
         steps(net, OPTIMIZERS["sgd"](net.parameters()))
         assert masking.held(net, masks)
         assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
 
     def test_gradients_that_accumulate_are_masked_too(self, net, masks):
-        masking.hold(net, masks)
+        holding.hold(net, masks)
         for _ in range(3):
             net(torch.ones(2, 3, 8, 8)).sum().backward()
         for name, mask in masks.items():
@@ -73,14 +73,14 @@ class TestHold:
 
     def test_released_kernels_learn_again(self, net, masks):
         optimizer = OPTIMIZERS["sgd"](net.parameters())
-        masking.hold(net, masks)()
-        masking.hold(net, masks, optimizer)()
+        holding.hold(net, masks)()
+        holding.hold(net, masks, optimizer)()
         steps(net, optimizer)
         assert pruned_values(net, masks).any() and not masking.held(net, masks)
 
     def test_layers_without_a_mask_are_left_alone(self, net):
         before = net[6].weight.detach().clone()
-        masking.hold(net, {"0": torch.eye(8, 3, dtype=torch.bool)})
+        holding.hold(net, {"0": torch.eye(8, 3, dtype=torch.bool)})
         assert torch.equal(net[6].weight, before)
 
     def test_apply_scales_only_the_pruned(self, net, masks):
@@ -111,7 +111,7 @@ class TestHold:
 )
 def test_masks_that_do_not_fit_change_nothing(net, masks, message):
     before = net[0].weight.detach().clone()
-    for call in (masking.check, masking.apply, masking.hold):
+    for call in (masking.check, masking.apply, holding.hold):
         with pytest.raises(ValueError, match=message):
             call(net, masks)
     assert torch.equal(net[0].weight, before)
@@ -136,6 +136,7 @@ class TestFiles:
         assert path.stat().st_size < 64 * 1000 / 8 + 1000
 
     def test_another_file_is_refused(self, tmp_path, net, masks):
+        masking.apply(net, masks)
         compact = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
         with pytest.raises(ValueError, match="holds no masks"):
             checkpoints.load(compact)
@@ -191,6 +192,7 @@ class TestCompact:
     def test_kernels_that_do_not_match_their_places_are_named(self, tmp_path, net, masks):
         from explib.files import load_tensors, save_tensors
 
+        masking.apply(net, masks)
         path = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
         tensors, meta = load_tensors(path)
         tensors["3.weight"] = tensors["3.weight"][1:]
@@ -201,6 +203,7 @@ class TestCompact:
     def test_a_file_that_lacks_positions_is_a_value_error(self, tmp_path, net, masks):
         from explib.files import load_tensors, save_tensors
 
+        masking.apply(net, masks)
         path = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
         tensors, meta = load_tensors(path)
         del tensors["3.weight.positions"]
@@ -211,7 +214,7 @@ class TestCompact:
 
 def test_frozen_convs_are_zeroed_and_stay(net, masks):
     net[0].weight.requires_grad_(False)
-    masking.hold(net, masks)
+    holding.hold(net, masks)
     before = net[0].weight.clone()
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     steps(net, torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.1))
@@ -222,5 +225,5 @@ def test_a_weight_made_of_others_is_refused_and_left_alone(net, masks):
     torch.nn.utils.parametrizations.weight_norm(net[0])
     before = net[0].weight.clone()
     with pytest.raises(ValueError, match="masks: 0's weight is computed from other parameters"):
-        masking.hold(net, masks)
+        holding.hold(net, masks)
     assert torch.equal(net[0].weight, before)
