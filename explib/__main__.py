@@ -118,9 +118,10 @@ def batch(files, seeds, seconds, results_dir):
 @cli.command()
 @click.argument("archs", metavar="[ARCH]...", nargs=-1)
 @click.option("--seeds", default=3, show_default=True, help="mask seeds where chance has a say")
+@click.option("--criterion", multiple=True, help="another one, package.module:function")
 @results_dir
 @answer("done")
-def controls(archs, seeds, results_dir):
+def controls(archs, seeds, criterion, results_dir):
     """Top-1 of every criterion before fine-tuning, on CIFAR-10.
 
     ARCH: resnet_56 (default) or vgg_16_bn, each with a record of its own in results_dir/bench; what
@@ -129,7 +130,9 @@ def controls(archs, seeds, results_dir):
     from explib.study import controls as measuring
 
     starts = [measuring.start_of(arch) for arch in archs or ["resnet_56"]]
-    rows = (row for start in starts for row in measuring.measure(start, results_dir, seeds))
+    rows = (
+        row for start in starts for row in measuring.measure(start, results_dir, seeds, criterion)
+    )
     return each(rows, "control")
 
 
