@@ -51,7 +51,7 @@ def fresh(params: Params) -> Dense:
         known = registry.NETWORKS.get(params.arch)
         raise ParamError(
             f"{'image_size' if params.dataset == 'imagenet' else 'arch'}: {params.arch} does not "
-            f"run on images {size_of(params)[1]} of {params.dataset} "
+            f"run on images {size_of(params)[1]} of {registry.dataset(params.dataset).label} "
             f"({' '.join(str(error.__cause__ or error).split())})"
             + (f"; its usual ones have {known.image_size} pixels a side" if known else "")
         ) from None
