@@ -296,16 +296,18 @@ class TestStudy:
         row |= {"changed": "groups 1", "top1": [80.0, 82.0]}
         given = []
 
-        def measure(start, results_dir, seeds):
-            given.append((start, results_dir, seeds))
+        def measure(start, results_dir, seeds, more):
+            given.append((start, results_dir, seeds, more))
             yield row
 
         monkeypatch.setattr(controls, "measure", measure)
         words = ["controls", "vgg_16_bn", "--seeds", 2, "--results_dir", tmp_path]
+        words += ["--criterion", "mine:peak", "--criterion", "mine:mean"]
         assert call(*words).splitlines()[0].split() == [
             *("vgg_16_bn", "53.1", "%", "B", "l1", "groups", "1", "81.00")
         ]
-        assert given == [(controls.STARTS["vgg_16_bn"], str(tmp_path), 2)]
+        more = ("mine:peak", "mine:mean")
+        assert given == [(controls.STARTS["vgg_16_bn"], str(tmp_path), 2, more)]
         assert json.loads(call(*words, "--json")) == [row]
         done = {"recipe": "ours", "before": 20.0, "last": 91.5}
         monkeypatch.setattr(recipes, "compare", lambda file, results_dir: iter([done]))
