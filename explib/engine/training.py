@@ -347,7 +347,7 @@ def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.M
     torch. None where no masked conv is of these, the graph cannot be traced, or nothing could be
     compiled. ValueError, naming the layer, for masks that do not fit.
     """
-    masking.check(model, masks)
+    masks = masking.check(model, masks)
     dense = fuse(model, example_inputs)
     if not isinstance(dense, fx.GraphModule) or library() is None:
         return None

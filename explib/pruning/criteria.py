@@ -113,7 +113,7 @@ def prune(
         if conv.name in rates:
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
             layer = _layer(model, conv, rates[conv.name], generator)
-            masks[conv.name] = mask_of(layer, function, **options)
+            masks[conv.name] = _beyond_known(layer, function, **options)
     return masks
 
 
@@ -175,27 +175,23 @@ def _tell_known(model: nn.Module, rates: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
-    """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it.
+def _beyond_known(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """The mask (F, C) of a layer whose kernels of zeros, if any, are pruned first.
 
-    Of kernels that are zero already all are pruned; the criterion chooses how many more the rate
-    asks for.
+    The criterion chooses how many more the rate asks for.
     """
-    if not torch.isfinite(layer.weight).all():
-        raise ValueError(
-            f"{layer.name}: weights hold NaN or infinite values; give a sound checkpoint"
-        )
     zero = _known(layer.weight)
     if not zero.any():
-        return _chosen(layer, function, **options)
+        return mask_of(layer, function, **options)
     state = None if layer.generator is None else layer.generator.get_state()
     # the largest number to ask for with which no more than the rate are zero or chosen
-    mask, low, high = ~zero, 0, layer.to_prune if int(zero.sum()) < layer.to_prune else 0
+    mask = mask_of(replace(layer, rate=0.0), function, **options) & ~zero  # looks at the weights
+    low, high = 0, layer.to_prune if int(zero.sum()) < layer.to_prune else 0
     while low < high:
         middle = (low + high + 1) // 2
         if layer.generator is not None:
             layer.generator.set_state(state)
-        found = _chosen(replace(layer, rate=(middle + 0.5) / zero.numel()), function, **options)
+        found = mask_of(replace(layer, rate=(middle + 0.5) / zero.numel()), function, **options)
         if int((~found | zero).sum()) <= layer.to_prune:
             mask, low = found & ~zero, middle
         else:
@@ -203,9 +199,14 @@ def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch
     return mask
 
 
-def _chosen(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
-    """The mask (F, C) that a criterion makes of a layer."""
+@torch.no_grad()
+def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it."""
     shape, device = tuple(layer.weight.shape[:2]), layer.weight.device
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError(
+            f"{layer.name}: weights hold NaN or infinite values; give a sound checkpoint"
+        )
     mask = torch.ones(shape, dtype=torch.bool, device=device)
     if not layer.rate:
         return mask

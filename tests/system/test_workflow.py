@@ -208,3 +208,16 @@ def test_slurm_plans_every_run_with_its_resources(whole):
         if rule in ("baseline", "notebook")
     ]
     assert asked == 3 * [{"mem_mb": "3000", "runtime": "1440", "gpu": "1"}]
+
+
+def test_started_in_another_folder_with_results_below_home(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--summary"]
+    done = subprocess.run(
+        [*command, "study", "--cores", "1", "--config", "results_dir=~/found"],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"{tmp_path}/found/notebooks/digits/02_pruning-resnet_56-A.ipynb" in done.stdout
+    assert not (tmp_path / "~").exists(), done.stderr
