@@ -3,13 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 WORKFLOW := $(BIN)/snakemake --profile params/profiles/local
+UV := $(BIN)/uv pip
+QUIET := $(shell test -t 2 || echo --quiet)  # bars on a screen; no list of packages in a log
 
-.PHONY: help study test test-browser audit reproduce tables readme 04_tables report verify lab bench
+.PHONY: help lock study test test-browser audit reproduce tables readme 04_tables report verify lab bench
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-.venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,slurm]' && touch $@
+.venv/ready: pyproject.toml requirements.lock
+	@echo 'Setting up .venv with the versions of requirements.lock: some 3 GB the first time, else seconds'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep -o '^uv==[^ ;]*' requirements.lock)"
+	$(UV) sync $(QUIET) --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: .venv/ready  ## requirements.lock as pyproject.toml asks now; all of it anew: make lock UPGRADE=--upgrade
+	$(UV) compile --quiet --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header $(UPGRADE) --output-file requirements.lock pyproject.toml
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 	$(WORKFLOW) study

@@ -3,13 +3,15 @@
 # Any field of Params can be set for all runs at once:
 #   snakemake --profile params/profiles/local study --config epochs=1 results_dir=/tmp/elsewhere
 import contextlib
+import json
 import os
+import shlex
 import sys
 
 import yaml
 
 from explib.study import gpus
-from explib.files import locked, write_text
+from explib.files import locked
 from explib.params import from_yaml
 
 workdir: workflow.basedir  # wherever it is started
@@ -56,23 +58,14 @@ onstart:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def execute(notebook, output, parameters):
-    """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
-    import nbformat  # a second, for the processes that run a notebook only
-    import papermill
-
-    executed = papermill.execute_notebook(notebook, None, parameters, progress_bar=False)
-    write_text(output, nbformat.writes(executed) + "\n")
+RUN = f"exec {shlex.quote(sys.executable)} -m explib.study.notebooks"
+RUN += " {input.notebook:q} {output.notebook:q} --parameters {params.given:q}"
 
 
-def configured(notebook, output, dataset, name, threads):
-    """Run a notebook with one configuration, on so many threads and a GPU of its own."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    parameters = yaml.safe_load(FILES[dataset][name].read_text()) | config
-    with gpus.taken(GPUS) as gpu:
-        if gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        execute(notebook, output, parameters)
+def given(wildcards):
+    """The parameters of a configuration's notebooks, as JSON: its file's, then --config's."""
+    name = wildcards.get("name", f"{wildcards.get('arch')}-baseline")
+    return json.dumps(yaml.safe_load(FILES[wildcards.dataset][name].read_text()) | config)
 
 
 def threads_for(wildcards):
@@ -135,6 +128,11 @@ rule imagenet:
         executed("imagenet", IMAGENET),
 
 
+def data_of(wildcards):
+    """The mark that a data set is there; the embedded one always is."""
+    return [] if wildcards.dataset == "digits" else f"{RESULTS}/runs/{wildcards.dataset}/data.ok"
+
+
 rule data:
     output:
         touch(f"{RESULTS}/runs/{{dataset}}/data.ok"),
@@ -147,7 +145,7 @@ rule data:
 
 rule baseline:
     input:
-        data=f"{RESULTS}/runs/{{dataset}}/data.ok",
+        data=data_of,
         notebook="notebooks/00_baseline.ipynb",
         params="params/{dataset}/{arch}-baseline.yaml",
     output:
@@ -157,27 +155,30 @@ rule baseline:
     resources:
         gpu=1,
         mem_mb=memory_for,
-    run:
-        name = f"{wildcards.arch}-baseline"
-        configured(input.notebook, output.notebook, wildcards.dataset, name, threads)
+    params:
+        given=given,
+    shell:
+        RUN + " --threads {threads} --gpu"
 
 
 rule notebook:
     input:
-        data=f"{RESULTS}/runs/{{dataset}}/data.ok",
+        data=data_of,
         dense=dense_of,
         notebook="notebooks/{step}.ipynb",
         params="params/{dataset}/{name}.yaml",
     output:
-        f"{RESULTS}/notebooks/{{dataset}}/{{step}}-{{name}}.ipynb",
+        notebook=f"{RESULTS}/notebooks/{{dataset}}/{{step}}-{{name}}.ipynb",
     wildcard_constraints:
         step="01_score_analysis|02_pruning|03_finetune",
     threads: threads_for
     resources:
         gpu=1,
         mem_mb=memory_for,
-    run:
-        configured(input.notebook, output[0], wildcards.dataset, wildcards.name, threads)
+    params:
+        given=given,
+    shell:
+        RUN + " --threads {threads} --gpu"
 
 
 rule tables:
@@ -187,18 +188,22 @@ rule tables:
         ),
         notebook="notebooks/04_tables.ipynb",
     output:
-        f"{RESULTS}/notebooks/{{dataset}}/04_tables.ipynb",
-    run:
-        parameters = {"results_dir": str(RESULTS), "dataset": wildcards.dataset}
-        execute(input.notebook, output[0], parameters)
+        notebook=f"{RESULTS}/notebooks/{{dataset}}/04_tables.ipynb",
+    params:
+        given=lambda wildcards: json.dumps({"results_dir": RESULTS, "dataset": wildcards.dataset}),
+    shell:
+        RUN
 
 
 rule speed:  # alone on the machine, and without the minutes that torch takes to compile
     input:
-        "notebooks/05_speed.ipynb",
+        notebook="notebooks/05_speed.ipynb",
     output:
-        f"{RESULTS}/notebooks/{{dataset}}/05_speed.ipynb",
+        notebook=f"{RESULTS}/notebooks/{{dataset}}/05_speed.ipynb",
     threads: lambda wildcards: workflow.cores
-    run:
-        quick = {"dense": ["eager fp32"], "densities": [0.1, 0.3, 1.0], "seconds": 0.3}
-        execute(input[0], output[0], quick)
+    params:
+        given=json.dumps(
+            {"dense": ["eager fp32"], "densities": [0.1, 0.3, 1.0], "seconds": 0.3}
+        ),
+    shell:
+        RUN

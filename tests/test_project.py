@@ -7,6 +7,8 @@ import tomllib
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from explib import params
 from explib import rates as rates_module
@@ -16,13 +18,37 @@ CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
 README = (ROOT / "README.md").read_text()
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def test_conda_users_get_the_same_packages():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    own = project["dependencies"] + project["optional-dependencies"]["test"]
+    own = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
     by_pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
     assert sorted(by_pip) == sorted([*own, "--editable ."])
-    assert f"python{project['requires-python']}" in environment
+    assert f"python{PROJECT['requires-python']}" in environment
+
+
+LOCK = (ROOT / "requirements.lock").read_text()
+LOCKED = [Requirement(line.rstrip(" \\")) for line in LOCK.splitlines() if not line.startswith(" ")]
+
+
+def test_every_package_asked_for_is_locked_at_a_version_within_its_bound():
+    asked = sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
+    for wanted in map(Requirement, asked):
+        found = [r for r in LOCKED if r.name == canonicalize_name(wanted.name)]
+        versions = [next(iter(requirement.specifier)).version for requirement in found]
+        assert versions, f"{wanted.name} is not in requirements.lock; run make lock"
+        assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: {versions}"
+
+
+def test_the_lock_holds_names_versions_and_hashes_only():
+    for line in LOCK.splitlines():
+        assert re.fullmatch(
+            r"[a-z0-9-]+==[^ ]+( ; [^/]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line
+        )
+    hashes = re.split(r"^\S.*", LOCK, flags=re.M)[1:]
+    assert len(hashes) == len(LOCKED) and all("sha256" in each for each in hashes)
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 
 from explib import registry
 from explib.data.download import fetch, unpack
@@ -159,6 +157,9 @@ def digits(params: Params) -> Data:
 
 def cifar10(params: Params) -> Data:
     """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
+    from torchvision.datasets import CIFAR10  # brings the compiler of torch: seconds
+    from torchvision.datasets.utils import check_integrity
+
     root = data_root(params.data_dir)
     folder = root / CIFAR10.base_folder
     wrong = [

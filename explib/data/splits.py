@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from explib.errors import DataError
 
@@ -153,11 +151,13 @@ class _Files(Dataset):
     """One decoded image for (index, seed): augmented by that seed, or as for evaluation if None."""
 
     def __init__(self, files: list[str], side: int):
+        from torchvision.transforms import v2  # brings the compiler of torch: seconds
+
         self.files = files
-        self.train = v2.Compose(
-            [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
-        )
-        self.eval = v2.Compose([v2.Resize(side * 256 // 224, antialias=True), v2.CenterCrop(side)])
+        cropped = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
+        whole = [v2.Resize(side * 256 // 224, antialias=True), v2.CenterCrop(side)]
+        self.train = v2.Compose([*cropped, v2.PILToTensor()])
+        self.eval = v2.Compose([*whole, v2.PILToTensor()])
 
     def __getitem__(self, item: tuple[int, int | None]) -> torch.Tensor:
         index, seed = item
@@ -168,10 +168,10 @@ class _Files(Dataset):
             why = " ".join(str(error).split())[:100]
             raise DataError(f"{path}: no readable image ({why}); restore it or remove it") from None
         if seed is None:
-            return pil_to_tensor(self.eval(image))
+            return self.eval(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return pil_to_tensor(self.train(image))
+            return self.train(image)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

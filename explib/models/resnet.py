@@ -4,7 +4,6 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet50
 
 
 class BasicBlock(nn.Module):
@@ -63,6 +62,8 @@ build_56, build_110 = (partial(build, depth=depth) for depth in (56, 110))
 
 def build_50(num_classes: int = 1000) -> nn.Module:
     """torchvision's ResNet-50, unchanged, with fresh weights."""
+    from torchvision.models import resnet50  # brings the compiler of torch: seconds
+
     return resnet50(num_classes=num_classes)
 
 

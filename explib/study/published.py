@@ -5,7 +5,6 @@ import functools
 import pandas as pd
 import torch
 import yaml
-from ptflops import get_model_complexity_info
 from torch import nn
 
 from explib import models, registry
@@ -109,6 +108,7 @@ def by_ptflops(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     dense count; bias is one addition per output of such a layer with bias; other is BatchNorm,
     ReLU modules and pooling (functional calls are counted in part).
     """
+    from ptflops import get_model_complexity_info  # brings torchvision: seconds
 
     def count(ignored):
         with modes_kept(model):

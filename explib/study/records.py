@@ -11,12 +11,12 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import numpy
 import pandas as pd
 import torch
-import torchvision
 
 import explib
 from explib.files import ROOT, resolve, write_json
@@ -39,7 +39,7 @@ def provenance(device: str = "cpu") -> dict:
             "explib": explib.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": metadata.version("torchvision"),
             "numpy": numpy.__version__,
         },
         "hardware": {

@@ -103,12 +103,11 @@ def train(
     forward = forward or model
     with (
         _holding(model, masks, optimizer, faded=first >= fade),
-        tqdm(
+        (tqdm if sys.stdout.isatty() else _Lines)(
             total=in_all,
             initial=min(first * steps, in_all),
             desc=label or "training",
             unit="batch",
-            mininterval=2 if sys.stdout.isatty() else 30,  # a log wants lines, not a movie
             file=sys.stdout,
             dynamic_ncols=True,
             disable=distributed.rank() > 0,
@@ -158,6 +157,19 @@ def train(
             buffers = {k: _momentum(optimizer, p) for k, p in named.items()}
             momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
             yield entry, {"epoch": epoch + 1, "momentum": momentum}
+
+
+class _Lines(tqdm):
+    """Progress for a log: a line after 5 s, which says how long it will take, then every 30 s."""
+
+    def __init__(self, **options):
+        text = "{desc}: step {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go{postfix}"
+        super().__init__(**options, bar_format=text, mininterval=5, miniters=1, delay=5)
+
+    def update(self, n=1):
+        if shown := super().update(n):
+            self.mininterval = 30
+        return shown
 
 
 def _on_gpu(data: Data) -> bool:
