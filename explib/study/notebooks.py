@@ -29,7 +29,8 @@ class Bars:
     said = ""
 
     def write(self, text: str) -> None:
-        for state in map(str.rstrip, text.split("\r")[1:]):
+        for state in text.split("\r")[1:]:
+            state = state.partition("\n")[0].rstrip()
             if state not in ("", self.said):  # a bar that is closed shows its last state again
                 print(state, file=sys.stderr)
                 self.said = state

@@ -52,6 +52,15 @@ def test_training_has_a_row_for_each_loop_and_task(images, resnet_8):
     assert losses[0] == pytest.approx(losses[1], rel=0.2)  # as many steps from the same weights
 
 
+def test_the_machine_is_measured_by_torch_alone(resnet_8, monkeypatch):
+    took = iter([9.0, 4.0, 2.0, 1.0, 9.0, 16.0, 8.0, 4.0])
+    monkeypatch.setattr(training, "timed", lambda work: (next(took), work()))
+    forward, step = training.eager("cpu", batch_size=8, repeats=3)
+    assert (forward["task"], forward["images_per_s"]) == ("forward", 8 / 2)  # the first warms up
+    assert (step["task"], step["images_per_s"]) == ("step", 8 / 8)
+    assert forward["threads"] == torch.get_num_threads() and next(took, None) is None
+
+
 def test_runs_together_add_up(make_data):
     params = Params(epochs=2, threads=1, **TINY)
     assert training.together("resnet_56", make_data(train=16, test=4, size=32), params, 2) > 0

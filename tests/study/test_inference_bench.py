@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("torch_pruning")
 
@@ -87,6 +88,19 @@ def test_what_is_timed_stays_within_16_bits(arch, dtype):
 
 
 @needs_compiler
+def test_what_torch_compiles_answers_as_the_network_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()).eval()
+    images = torch.randn(4, 3, 8, 8)
+    torch._dynamo.reset()
+    found = inference.compiled(model, images, torch.float32)
+    assert len(found) == 2  # both memory formats
+    with torch.no_grad():
+        for forward in found:
+            torch.testing.assert_close(forward(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
 def test_networks_of_each_kind_run_as_they_run_best(tmp_path):
     model = inference.fresh("resnet_56")
     convs = find_convs(model, image(32))
@@ -107,6 +121,10 @@ def test_networks_of_each_kind_run_as_they_run_best(tmp_path):
     assert {"engine fp32", "eager fp32"} <= set(rows["filters"]["images_per_s"])
     assert "eager fp32" not in rows["kernels"]["images_per_s"]
     assert rows["filters"]["cut_pct"] == pytest.approx(50, abs=1)
+    only = inference.shipped(4, 0.0, [], tmp_path, ["kernels"])
+    assert [row["name"] for row in only] == ["kernels"]
+    with pytest.raises(ValueError, match="no network 'kernel'; known: dense, filters, kernels"):
+        inference.shipped(4, 0.0, [], tmp_path, ["kernel"])
 
 
 def test_speeds_in_the_table_are_those_of_the_record(tmp_path):

@@ -16,7 +16,7 @@ import papermill
 import pytest
 
 from explib.files import ROOT, write_json
-from tests.system.test_notebooks import NOTEBOOKS, TINY
+from tests.system.test_notebooks import NOTEBOOKS, QUICK, TINY
 
 pytestmark = pytest.mark.browser
 SHOTS = ROOT / "tests/screenshots"
@@ -37,6 +37,8 @@ def write_notebooks(folder):
             given |= TINY
         elif path.stem.startswith("04"):
             given["dataset"] = "digits"
+        elif path.stem.startswith("05"):
+            given = QUICK
         else:  # shows the committed measurements
             given["results_dir"] = str(ROOT / "results")
         papermill.execute_notebook(

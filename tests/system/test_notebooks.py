@@ -22,6 +22,15 @@ TINY = {
     "bn_images": 32,
     "threads": 1,
 }
+QUICK = {
+    "batches": [8, 1],
+    "densities": [0.5, 1.0],
+    "dense": ["eager fp32"],  # torch would compile whole networks for minutes
+    "shipped": ["resnet_56", "resnet_56-B-71-l1-e100"],
+    "seconds": 0.05,
+    "threads": 1,
+}
+"""Of 05_speed."""
 
 
 def sources(path: Path, kind: str = "code") -> list[str]:
@@ -128,10 +137,9 @@ def test_training_shows_the_committed_measurements(study):
 
 @needs_compiler
 def test_speed_is_measured_here(tmp_path):
-    few = {"batches": [8, 1], "densities": [0.5, 1.0], "dense": ["eager fp32"], "seconds": 0.05}
     executed = papermill.execute_notebook(
         str(ROOT / "notebooks/05_speed.ipynb"), str(tmp_path / "05_speed.ipynb"),
-        few | {"threads": 1}, cwd=str(tmp_path), progress_bar=False,
+        QUICK, cwd=str(tmp_path), progress_bar=False,
     )  # fmt: skip
     shown = nbformat.writes(executed)
     assert images_in(shown) == 3 and "engine fp32" in shown

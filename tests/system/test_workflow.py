@@ -123,10 +123,19 @@ def test_two_workflows_at_once_share_the_work(whole):
     folder, said, _ = whole
     waiting = f"{folder.results}/runs/digits: another process is at work here; waiting\n"
     assert sorted(text.count(waiting) for text in said) == [0, 1]
-    assert sorted(text.count("Finished jobid") for text in said) == [0, 4]
+    assert sorted(text.count("Finished jobid") for text in said) == [0, 3]
     # dense, as shipped and in its run; masks and weights; records; the soft labels of three epochs
     # for each of three convs, of which the run in one go learns from the first three
     assert len(folder.outcome()) == 2 + 2 * 2 + 3 + 3 * 3
+
+
+def test_a_workflow_says_what_it_is_doing(whole):
+    (text,) = (text for text in whole[1] if "Finished jobid" in text)
+    for name in ("00_baseline-resnet_56", *NOTEBOOKS):
+        assert re.search(rf"^{name}: begun\n(.*\n)*{name}: done, \d+ s$", text, re.M)
+    assert re.search(r"^resnet_56-A: step 6 of 6, .* epoch 3: top-1 \d+\.\d\d %", text, re.M)
+    assert re.search(r"^3 of 3 steps \(100%\) done", text, re.M)
+    assert "unknown parameter" not in text and "WARNING" not in text
 
 
 def test_two_jobs_run_at_once_each_with_a_gpu_of_its_own(whole):

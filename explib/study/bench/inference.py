@@ -203,8 +203,11 @@ def shipped(
     seconds: float = 1.0,
     dense: Sequence[str] = DENSE,
     results_dir: str | Path = "results",
+    names: Sequence[str] = (),
 ) -> list[dict]:
     """One row per network of results_dir/checkpoints/cifar10: its top-1 in per cent, its speed.
+
+    names: only these; without any, all. ValueError for one that is not there.
 
     kind: `dense`; `kernels`, run by the engine; or `filters`, pruned by whole filters, run by torch
     and by the engine as the smaller dense network that it is. Where CIFAR-10 is on disk the images
@@ -213,7 +216,11 @@ def shipped(
     """
     rows = []
     real = (data_root() / "cifar-10-batches-py").is_dir()
-    for path in sorted((resolve(results_dir) / "checkpoints/cifar10").glob("*.safetensors")):
+    folder = resolve(results_dir) / "checkpoints/cifar10"
+    paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    if unknown := set(names) - set(paths):
+        raise ValueError(f"names: no network {min(unknown)!r}; known: {', '.join(paths)}")
+    for path in [paths[name] for name in names or paths]:
         model, masks, meta = load_network(path)
         images = torch.randn(batch, 3, 32, 32)
         if real:

@@ -237,9 +237,43 @@ def together(arch: str, data: Data, params: Params, processes: int) -> float:
         return sum(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
 
 
+def eager(device: str, batch_size: int = 128, repeats: int = 5) -> Iterator[dict]:
+    """What this machine is worth, to scale other times by: torch's own ResNet-56, eager, in fp32.
+
+    A row for forward in evaluation mode and one for forward and backward in training mode: images/s
+    on random images, median of the repeats after one call.
+    """
+    torch.manual_seed(0)
+    model = build("resnet_56", 10).to(device)
+    images = torch.randn(batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(0, 10, (batch_size,), device=device)
+
+    def forward():
+        with torch.no_grad():
+            model.eval()(images)
+
+    tasks = {"forward": forward, "step": lambda: _step(model.train(), images, labels)}
+    for task, work in tasks.items():
+        seconds = [timed(work)[0] for _ in range(repeats + 1)][1:]
+        yield {
+            "network": "resnet_56",
+            "device": device,
+            "precision": "fp32",
+            "batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+            "task": task,
+            "loop": "eager fp32",
+            "images_per_s": batch_size / statistics.median(seconds),
+        }
+
+
 def measure(params: Params, rounds: int = 3):
-    """Yields rows: plain loop and ours on both networks, and on a GPU what else may be faster."""
+    """Yields rows: plain loop and ours on both networks, and on a GPU what else may be faster.
+
+    Before them those of `eager`.
+    """
     data, device = load_data(params), backend.device_of(params)
+    yield from eager(device)
     for arch in NETWORKS:
         yield from training(arch, data, params, rounds)
     params = params.replace(epochs=4)

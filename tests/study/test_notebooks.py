@@ -1,0 +1,37 @@
+"""A notebook as the workflow runs it: its parameters, its file, and what it says meanwhile."""
+
+import json
+
+import nbformat
+import papermill
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from explib.study import notebooks
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A notebook that shows two states of a progress bar, and prints."""
+    cell = new_code_cell("steps = 1", metadata={"tags": ["parameters"]})
+    bar = r"""print("\r1 of 2\r2 of 2 ", end=""); print("\r2 of 2\nno bar", steps)"""
+    path, made = tmp_path / "counting.ipynb", new_notebook(cells=[cell, new_code_cell(bar)])
+    made.metadata.kernelspec = {"name": "python3", "display_name": "", "language": "python"}
+    nbformat.write(made, path)
+    return path
+
+
+def test_each_state_of_a_bar_is_a_line_and_nothing_else_is(counting, tmp_path, capfd):
+    output = tmp_path / "made" / "out.ipynb"
+    notebooks.main([str(counting), str(output), "--parameters", json.dumps({"steps": 7})])
+    said = capfd.readouterr().err.splitlines()
+    assert said[0] == "out: begun" and said[-1].startswith("out: done, ")
+    assert said[1:-1] == ["1 of 2", "2 of 2"]
+    assert "no bar 7" in nbformat.writes(nbformat.read(output, 4))
+
+
+def test_a_notebook_that_fails_leaves_no_file(counting, tmp_path):
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError, match="not callable"):
+        notebooks.execute(counting, output, {"steps": None, "print": None})
+    assert not output.exists()
