@@ -23,6 +23,7 @@ lock: .venv/ready  ## requirements.lock as pyproject.toml asks now; all of it an
 		--no-annotate --no-header $(UPGRADE) --output-file requirements.lock pyproject.toml
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes
+	@echo 'Two networks trained on digits, pruned in two ways, fine-tuned, measured: about five minutes on two cores'
 	$(WORKFLOW) study
 	@printf '\nThe study is in\n' && ls results/tables/digits/* results/figures/digits/* results/notebooks/digits/*
 

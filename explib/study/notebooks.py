@@ -12,6 +12,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+# What jsonschema would check internationalized addresses with: its grammar, which no notebook
+# needs, takes longer to build than all the rest to import.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 import nbformat
 import papermill
 from traitlets.config import Config
