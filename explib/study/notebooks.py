@@ -12,19 +12,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-# What jsonschema would check internationalized addresses with: its grammar, which no notebook
-# needs, takes longer to build than all the rest to import.
-sys.modules.setdefault("rfc3987_syntax", None)
-
-import nbformat
-import papermill
-from traitlets.config import Config
-
 from explib.files import write_text
 from explib.study import gpus
-
-SOCKETS = Config(KernelManager={"transport": "ipc"})
-"""A kernel's messages go through files of this user, rather than ports that others may read."""
 
 
 class Bars:
@@ -45,12 +34,18 @@ class Bars:
 
 def execute(notebook: Path, output: Path, parameters: dict) -> None:
     """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
+    import nbformat
+    import papermill
+    from traitlets.config import Config
+
     # explib itself says which parameter is unknown: those that a notebook does not list are known
     logging.getLogger("papermill").setLevel(logging.ERROR)
     name, began = output.stem, time.monotonic()
     print(f"{name}: begun", file=sys.stderr, flush=True)
+    # the kernel's messages go through files of this user, not through ports that others may read
+    config = Config(KernelManager={"transport": "ipc"})
     executed = papermill.execute_notebook(
-        notebook, None, parameters, progress_bar=False, stdout_file=Bars(), config=SOCKETS
+        notebook, None, parameters, progress_bar=False, stdout_file=Bars(), config=config
     )
     write_text(output, nbformat.writes(executed) + "\n")
     print(f"{name}: done, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -64,6 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", help="CPU threads; all of them without it")
     parser.add_argument("--gpu", action="store_true", help="take one, where there are any")
     given = parser.parse_args(arguments)
+    # What jsonschema would check internationalized addresses with, of which notebooks have none:
+    # its grammar takes longer to build than papermill to import.
+    sys.modules.setdefault("rfc3987_syntax", None)
     if given.threads:
         os.environ["OMP_NUM_THREADS"] = given.threads
     with gpus.taken(gpus.found()) if given.gpu else nullcontext() as gpu:
