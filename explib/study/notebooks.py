@@ -36,16 +36,18 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
     import nbformat
     import papermill
-    from traitlets.config import Config
 
     # explib itself says which parameter is unknown: those that a notebook does not list are known
     logging.getLogger("papermill").setLevel(logging.ERROR)
     name, began = output.stem, time.monotonic()
     print(f"{name}: begun", file=sys.stderr, flush=True)
-    # the kernel's messages go through files of this user, not through ports that others may read
-    config = Config(KernelManager={"transport": "ipc"})
     executed = papermill.execute_notebook(
-        notebook, None, parameters, progress_bar=False, stdout_file=Bars(), config=config
+        notebook,
+        None,
+        parameters,
+        progress_bar=False,
+        stdout_file=Bars(),
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning at each start
     )
     write_text(output, nbformat.writes(executed) + "\n")
     print(f"{name}: done, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ def counting(tmp_path):
 def test_each_state_of_a_bar_is_a_line_and_nothing_else_is(counting, tmp_path, capfd):
     output = tmp_path / "made" / "out.ipynb"
     notebooks.main([str(counting), str(output), "--parameters", json.dumps({"steps": 7})])
-    said = capfd.readouterr().err.splitlines()
+    said = capfd.readouterr().err.splitlines()  # of the kernel's process, too
     assert said[0] == "out: begun" and said[-1].startswith("out: done, ")
     assert said[1:-1] == ["1 of 2", "2 of 2"]
     assert "no bar 7" in nbformat.writes(nbformat.read(output, 4))

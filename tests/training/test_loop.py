@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import io
 import math
+import re
 from unittest.mock import Mock
 
 import pytest
@@ -440,3 +442,15 @@ class TestOnAGpu:
         forward = backend.forward_of(net, params, "cuda", 0)
         found = run(net, data.to("cuda"), params, masks, forward=forward, teacher=teacher)
         assert found[-1][0]["train_loss"] < found[0][0]["train_loss"]
+
+
+def test_a_log_gets_a_line_soon_and_then_few(monkeypatch):
+    now, log = [0.0], io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with loop._Lines(total=100, desc="net", file=log) as bar:
+        for _ in range(100):
+            now[0] += 1
+            bar.update()
+    lines = [line.strip() for line in log.getvalue().split("\r")[1:]]
+    assert lines[0] == "net: step 5 of 100, 00:05 gone, 01:35 to go"
+    assert [re.search(r"step (\d+)", line)[1] for line in lines] == ["5", "35", "65", "95", "100"]
