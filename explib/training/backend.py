@@ -1,20 +1,69 @@
-"""How a network runs here: surviving kernels or all, in which precision, compiled by what."""
+"""Choose how a network is computed here: which kernels, in which precision, by what.
 
-import functools
-import time
-from collections.abc import Callable
+On a CPU the ways that are possible are timed for a few seconds once a machine (`timing`); nothing
+is inferred from the names of instruction sets.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from explib import engine
-from explib.data import Data, eval_batches, example_of
-from explib.data.splits import Folders, Split
-from explib.engine import build, native, training
+from explib.data import example_of
+from explib.engine import training
 from explib.engine.fused import fuse
 from explib.params import Params
+from explib.pruning.layers import modes_kept
 from explib.pruning.masks import Masks
+from explib.training import distributed, timing
+from explib.training.timing import Speeds
+
+NAMES = [
+    f"{how}, {precision}"
+    for how in ("surviving kernels", "fused passes", "eager", "torch.compile")
+    for precision in ("fp32", "bf16")
+]
+"""All ways to train: what computes, and in which precision."""
+
+SPARSE_FROM = 0.3
+"""Share of all kernels pruned from which runs that are too short to measure leave them out."""
+
+SHARE = 25
+"""A run is worth measuring for if it trains on so many times the images that measuring takes: at
+most 4 % of it, and nothing of the next one that asks the same."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A network as it is computed here: images in, fp32 logits out.
+
+    how: `surviving kernels`, `fused passes`, `eager`, `torch.compile` or `engine` (for inference).
+    precision: `fp32`, `bf16` or `fp16` (engine only). measured: images/s of each way that was timed
+    for the choice, by "how, precision"; empty where there was nothing to choose or no time.
+    """
+
+    network: Callable
+    how: str
+    precision: str
+    device: str = "cpu"
+    measured: Speeds = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What computes, and in which precision."""
+        return f"{self.how}, {self.precision}"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        short = self.precision == "bf16" and self.how != "engine"
+        with torch.autocast(self.device, torch.bfloat16, enabled=short):
+            return self.network(images).float()
 
 
 def device_of(params: Params) -> str:
@@ -26,141 +75,194 @@ def device_of(params: Params) -> str:
     return params.device
 
 
-def precision_of(params: Params, device: str) -> str:
-    """`bf16` or `fp32`: what was asked for, by default bf16 where this machine is faster in it."""
-    if params.precision != "auto":
-        return params.precision
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if _bf16_wins() else "fp32"
+def choose(
+    model: nn.Module,
+    params: Params,
+    device: str,
+    images: int = 0,
+    masks: Masks | None = None,
+    kept: str = "",
+) -> Backend:
+    """The model as it trains fastest here, within what `compile` and `precision` ask for.
 
-
-@functools.cache
-def _bf16_wins() -> bool:
-    """Whether a convolution, forward and backward, is clearly faster in bf16 on this CPU.
-
-    Measured once, since a CPU may well take bf16 and compute it in fp32 with conversions.
+    images: how many the run will train on. A long one on a CPU is worth a measurement, which leaves
+    the model as it was; else there is a rule: surviving kernels, then fused passes, in bf16 where a
+    convolution is faster in it. masks: of kernels that stay zero, and so need not be computed.
+    kept: `how` an interrupted run was trained, to go on so; a warning says where that is not
+    possible. Ranks choose alike. ValueError where `compile: sparse` is not possible.
     """
+    networks = _networks(model, params, device, masks or {})
+    if kept and kept in networks:
+        networks = {kept: networks[kept]}
+    kinds = precisions(params, device)
+    ways = {
+        f"{how}, {precision}": Backend(network, how, precision, device)
+        for how, network in networks.items()
+        for precision in kinds
+    }
+    measured: Speeds = {}
+    count = _count(params)
+    compiles = "torch.compile" in networks  # a minute for each
+    if len(ways) > 1 and not compiles and images >= SHARE * count * (1 + timing.ROUNDS) * len(ways):
+        question = {
+            **question_of("training", model, count, ways, training.library()),
+            "shape": list(example_of(params).shape),
+            "frozen": params.freeze_bn,
+        }
+        measured = timing.remembered(question, lambda: _train_speeds(model, params, ways, count))
+        best = timing.ranking(measured)[0]
+    else:
+        short = bool(len(kinds) > 1 and bf16_wins())
+        best = f"{next(iter(networks))}, {kinds[short]}"
+    best = NAMES[distributed.as_rank_0(NAMES.index(best), device)]
+    if best not in ways:  # where rank 0 is on another kind of machine
+        best = next((name for name in ways if name.endswith(best[-4:])), next(iter(ways)))
+    if kept and ways[best].how != kept:
+        warnings.warn(
+            f"this run began with {kept}, which is not possible here; it goes on with {best}",
+            stacklevel=2,
+        )
+    chosen = ways[best]
+    return Backend(chosen.network, chosen.how, chosen.precision, device, measured)
+
+
+def _networks(model: nn.Module, params: Params, device: str, masks: Masks) -> dict[str, nn.Module]:
+    """What may compute the model here, by its name, what is likely fastest first."""
+    if params.compile == "on":
+        return {"torch.compile": torch.compile(model, dynamic=False)}
+    if params.compile == "off" or device != "cpu":
+        if params.compile == "sparse" and masks:
+            raise ValueError(_NOT_SPARSE)
+        return {"eager": model}
+    network = training.sparse(model, masks, example_of(params)) if masks else None
+    if params.compile == "sparse" and masks:
+        if network is None:
+            raise ValueError(_NOT_SPARSE)
+        return {"surviving kernels": network}
+    fused = network.dense if network else fuse(model, example_of(params))
+    all_kernels = {"eager" if fused is model else "fused passes": fused}
+    surviving = {"surviving kernels": network} if network else {}
+    likely = _pruned(model, masks) >= SPARSE_FROM
+    return surviving | all_kernels if likely else all_kernels | surviving
+
+
+_NOT_SPARSE = (
+    "compile: 'sparse' needs a CPU, a C++ compiler, and a network that torch.fx traces and "
+    "has masked convs 3x3, padded by 1, or 1x1; use 'auto'"
+)
+
+
+def _pruned(model: nn.Module, masks: Masks) -> float:
+    """The share of the kernels of all plain convs that the masks prune."""
+    kernels = sum(m.weight[:, :, 0, 0].numel() for m in model.modules() if type(m) is nn.Conv2d)
+    return sum(int((~mask).sum()) for mask in masks.values()) / max(kernels, 1)
+
+
+def precisions(params: Params, device: str) -> list[str]:
+    """The precisions in which training may be computed."""
+    if params.precision != "auto":
+        return [params.precision]
+    if device == "cuda":
+        return ["bf16" if torch.cuda.is_bf16_supported() else "fp32"]
+    return ["fp32", "bf16"] if _takes_bf16() else ["fp32"]
+
+
+def _takes_bf16() -> bool:
+    """Whether torch computes convolutions in bf16 on this CPU, however fast."""
     # a private name of torch: where it is gone, fp32 is right, too
-    if not getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)():
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+
+
+def bf16_wins() -> bool:
+    """Whether one convolution, forward and backward, is clearly faster in bf16 on this CPU.
+
+    The rule for runs that are too short for more.
+    """
+    if not _takes_bf16():
         return False
-    best = {}
-    for kind in (torch.float32, torch.bfloat16) * 4:
+
+    def way(kind: torch.dtype) -> Callable:
         image, weight = torch.ones(32, 64, 16, 16, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
         image = image.contiguous(memory_format=torch.channels_last).requires_grad_()
-        started = time.perf_counter()
-        F.conv2d(image, weight.requires_grad_(), padding=1).sum().backward()
-        seconds = time.perf_counter() - started
-        best[kind] = min(seconds, best.get(kind, seconds))
-    return best[torch.bfloat16] < 0.8 * best[torch.float32]
-
-
-COMPILE_FROM = 3_000_000
-"""Training images from which torch.compile repays its minute on a GPU. On a CPU it never does: the
-fused passes are as fast on ResNet-56 and faster on VGG-16, at once."""
-
-
-SPARSE_FROM = 0.3
-"""Share of all kernels pruned from which training on a CPU leaves them out (measured by
-explib.study.bench.training)."""
-
-
-def forward_of(
-    model: nn.Module, params: Params, device: str, images: int, masks: Masks | None = None
-) -> Callable:
-    """The model as it runs fastest, in the run's precision: images in, fp32 logits out.
-
-    images: how many the run will train on, which decides whether compiling pays. masks: of kernels
-    that stay zero, and so need not be computed. The function's `how` says what was chosen.
-    ValueError where `compile: sparse` is not possible.
-    """
-    long = device == "cuda" and images >= COMPILE_FROM
-    if params.compile == "on" or (params.compile == "auto" and long):
-        network, how = torch.compile(model, dynamic=False), "torch.compile"
-    elif sparse := _sparse(model, params, device, masks or {}):
-        network, how = sparse, "surviving kernels"
-    elif params.compile in ("auto", "sparse") and device == "cpu":
-        network = fuse(model, example_of(params))
-        how = "eager" if network is model else "fused passes"
-    else:
-        network, how = model, "eager"
-    enabled = precision_of(params, device) == "bf16"
-
-    def forward(x):
-        with torch.autocast(device, torch.bfloat16, enabled=enabled):
-            return network(x).float()
-
-    forward.how = how
-    return forward
-
-
-def _sparse(model: nn.Module, params: Params, device: str, masks: Masks) -> nn.Module | None:
-    """The network of `runtime.training` where it is asked for, or likely faster and possible."""
-    asked = params.compile == "sparse"
-    if not masks or not (asked or (params.compile == "auto" and device == "cpu")):
-        return None
-    kernels = sum(m.weight[:, :, 0, 0].numel() for m in model.modules() if type(m) is nn.Conv2d)
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
-    if not asked and (pruned < SPARSE_FROM * kernels or _in_matrices(params, device)):
-        return None
-    example = example_of(params)
-    network = training.sparse(model, masks, example) if device == "cpu" else None
-    if asked and network is None:
-        raise ValueError(
-            "compile: 'sparse' needs a CPU, a C++ compiler, and a network that torch.fx traces and "
-            "has masked convs 3x3, padded by 1, or 1x1; use 'auto'"
+        weight.requires_grad_()
+        return lambda: torch.autograd.grad(
+            F.conv2d(image, weight, padding=1).sum(), [image, weight]
         )
-    return network
+
+    ways = {"fp32": way(torch.float32), "bf16": way(torch.bfloat16)}
+    found = timing.remembered({"what": "a convolution"}, lambda: timing.speeds(ways, 32))
+    return timing.ranking(found)[0] == "bf16"
 
 
-def _in_matrices(params: Params, device: str) -> bool:
-    """Whether torch multiplies matrices of bf16 in hardware (AMX), fast enough to spare no zero."""
-    return precision_of(params, device) == "bf16" and native.multiplies_matrices()
+def _count(params: Params) -> int:
+    """Images to time training on: 64, and 16 for each thread, at most a piece of the run's batches.
 
-
-def teacher_of(
-    model: nn.Module, params: Params, device: str, images: int, exact: bool = True
-) -> Callable:
-    """The unpruned network for distillation: images in, fp32 logits out, in evaluation mode.
-
-    On a CPU in the engine, in the run's precision, unless its processor multiplies matrices. Not
-    exact: in fp16 rather than fp32 where the processor computes in it, which takes half the time.
+    With fewer, what a step costs whatever its images weighs too much: of VGG-16 with 20 % of its
+    kernels pruned 16 images are faster over all kernels, 64 and 128 over the surviving ones.
+    Divisible by the lanes of the C++ exactly where those pieces are.
     """
-    if (
-        device == "cpu"
-        and params.compile in ("auto", "sparse")
-        and not _in_matrices(params, device)
-    ):
-        example = example_of(params)
-        types = [torch.float32]
-        if precision_of(params, device) == "bf16":
-            types = [torch.bfloat16]
-        elif not exact:
-            types = [torch.float16, torch.float32]
-        for dtype in types:
-            if engine := _engine(model, example, dtype):
-                return engine
-    return forward_of(model, params, device, images)
+    piece = params.micro_batch or max(1, params.batch_size // distributed.world())
+    return min(piece, max(64, 16 * torch.get_num_threads()) + piece % 16)
 
 
-ENGINE_FROM = 2000
-"""Images from which evaluating in the engine repays the second it takes to plan a network."""
+def question_of(what: str, model: nn.Module, images: int, ways, library) -> dict:
+    """What the speed of each of these ways depends on, for `timing.remembered`.
+
+    That is the network's layers and how dense they are, and the C++ that was compiled: its file's
+    name is a digest of sources, compiler, flags and processor.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    left = sum(int(weight.detach().flatten(2).any(2).sum()) for weight in weights)
+    kernels = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+    return {
+        "what": what,
+        "network": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
+        "density": round(20 * left / max(kernels, 1)) / 20,
+        "images": images,
+        "ways": list(ways),
+        "kernels": Path(library._name).stem if library else "",
+    }
 
 
-def in_fp32(model: nn.Module, split: Split | Folders, data: Data) -> Callable:
-    """The model in fp32 and evaluation mode, in the engine where that pays and is possible."""
-    parameter = next(model.parameters(), None)
-    if parameter is None or not parameter.is_cpu or len(split) < ENGINE_FROM:
-        return model
-    images, _ = next(eval_batches(split.first(1), data))
-    return _engine(model, images, torch.float32) or model
+def _train_speeds(model: nn.Module, params: Params, ways: dict[str, Backend], count: int) -> Speeds:
+    """Images/s of each way, forward and backward on one batch of noise."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    images = noise(example_of(params), count)
+    labels = torch.arange(count)
+
+    def step(way: Backend):
+        logits = way(images)
+        loss = F.cross_entropy(logits, labels % logits.shape[1])
+        torch.autograd.grad(loss, weights, allow_unused=True)  # leaves no gradient behind
+
+    with untouched(model):
+        train_mode(model, params.freeze_bn)
+        return timing.speeds({name: partial(step, way) for name, way in ways.items()}, count)
 
 
-def _engine(model: nn.Module, example: torch.Tensor, dtype: torch.dtype) -> Callable | None:
-    """The model in the engine, all of it and in this type; None where that is not possible."""
-    try:
-        if build.computes(build.library(), dtype):
-            return engine.compile(model, example, dtype=dtype, fallback=False)
-    except (engine.NoCompiler, NotImplementedError):
-        pass
-    return None
+def noise(like: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` images of noise, of the shape, type and device of the one image `like`."""
+    images = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    return images.to(like).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Keep modes, buffers and torch's random state, whatever is computed inside."""
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with modes_kept(model), torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(saved[name])
+
+
+def train_mode(model: nn.Module, freeze_bn: bool = False) -> None:
+    """Training mode; with freeze_bn, BatchNorm keeps evaluating with its statistics."""
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()

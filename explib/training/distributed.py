@@ -56,11 +56,13 @@ def from_rank_0(tensors: Iterable[torch.Tensor]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def as_rank_0(answer: bool, device: str) -> bool:
+def as_rank_0(answer: int, device: str) -> int:
     """What rank 0 answers, on all of them."""
-    agreed = torch.tensor(answer, dtype=torch.uint8, device=device)
+    if world() == 1:
+        return answer
+    agreed = torch.tensor(answer, device=device)
     from_rank_0([agreed])
-    return bool(agreed)
+    return int(agreed)
 
 
 def wait() -> None:

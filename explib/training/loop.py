@@ -5,28 +5,24 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from explib.checks import parse_steps
-from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
+from explib.data import Data, batches_per_epoch, epoch_plan
 from explib.data.splits import Split
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.params import Params
-from explib.pruning import holding
-from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 from explib.training import distributed, soft_labels
+from explib.training.backend import train_mode
 from explib.training.evaluation import accuracy
-
-TEMPERATURE = 4.0
-"""Of the soft labels in distillation."""
+from explib.training.step import Fading, masks_held, momentum_of, recorded, step_of
 
 
 class Diverged(RuntimeError):
@@ -77,13 +73,26 @@ def train(
     is then worthless.
     """
     masks = masks or {}
-    fade = params.fade_epochs if masks else 0
-    on_gpu = _on_gpu(data)
-    if not on_gpu:
+    if not _on_gpu(data):
         keep_memory()
-    named = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(
-        named.values(),
+    optimizer = _optimizer(model, data, params)
+    trainer = _Trainer(
+        model, data, params, masks, optimizer, forward or model, teacher, keep, before, label
+    )
+    first = resume["epoch"] if resume else 0
+    if resume:
+        trainer.load_momentum(resume["momentum"])
+    faded = not masks or first >= params.fade_epochs
+    with masks_held(model, masks, optimizer, faded), trainer.progress(first) as bar:
+        step = trainer.start(first)
+        for epoch in range(first, trainer.epochs):
+            yield trainer.epoch(epoch, step, bar)
+
+
+def _optimizer(model: nn.Module, data: Data, params: Params) -> torch.optim.SGD:
+    on_gpu = _on_gpu(data)
+    return torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
         # on a GPU the whole step is recorded once, so its learning rate has to be read from memory
         lr=torch.tensor(params.lr, device=data.train.labels.device) if on_gpu else params.lr,
         momentum=params.momentum,
@@ -91,72 +100,136 @@ def train(
         nesterov=params.nesterov and params.momentum > 0,
         fused=True,
     )
-    first = 0
-    if resume:
-        first = resume["epoch"]
-        for name, momentum in resume["momentum"].items():
+
+
+@dataclass
+class _Trainer:
+    """What the epochs of one training have in common; see `train`."""
+
+    model: nn.Module
+    data: Data
+    params: Params
+    masks: Masks
+    optimizer: torch.optim.SGD
+    forward: Callable
+    teacher: Callable | None
+    keep: Path | None
+    before: int
+    label: str
+
+    def __post_init__(self):
+        self.steps = batches_per_epoch(self.data, self.params.batch_size)  # of a whole epoch
+        self.in_all = steps_of(self.data, self.params)
+        self.epochs = math.ceil(self.in_all / self.steps)
+        self.soft = _ahead(self.teacher, self.data, self.params, self.keep)
+        fading = self.params.fade_epochs * self.steps if self.masks else 0
+        self.fading = Fading(self.model, self.masks if fading else {}, self.optimizer, fading)
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained."""
+        return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_momentum(self, momenta: dict[str, torch.Tensor]) -> None:
+        """Go on with the momentum of an interrupted training."""
+        named = self.named
+        for name, momentum in momenta.items():
             # laid out like its weight: the fused optimizer goes through both in step
             buffer = torch.empty_like(named[name], requires_grad=False).copy_(momentum)
-            optimizer.state[named[name]]["momentum_buffer"] = buffer
-    steps, in_all = batches_per_epoch(data, params.batch_size), steps_of(data, params)
-    epochs = math.ceil(in_all / steps)
-    forward = forward or model
-    with (
-        _holding(model, masks, optimizer, faded=first >= fade),
-        (tqdm if sys.stdout.isatty() else _Lines)(
-            total=in_all,
-            initial=min(first * steps, in_all),
-            desc=label or "training",
+            self.optimizer.state[named[name]]["momentum_buffer"] = buffer
+
+    def progress(self, first: int) -> tqdm:
+        """A progress bar of all steps, those of the epochs before `first` done."""
+        return (tqdm if sys.stdout.isatty() else _Lines)(
+            total=self.in_all,
+            initial=min(first * self.steps, self.in_all),
+            desc=self.label or "training",
             unit="batch",
             file=sys.stdout,
             dynamic_ncols=True,
             disable=distributed.rank() > 0,
-        ) as bar,
-    ):
-        averaged = distributed.parallel(model, forward)
-        soft = _ahead(teacher, data, params, keep)
-        step = _step_of(data, params, optimizer, averaged, teacher, bool(soft))
-        if on_gpu and first < epochs and distributed.world() == 1:
-            _train_mode(model, params)
-            inputs = next(_steps(data, params, before + first * steps, 1, soft))
-            step = _recorded(step, model, optimizer, inputs)
-        for epoch in range(first, epochs):
-            started = time.perf_counter()
-            own = min(steps, in_all - epoch * steps)
-            inputs = _steps(data, params, before + epoch * steps, own, soft)
-            course = _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar)
-            count = own * min(params.batch_size, len(data.train))
-            seconds = time.perf_counter() - started
-            lr = float(optimizer.param_groups[0]["lr"])
-            distributed.from_rank_0(model.buffers())
-            if broken := _broken(course, model):
-                number, what = broken
-                rate = lr_at(params, epoch + number / steps)
-                raise Diverged(
-                    f"{label or 'training'}: {what} in epoch {epoch + 1}, step {number + 1} of "
-                    f"{steps}, at learning rate {rate:.2g}; use a smaller lr"
-                )
-            loss, hits = course.sum(0).tolist()
-            # the last epoch is the result: measured in fp32, whatever the training's precision;
-            # pruned networks on a CPU always, since the engine is fast in it
-            exact = epoch + 1 == epochs or (masks and not on_gpu)
-            found = accuracy(model, data, data.test, None if exact else forward)
-            speed = count / seconds
-            entry = {
-                "epoch": min(epoch + 1, params.epochs),
-                "lr": lr,
-                "train_loss": loss / count,
-                "train_top1": 100 * hits / count,
-                **found,
-                "seconds": seconds,
-                "images_per_s": speed,
-            }
-            bar.set_postfix_str(
-                f"epoch {entry['epoch']:g}: top-1 {found['top1']:.2f} %, {speed:.0f} images/s"
+        )
+
+    def start(self, first: int) -> Callable:
+        """One step of this training, on a GPU recorded with inputs of the epoch `first`."""
+        forward = distributed.parallel(self.model, self.forward)
+        step = step_of(
+            self.data, self.params, self.optimizer, forward, self.teacher, bool(self.soft)
+        )
+        if _on_gpu(self.data) and first < self.epochs and distributed.world() == 1:
+            train_mode(self.model, self.params.freeze_bn)
+            step = recorded(step, self.model, self.optimizer, next(self.inputs(first, 1)))
+        return step
+
+    def inputs(self, epoch: int, count: int) -> Iterator[list[tuple]]:
+        """What the first `count` steps of an epoch take."""
+        first = self.before + epoch * self.steps
+        return _steps(self.data, self.params, first, count, self.soft)
+
+    def epoch(self, epoch: int, step: Callable, bar: tqdm) -> tuple[dict, dict]:
+        """Train one epoch and evaluate; returns what `train` yields."""
+        started = time.perf_counter()
+        count = min(self.steps, self.in_all - epoch * self.steps)
+        course = self.course(epoch, count, step, bar)
+        seconds = time.perf_counter() - started
+        distributed.from_rank_0(self.model.buffers())
+        self.check(course, epoch)
+        entry = self.entry(course, epoch, seconds)
+        bar.set_postfix_str(
+            f"epoch {entry['epoch']:g}: top-1 {entry['top1']:.2f} %, "
+            f"{entry['images_per_s']:.0f} images/s"
+        )
+        buffers = {k: momentum_of(self.optimizer, p) for k, p in self.named.items()}
+        momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
+        return entry, {"epoch": epoch + 1, "momentum": momentum}
+
+    def course(self, epoch: int, count: int, step: Callable, bar: tqdm) -> torch.Tensor:
+        """Train `count` steps; returns each one's sum of losses and hits, float64 (count, 2).
+
+        They are read from the device once.
+        """
+        train_mode(self.model, self.params.freeze_bn)
+        group = self.optimizer.param_groups[0]
+        course = []
+        for number, parts in enumerate(self.inputs(epoch, count)):
+            lr = lr_at(self.params, epoch + number / self.steps)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            course.append(step(parts).clone())  # a recorded step writes into the same memory
+            self.fading.after(epoch * self.steps + number)
+            bar.update()
+        return distributed.sum_over_ranks(torch.stack(course)).cpu().double()
+
+    def check(self, course: torch.Tensor, epoch: int) -> None:
+        """Raise Diverged unless the losses of the epoch and the weights after it are finite."""
+        if broken := _broken(course, self.model):
+            number, what = broken
+            rate = lr_at(self.params, epoch + number / self.steps)
+            raise Diverged(
+                f"{self.label or 'training'}: {what} in epoch {epoch + 1}, step {number + 1} of "
+                f"{self.steps}, at learning rate {rate:.2g}; use a smaller lr"
             )
-            buffers = {k: _momentum(optimizer, p) for k, p in named.items()}
-            momentum = {k: buffer for k, buffer in buffers.items() if buffer is not None}
-            yield entry, {"epoch": epoch + 1, "momentum": momentum}
+
+    def entry(self, course: torch.Tensor, epoch: int, seconds: float) -> dict:
+        """The epoch's line of history; evaluates the model."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        count = len(course) * min(self.params.batch_size, len(self.data.train))
+        loss, hits = course.sum(0).tolist()
+        # the last epoch is the result: measured in fp32, whatever the training's precision;
+        # pruned networks on a CPU always, since the engine is fast in it
+        exact = epoch + 1 == self.epochs or (self.masks and not _on_gpu(self.data))
+        found = accuracy(self.model, self.data, self.data.test, None if exact else self.forward)
+        return {
+            "epoch": min(epoch + 1, self.params.epochs),
+            "lr": lr,
+            "train_loss": loss / count,
+            "train_top1": 100 * hits / count,
+            **found,
+            "seconds": seconds,
+            "images_per_s": count / seconds,
+        }
 
 
 class _Lines(tqdm):
@@ -235,102 +308,6 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
         yield [next(inputs) for _ in range(turns)]
 
 
-def _train_mode(model: nn.Module, params: Params) -> None:
-    model.train()
-    if params.freeze_bn:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
-
-def _step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
-    """One step of training: inputs of `train_batch` in, (sum of losses, hits) out.
-
-    known: the soft labels come with them, and the teacher need not be asked.
-    """
-    alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
-
-    def step(parts):
-        total = torch.zeros(2, device=data.train.labels.device)
-        for number, inputs in enumerate(parts):
-            soft = inputs[-1] if known else None
-            images, labels = train_batch(data, *(inputs[:-1] if known else inputs))
-            if teacher and not known:
-                with torch.no_grad():
-                    soft = teacher(images)
-            with nullcontext() if number + 1 == len(parts) else alone():
-                logits = forward(images)
-                loss = _loss(logits, labels, params, soft)
-                (loss / len(parts)).backward()
-            hits = (logits.detach().argmax(1) == labels).sum()
-            total += torch.stack([loss.detach() * len(labels), hits])
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
-
-    return step
-
-
-def _recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -> Callable:
-    """A step recorded as one CUDA graph: a thousand kernels started by one call.
-
-    Recording takes a few real steps; weights, statistics and momentum are put back afterwards.
-    """
-    parameters = optimizer.param_groups[0]["params"]
-    saved = {k: v.clone() for k, v in model.state_dict().items()}
-    momenta = {p: _momentum(optimizer, p) for p in parameters}
-    momenta = {p: None if m is None else m.clone() for p, m in momenta.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(parts)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, parts = torch.cuda.CUDAGraph(), [[t.clone() for t in part] for part in parts]
-    with torch.cuda.graph(graph):
-        result = step(parts)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            value.copy_(saved[name])
-        for parameter, momentum in momenta.items():
-            buffer = _momentum(optimizer, parameter)
-            if buffer is not None:  # from 0 the first step leaves the gradient, as a new one does
-                buffer.zero_() if momentum is None else buffer.copy_(momentum)
-
-    def replay(chosen):
-        for own, new in zip(parts, chosen, strict=True):
-            for mine, given in zip(own, new, strict=True):
-                mine.copy_(given)
-        graph.replay()
-        return result
-
-    return replay
-
-
-def _epoch(step, inputs, model, data, params, masks, optimizer, epoch, bar):
-    """One epoch of these inputs; returns its course, float64 (steps, 2).
-
-    That is each step's sum of losses and hits, read from the device once.
-    """
-    _train_mode(model, params)
-    group = optimizer.param_groups[0]
-    steps = batches_per_epoch(data, params.batch_size)
-    fade = params.fade_epochs if masks else 0
-    course = []
-    for number, parts in enumerate(inputs):
-        lr = lr_at(params, epoch + number / steps)
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-        course.append(step(parts).clone())  # a recorded step writes into the same memory
-        left = (fade - epoch) * steps - number  # steps of fading to go, this one included
-        if left > 0:
-            _shrink(model, masks, optimizer, (left - 1) / left)
-        bar.update()
-    return distributed.sum_over_ranks(torch.stack(course)).cpu().double()
-
-
 def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:
     """The first step after which nothing is worth anything, and why; None if all is finite."""
     steps = (~course[:, 0].isfinite()).nonzero()
@@ -338,40 +315,3 @@ def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:
         return int(steps[0]), f"loss is {float(course[steps[0], 0])}"
     finite = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()])
     return None if finite.all() else (len(course) - 1, "weights are not finite")
-
-
-def _loss(logits, labels, params: Params, soft=None) -> torch.Tensor:
-    """Cross-entropy, and where there are `soft` labels, the teacher's logits, their divergence."""
-    loss = F.cross_entropy(logits, labels, label_smoothing=params.label_smoothing)
-    if soft is not None:
-        wanted = F.softmax(soft / TEMPERATURE, 1)
-        own = F.log_softmax(logits / TEMPERATURE, 1)
-        soft_loss = F.kl_div(own, wanted, reduction="batchmean") * TEMPERATURE**2
-        loss = (1 - params.distill) * loss + params.distill * soft_loss
-    return loss
-
-
-@contextmanager
-def _holding(model: nn.Module, masks: Masks, optimizer, faded: bool):
-    """Masks held; where they still fade, the pruned weights keep their values for now."""
-    release = (holding.hold if faded else holding.mask_gradients)(model, masks, optimizer)
-    try:
-        yield
-    finally:
-        release()
-
-
-@torch.no_grad()
-def _shrink(model: nn.Module, masks: Masks, optimizer, factor: float) -> None:
-    """One step of fading: scale the pruned weights, and clear what weight decay told momentum."""
-    masking.apply(model, masks, factor)
-    for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
-        momentum = _momentum(optimizer, weight)
-        if momentum is not None:
-            momentum.mul_(mask.to(weight.device)[:, :, None, None])
-
-
-def _momentum(optimizer, parameter) -> torch.Tensor | None:
-    """A parameter's momentum; None before its first step, and without momentum."""
-    return optimizer.state.get(parameter, {}).get("momentum_buffer")

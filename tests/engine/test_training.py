@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from explib import engine, models
-from explib.engine import build, fused, training
-from explib.params import Params
+from explib.engine import fused, training
 from explib.pruning import criteria, holding
 from explib.pruning import masks as masking
-from explib.study.bench import inference
-from explib.training import backend
 from tests.conftest import image
 
 pytestmark = pytest.mark.skipif(
@@ -275,54 +272,3 @@ def test_planes_that_are_none_are_refused(lanes):
     )
     with pytest.raises(TypeError, match=r"weight: torch\.float64"):
         conv(torch.zeros(1, 2, 9, lanes))
-
-
-def test_it_is_chosen_where_it_pays(resnet_8, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    params = Params(arch="resnet_56")
-
-    def how(rate: float, **more) -> str:
-        model, _, chosen = pair("resnet_56", rate)
-        return backend.forward_of(model, params.replace(**more), "cpu", 0, chosen).how
-
-    assert how(0.7) == "surviving kernels"
-    assert how(0.2) == "fused passes"
-    assert how(0.2, compile="sparse") == "surviving kernels"
-    assert how(0.7, compile="off") == "eager"
-    model, _, _ = pair("resnet_56")
-    assert backend.forward_of(model, params, "cpu", 0).how == "fused passes"
-    asked = params.replace(compile="sparse")
-    assert backend.forward_of(model, asked, "cpu", 0).how == "fused passes"  # nothing to leave out
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert how(0.7, precision="bf16") == "fused passes"
-    monkeypatch.setattr(training, "library", lambda: None)
-    with pytest.raises(ValueError, match="compile: 'sparse' needs a CPU"):
-        how(0.7, compile="sparse")
-
-
-def test_the_teacher_runs_in_the_engine(resnet_8, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    model = models.build("resnet_56", 10).eval()
-    params = Params(arch="resnet_56", precision="fp32")
-    x = torch.randn(20, 3, 32, 32)
-    teacher = backend.teacher_of(model, params, "cpu", 0)
-    assert teacher.report["engine"] == "native"
-    with torch.no_grad():
-        assert close(teacher(x), model(x), 1e-4)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    in_torch = backend.teacher_of(model, params.replace(precision="bf16"), "cpu", 0)
-    assert in_torch.how == "fused passes"
-
-
-def test_a_teacher_that_need_not_be_exact_is_in_float16():
-    model, params = inference.fresh("resnet_56"), Params(arch="resnet_56", precision="fp32")
-    half = build.computes(build.library(), torch.float16)
-    teacher = backend.teacher_of(model, params, "cpu", 0, exact=False)
-    assert teacher.report["dtype"] == ("float16" if half else "float32")
-    images = torch.randn(20, 3, 32, 32)
-    with torch.no_grad():
-        assert close(teacher(images), model(images), 0.01)
-    assert backend.teacher_of(model, params, "cpu", 0).report["dtype"] == "float32"
-    model.linear.weight.data *= 1e6  # beyond float16
-    teacher = backend.teacher_of(model, params, "cpu", 0, exact=False)
-    assert teacher.report["dtype"] == "float32"

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from explib.files import ROOT, load_tensors, save_tensors
 from explib.params import Params, from_yaml
 from explib.pruning import checkpoints
 from explib.pruning import masks as masking
-from explib.study import networks, records, runs
-from explib.training import backend, evaluation, loop, soft_labels
+from explib.study import folder, networks, records, runs
+from explib.study.folder import Folder
+from explib.training import backend, evaluation, inference, loop, soft_labels, step, timing
 from tests.conftest import TINY, make_folders, needs_compiler
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
@@ -67,15 +69,16 @@ def equal(one, two):
 
 def interrupt(monkeypatch, after):
     """Makes the run stop, as by Ctrl-C, after so many saved states."""
-    original, saved = runs._save_state, []
+    original, saved = Folder.save, []
 
-    def save_then_stop(*args, **kwargs):
-        original(*args, **kwargs)
+    def save_then_stop(*args):
+        original(*args)
         saved.append(1)
         if len(saved) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "_save_state", save_then_stop)
+    monkeypatch.setattr(folder, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(Folder, "save", save_then_stop)
 
 
 class TestBaseline:
@@ -154,7 +157,7 @@ class TestFinetune:
 
     def test_a_finished_run_is_not_computed_again(self, trained, monkeypatch):
         found = as_json(runs.finetune(trained))
-        monkeypatch.setattr(runs, "_train", None)
+        monkeypatch.setattr(runs, "_Training", None)
         assert runs.finetune(trained) == found
         for path in (networks.resolve(trained.results_dir) / "records/digits").glob("finetune*"):
             path.unlink()
@@ -191,14 +194,88 @@ class TestFinetune:
 
     def test_it_goes_on_in_the_precision_that_it_began_in(self, trained, monkeypatch):
         params = trained.replace(precision="auto", compile="auto")
-        monkeypatch.setattr(backend, "_bf16_wins", lambda: True)
+        monkeypatch.setattr(backend, "_takes_bf16", lambda: True)
+        monkeypatch.setattr(backend, "bf16_wins", lambda: True)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, 1)
             runs.finetune(params)
-        monkeypatch.setattr(backend, "_bf16_wins", lambda: False)
+        monkeypatch.setattr(backend, "bf16_wins", lambda: False)
         assert runs.finetune(params)["hardware"]["precision"] == "bf16"
         other = runs.finetune(params.replace(mask_seed=1))
         assert other["hardware"]["precision"] == "fp32"
+
+    @needs_compiler
+    def test_what_was_measured_is_recorded_and_kept_when_it_goes_on(self, trained, monkeypatch):
+        params = trained.replace(precision="auto", compile="auto", distill=0.5)
+        monkeypatch.setattr(backend, "_takes_bf16", lambda: True)
+        monkeypatch.setattr(backend, "SHARE", 0)  # however short the run
+        asked = []
+
+        def remembered(question, measure):
+            asked.append(question["what"])
+            found = dict.fromkeys(measure(), 1.0)
+            return found | {name: 2.0 for name in found if name == first}
+
+        monkeypatch.setattr(timing, "remembered", remembered)
+        first = "surviving kernels, bf16"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            runs.finetune(params)
+        assert asked == ["training", "soft labels"]
+        _, state = load_tensors(networks.resolve(params.job_dir) / "state.safetensors")
+        assert (state["run"]["how"], state["run"]["precision"]) == tuple(first.split(", "))
+        first = "fused passes, fp32"  # what would be chosen now
+        hardware = runs.finetune(params)["hardware"]
+        assert (hardware["trained_by"], hardware["precision"]) == ("surviving kernels", "bf16")
+        assert hardware["measured"] == {
+            "surviving kernels, fp32": 1.0,
+            "surviving kernels, bf16": 2.0,
+            "fused passes, fp32": 1.0,
+            "fused passes, bf16": 1.0,
+        }
+        assert hardware["taught_by"] == state["run"]["taught_by"] != ""
+        other = runs.finetune(params.replace(mask_seed=1))["hardware"]
+        assert (other["trained_by"], other["precision"]) == tuple(first.split(", "))
+
+    @needs_compiler
+    def test_what_this_machine_cannot_go_on_with_is_said(self, trained, monkeypatch):
+        params = trained.replace(compile="auto")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            runs.finetune(params)
+        monkeypatch.setattr(backend.training, "sparse", lambda *_: None)
+        said = "began with surviving kernels, which is not possible here; .* fused passes, fp32$"
+        with pytest.warns(UserWarning, match=said):
+            found = runs.finetune(params)
+        assert found["hardware"]["trained_by"] == "fused passes"
+
+    def test_a_state_of_before_this_was_kept_goes_on(self, trained, monkeypatch):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, 1)
+            runs.finetune(trained)
+        path = networks.resolve(trained.job_dir) / "state.safetensors"
+        tensors, meta = load_tensors(path)
+        for name in ("how", "taught_by", "measured"):
+            del meta["run"][name]
+        save_tensors(path, tensors, meta)
+        assert runs.finetune(trained)["hardware"]["trained_by"] == "eager"
+
+    def test_its_state_is_written_now_and_then_and_at_the_end(self, trained, monkeypatch):
+        written, save, now = [], folder.save_tensors, [0.0]
+        monkeypatch.setattr(
+            folder, "save_tensors", lambda *a: written.append(a[2]["epoch"]) or save(*a)
+        )
+        monkeypatch.setattr(folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        train = loop.train
+
+        def slowly(*args, **kwargs):  # an epoch takes 20 s
+            for epoch in train(*args, **kwargs):
+                now[0] += 20
+                yield epoch
+
+        monkeypatch.setattr(loop, "train", slowly)
+        runs.finetune(trained.replace(epochs=5, limit_train=32))
+        assert written == [2, 4, 5]
 
     def test_another_seed_prunes_other_kernels(self, trained):
         one, two = (runs.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))
@@ -219,9 +296,9 @@ class TestFinetune:
     def test_soft_labels_are_exact_where_a_precision_is_asked_for(
         self, trained, monkeypatch, precision, exact
     ):
-        asked, made = [], backend.teacher_of
+        asked, made = [], inference.teacher_of
         monkeypatch.setattr(
-            backend, "teacher_of", lambda *a, **k: asked.append(k["exact"]) or made(*a, **k)
+            inference, "teacher_of", lambda *a, **k: asked.append(k["exact"]) or made(*a, **k)
         )
         runs.finetune(trained.replace(precision=precision, distill=0.5, epochs=1))
         assert asked == [exact]
@@ -244,9 +321,9 @@ class TestFinetune:
 
     def test_layerwise_shows_each_conv_other_images(self, trained, monkeypatch):
         # one of the two batches of an epoch for each of two convs
-        shown, make = [], loop.train_batch
+        shown, make = [], step.train_batch
         monkeypatch.setattr(
-            loop, "train_batch", lambda data, *i: shown.extend(i[0][0].tolist()) or make(data, *i)
+            step, "train_batch", lambda data, *i: shown.extend(i[0][0].tolist()) or make(data, *i)
         )
         half = {"schedule": "layerwise", "start_cov": 5, "epochs": 0.5}
         found = runs.finetune(trained.replace(**half))
@@ -285,16 +362,17 @@ class TestFinetune:
         with pytest.raises(ParamError, match="compress_rate: 6 rates for 7 convs of resnet_56"):
             runs.finetune(trained.replace(compress_rate="[0.5]*6"))
 
-    def test_a_run_that_diverges_leaves_a_record_that_says_so(self, trained):
+    def test_a_run_that_diverges_leaves_a_record_that_says_so(self, trained, monkeypatch):
         params = trained.replace(lr=100.0, epochs=30, weight_decay=1.0, distill=0.0)
+        monkeypatch.setattr(folder, "STATE_EVERY_S", 0.0)
         with pytest.raises(loop.Diverged, match="use a smaller lr") as caught:
             runs.finetune(params)
         found = {r["status"]: r for r in records.read_all(trained.results_dir, "digits")}
-        lost, folder = found["diverged"], networks.resolve(params.job_dir)
+        lost, job = found["diverged"], networks.resolve(params.job_dir)
         assert set(found) == {"done", "diverged"} and 0 < len(lost["history"]) < 30
         assert lost["error"] == str(caught.value)
-        assert not (folder / "record.json").exists()
-        tensors, last_good = load_tensors(folder / "state.safetensors")
+        assert not (job / "record.json").exists()
+        tensors, last_good = load_tensors(job / "state.safetensors")
         assert last_good["epoch"] == len(lost["history"])
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 

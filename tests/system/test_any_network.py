@@ -89,7 +89,7 @@ def test_way_b_prunes_trains_and_saves_it(found, make_data, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        forward = backend.forward_of(model, params, "cpu", 16)
+        forward = backend.choose(model, params, "cpu", 16)
         ((entry, _),) = explib.train(model, data, params, chosen, forward=forward)
     assert masking.held(model, chosen) and entry["images_per_s"] > 0
     assert any(not torch.equal(before[k], v) for k, v in model.named_parameters())

@@ -16,7 +16,8 @@ import torch
 
 from explib.files import ROOT, load_tensors, resolve
 from explib.params import Params
-from explib.study import runs
+from explib.study import folder, runs
+from explib.study.folder import Folder
 from explib.training import loop
 from tests.conftest import TINY
 from tests.study.test_runs import untimed
@@ -29,8 +30,9 @@ import torch
 from explib import data, registry
 from explib.models import resnet
 from explib.params import Params
-from explib.study import runs
+from explib.study import folder, runs
 
+folder.STATE_EVERY_S = 0.0
 torch.set_num_threads(1)  # no threads before a fork
 small = lambda num_classes: resnet.build(num_classes, 8)
 registry.NETWORKS["resnet_56"] = registry.Network(small, "ResNet-56")
@@ -58,8 +60,8 @@ began = time.monotonic()
 assert not life(whole, 300)
 took = time.monotonic() - began
 kills = 0
-for folder in range(100):
-    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{folder}")
+for number in range(100):
+    params = whole.replace(job_dir=f"{whole.results_dir}/broken-{number}")
     began = time.monotonic()
     if not life(params, took * chance.uniform(0.02, 0.9)):
         took = min(took, time.monotonic() - began)  # the machine was busy before
@@ -121,7 +123,7 @@ class TestWhatHappensToTheDisk:
         """Calls what it is given once the first epoch is saved."""
 
         def after(call):
-            original, saved = runs._save_state, []
+            original, saved = Folder.save, []
 
             def save_then_call(*args):
                 original(*args)
@@ -129,7 +131,8 @@ class TestWhatHappensToTheDisk:
                 if len(saved) == 1:
                     call()
 
-            monkeypatch.setattr(runs, "_save_state", save_then_call)
+            monkeypatch.setattr(folder, "STATE_EVERY_S", 0.0)
+            monkeypatch.setattr(Folder, "save", save_then_call)
 
         return after
 

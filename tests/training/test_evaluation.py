@@ -1,16 +1,14 @@
-"""Evaluation, BatchNorm statistics, and the choice of device and precision."""
+"""Evaluation and BatchNorm statistics."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from explib.data import Split, eval_batches, normalize
-from explib.training import backend, evaluation
-from tests.training.test_loop import PARAMS, equal
+from explib.training import evaluation, inference
+from tests.training.test_loop import equal
 
 
 class TestEvaluate:
@@ -28,17 +26,40 @@ class TestEvaluate:
         assert evaluation.evaluate(net, data, split) == 100 * 402 / 503
 
     def test_many_images_go_through_the_engine_to_the_same_result(self, net, data, monkeypatch):
+        del net[5]  # a conv by depth, which the engine leaves to torch
         wanted = evaluation.evaluate(net, data, data.test)
-        planned = []
-        engine = backend._engine
-        monkeypatch.setattr(backend, "ENGINE_FROM", len(data.test))
+        fastest, made = inference._fastest, []
+        monkeypatch.setattr(inference, "ENGINE_FROM", len(data.test))
         monkeypatch.setattr(
-            backend, "_engine", lambda *given: planned.append(engine(*given)) or planned[0]
+            inference, "_fastest", lambda *a, **k: made.append(fastest(*a, **k)) or made[0]
         )
+        # whichever is faster here, the engine is what is tested
+        monkeypatch.setattr(inference.timing, "remembered", lambda *_: {"engine, fp32": 1.0})
         assert evaluation.evaluate(net.train(), data, data.test) == wanted
-        assert planned[0] is None or planned[0].report["engine"] == "native"
-        monkeypatch.setattr(backend, "_engine", lambda *_: None)  # as without a compiler
+        compiled = inference._library() is not None
+        assert made[0].how == ("engine" if compiled else "eager")
+        monkeypatch.setattr(inference, "_library", lambda: None)  # as without a compiler
         assert evaluation.evaluate(net.train(), data, data.test) == wanted
+
+    def test_exact_is_without_tf32_and_leaves_it_as_it_was(self, net, data):
+        switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        before = [switch.allow_tf32 for switch in switches]
+        seen = []
+        net.register_forward_hook(lambda *_: seen.append([s.allow_tf32 for s in switches]))
+        evaluation.evaluate(net, data, data.test)
+        assert seen and all(allowed == [False, False] for allowed in seen)
+        assert [switch.allow_tf32 for switch in switches] == before
+        seen.clear()
+        evaluation.evaluate(net, data, data.test, net)  # in whatever way it is given
+        assert seen == [before]
+
+        def broken(*_):
+            raise RuntimeError("out of memory")
+
+        net.register_forward_hook(broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            evaluation.evaluate(net, data, data.test)
+        assert [switch.allow_tf32 for switch in switches] == before
 
     def test_uses_the_running_statistics_and_changes_none(self, net, data):
         net.train()
@@ -89,46 +110,3 @@ class TestReestimateBN:
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
         evaluation.reestimate_bn(net, data, 48)
         assert equal(dict(net.named_parameters()), before)
-
-
-class TestMachine:
-    def test_cuda_that_is_not_there_is_one_line(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match="device: 'cuda' but torch sees no CUDA"):
-            backend.device_of(PARAMS.replace(device="cuda"))
-        assert backend.device_of(PARAMS.replace(device="auto")) == "cpu"
-
-    def test_what_is_asked_for_is_what_is_computed(self, net):
-        x = torch.randn(2, 3, 8, 8)
-        seen = []
-        net[0].register_forward_hook(lambda m, i, output: seen.append(output.dtype))
-        for precision in ("fp32", "bf16"):
-            params = dataclasses.replace(PARAMS, precision=precision)
-            assert backend.precision_of(params, "cpu") == precision
-            assert backend.forward_of(net, params, "cpu", 0)(x).dtype == torch.float32
-        assert seen == [torch.float32, torch.bfloat16]
-
-    def test_auto_compiles_long_runs_on_a_gpu_only(self, net, monkeypatch):
-        compiled = []
-        monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(1) or model)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-        for wanted, device, images in (
-            ("auto", "cpu", 10**9),
-            ("on", "cpu", 1),
-            ("auto", "cuda", 1000),
-            ("auto", "cuda", 10**9),
-            ("off", "cuda", 10**9),
-        ):
-            params = PARAMS.replace(compile=wanted, precision="auto")
-            backend.forward_of(nn.Identity(), params, device, images)
-            compiled.append((wanted, device))
-        assert compiled == [
-            *(("auto", "cpu"), 1, ("on", "cpu")),
-            *(("auto", "cuda"), 1, ("auto", "cuda"), ("off", "cuda")),
-        ]
-
-    def test_precision_is_measured_once(self, monkeypatch):
-        backend._bf16_wins.cache_clear()
-        found = backend.precision_of(PARAMS.replace(precision="auto"), "cpu")
-        monkeypatch.setattr(F, "conv2d", None)  # a second measurement would need it
-        assert backend.precision_of(PARAMS.replace(precision="auto"), "cpu") == found

@@ -17,6 +17,7 @@ from explib.params import Params
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
 from explib.training import backend, evaluation, loop
+from explib.training import step as stepping
 from tests.conftest import image
 
 # batches of 16 from 48 images: three steps an epoch
@@ -131,7 +132,7 @@ class TestTrain:
     def test_five_thirds_of_an_epoch_are_an_epoch_and_two_steps(self, make_net, data):
         shown = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "train_batch", noting(shown))
+            patch.setattr(stepping, "train_batch", noting(shown))
             history = run(make_net(), data, PARAMS.replace(epochs=5 / 3, lr_schedule="cosine"))
         assert [entry["epoch"] for entry, _ in history] == [1, pytest.approx(5 / 3)]
         plans = [*epoch_plan(data, 16, 0, 0), *epoch_plan(data, 16, 0, 1)]
@@ -142,7 +143,7 @@ class TestTrain:
     def test_after_other_steps_the_images_go_on(self, make_net, data):
         shown = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "train_batch", noting(shown))
+            patch.setattr(stepping, "train_batch", noting(shown))
             run(make_net(), data, PARAMS.replace(epochs=4 / 3), before=2)
         plans = [plan for epoch in range(2) for plan in epoch_plan(data, 16, 0, epoch)]
         assert shown == [plan[0].tolist() for plan in plans[2:]]
@@ -228,7 +229,7 @@ class TestTrain:
         said = (
             r"^here: loss is nan in epoch 2, step 2 of 3, at learning rate 0\.05; use a smaller lr$"
         )
-        original, seen = loop.train_batch, []
+        original, seen = stepping.train_batch, []
 
         def poisoned(*args):
             seen.append(1)
@@ -236,7 +237,7 @@ class TestTrain:
             return images * (math.nan if len(seen) == 5 else 1), labels
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(loop.Diverged, match=said):
-            patch.setattr(loop, "train_batch", poisoned)
+            patch.setattr(stepping, "train_batch", poisoned)
             run(net, data, PARAMS.replace(lr_schedule="step"), label="here")
 
     def test_a_rate_that_is_too_high_diverges(self, net, data):
@@ -265,6 +266,23 @@ class TestFade:
         assert shares == pytest.approx([0.5, 0, 0, 0], abs=1e-4)
         assert shares[1:] == [0, 0, 0] and masking.held(net, masks)
 
+    def test_a_step_checks_and_copies_no_masks(self, net, data, masks, monkeypatch):
+        # on a GPU each such copy, and each question to a tensor, is waited for
+        training = loop.train(net, data, PARAMS.replace(fade_epochs=2, epochs=2), masks)
+        next(training)
+        counted, to = [], torch.Tensor.to
+
+        def noted(tensor, *args, **kwargs):
+            counted.append(tensor.dtype)
+            return to(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(masking, "check", lambda *_: counted.append("check"))
+        monkeypatch.setattr(torch.Tensor, "to", noted)
+        next(training)
+        assert "check" not in counted and torch.bool not in counted
+        monkeypatch.undo()
+        training.close()
+
     def test_the_remaining_kernels_learn_meanwhile(self, net, data, masks):
         before = net[0].weight.detach().clone()
         run(net, data, PARAMS.replace(fade_epochs=2, epochs=2), masks)
@@ -277,7 +295,7 @@ class TestDistillation:
         soft = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
         labels = torch.tensor([0, 0])
         params = PARAMS.replace(distill=0.7)
-        found = loop._loss(logits, labels, params, soft)
+        found = stepping.loss_of(logits, labels, params, soft)
         sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
         hard = (-math.log(sigmoid(2)) - math.log(sigmoid(-4))) / 2
         # at temperature 4 the odds are of logits' differences over 4
@@ -289,7 +307,7 @@ class TestDistillation:
 
     def test_no_teacher_is_plain_cross_entropy(self):
         logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-        found = loop._loss(logits, labels, PARAMS.replace(distill=0.7))
+        found = stepping.loss_of(logits, labels, PARAMS.replace(distill=0.7))
         assert found.item() == pytest.approx(-math.log(1 / (1 + math.exp(-2))), rel=1e-6)
 
     def test_runs_and_leaves_the_teacher_as_it_was(self, make_net, data, masks):
@@ -304,11 +322,11 @@ class TestDistillation:
 
 
 class TestFastPath:
-    """What `forward_of` gives by default against the plain network in the plain loop."""
+    """What `choose` gives by default against the plain network in the plain loop."""
 
     def trained(self, make_net, data, masks, **changes):
         net, params = make_net(), PARAMS.replace(epochs=2, **changes)
-        forward = backend.forward_of(net, params, "cpu", 0)
+        forward = backend.choose(net, params, "cpu")
         history = [entry for entry, _ in loop.train(net, data, params, masks, forward=forward)]
         assert masking.held(net, masks)
         return net, [entry["train_loss"] for entry in history]
@@ -365,9 +383,38 @@ class TestFrozenNorm:
 class TestRecordedStep:
     """What surrounds the CUDA graph, with a stand-in for the graph that runs the step again."""
 
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Each (step, inputs, result) that was recorded."""
+        calls, step_of = [], loop.step_of
+
+        class Graph:
+            def replay(self):
+                step, plan, out = calls[-1]
+                out.copy_(step(plan))
+
+        def steps(*args):
+            step = step_of(*args)
+
+            def noting(plan):
+                calls.append((step, plan, step(plan)))
+                return calls[-1][2]
+
+            return noting
+
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: Mock())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(loop, "step_of", steps)
+        return calls
+
     @pytest.mark.parametrize("taught", [False, True])
     @pytest.mark.parametrize("resumed", [False, True])
-    def test_recording_leaves_no_trace(self, make_net, data, masks, monkeypatch, resumed, taught):
+    def test_recording_leaves_no_trace(
+        self, make_net, data, masks, monkeypatch, calls, resumed, taught
+    ):
         params = PARAMS.replace(epochs=2, distill=0.5)
         plain, teacher = make_net(), make_net(1).eval() if taught else None
         run(plain, data, params, masks, teacher=teacher)
@@ -376,36 +423,45 @@ class TestRecordedStep:
             epochs = loop.train(net, data, params, masks, teacher=teacher)
             _, resume = next(epochs)
             epochs.close()
-        calls = []
-
-        class Graph:
-            def replay(self):
-                step, plan, out = calls[-1]
-                out.copy_(step(plan))
-
-        def steps(*args):
-            step = tuning_step_of(*args)
-
-            def noting(plan):
-                calls.append((step, plan, step(plan)))
-                return calls[-1][2]
-
-            return noting
-
-        tuning_step_of = loop._step_of
-        nothing = contextlib.nullcontext
-        for name in ("stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, lambda _: nothing())
-        for name in ("Stream", "current_stream"):
-            monkeypatch.setattr(torch.cuda, name, lambda: Mock())
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(loop, "_step_of", steps)
+        calls.clear()
         monkeypatch.setattr(loop, "_on_gpu", lambda data: True)
         found = run(net, data, params, masks, teacher=teacher, resume=resume)
         assert len(calls) == 4 and len(found) == (1 if resumed else 2)  # all else is replayed
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(net.state_dict()[name], tensor)
         assert masking.held(net, masks)
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_where_recording_fails_it_goes_on_step_by_step(
+        self, make_net, data, masks, monkeypatch, calls, resumed
+    ):
+        params = PARAMS.replace(epochs=2)
+        plain, net, resume = make_net(), make_net(), None
+        wanted = run(plain, data, params, masks)
+        if resumed:
+            epochs = loop.train(net, data, params, masks)
+            _, resume = next(epochs)
+            epochs.close()
+        calls.clear()
+
+        @contextlib.contextmanager
+        def breaks(_):
+            net[0].weight.grad = torch.full_like(net[0].weight, math.nan)  # as a capture may leave
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            yield
+
+        monkeypatch.setattr(torch.cuda, "graph", breaks)
+        monkeypatch.setattr(loop, "_on_gpu", lambda data: True)
+        said = r"cannot be recorded as a CUDA graph \(operation .* capturing\); .* slower"
+        with pytest.warns(UserWarning, match=said):
+            found = run(net, data, params, masks, resume=resume)
+        assert len(calls) == 3 + 3 * len(found)  # warming up, then every step
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], tensor)
+        (last, state), (same, other) = found[-1], wanted[-1]
+        assert last["train_loss"] == pytest.approx(same["train_loss"], rel=1e-6)
+        for name, momentum in other["momentum"].items():
+            torch.testing.assert_close(state["momentum"][name], momentum)
 
 
 @pytest.mark.gpu
@@ -439,7 +495,7 @@ class TestOnAGpu:
     def test_bf16_learns_with_a_teacher(self, make_net, data, masks):
         teacher, params = make_net(1).cuda().eval(), PARAMS.replace(distill=0.5, precision="bf16")
         net = make_net().cuda()
-        forward = backend.forward_of(net, params, "cuda", 0)
+        forward = backend.choose(net, params, "cuda")
         found = run(net, data.to("cuda"), params, masks, forward=forward, teacher=teacher)
         assert found[-1][0]["train_loss"] < found[0][0]["train_loss"]
 

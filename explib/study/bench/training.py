@@ -36,6 +36,8 @@ from explib.training import loop as tuning
 NETWORKS = ("resnet_56", "vgg_16_bn")
 PRUNED = (0.3, 0.5, 0.7, 0.9)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+LONG = 10_000_000
+"""Images of the run that is measured for: it trains by what a long one is trained by."""
 
 
 class Pictures(Dataset):
@@ -125,8 +127,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     on_device = data.to(device)
     models["ours"].to(memory_format=torch.channels_last)
     params = params.replace(arch=arch, epochs=rounds + 1, nesterov=False, lr_schedule="step")
-    images = 10**9 if params.compile == "on" else 0
-    forward = backend.forward_of(models["ours"], params, device, images, masks)
+    forward = backend.choose(models["ours"], params, device, LONG, masks)
     epochs = tuning.train(models["ours"], on_device, params, masks, forward=forward)
     seconds, losses = defaultdict(list), {}
     for _ in range(rounds + 1):  # the first of each only warms up
@@ -151,7 +152,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     setting = {
         "network": arch,
         "device": device,
-        "precision": backend.precision_of(params, device),
+        "precision": forward.precision,
         "compile": params.compile,
         "trained_by": forward.how,
         "batch_size": params.batch_size,
@@ -175,8 +176,7 @@ def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     model = build(arch, 10).to(device, memory_format=torch.channels_last)
     masks = prune(model, EXAMPLE, 0.5, "B") if masked else {}
     params = params.replace(arch=arch)
-    images = 10**9 if params.compile == "on" else 0
-    forward = backend.forward_of(model, params, device, images, masks)
+    forward = backend.choose(model, params, device, LONG, masks)
     entries = [e for e, _ in tuning.train(model, data.to(device), params, masks, forward=forward)]
     return statistics.median(entry["images_per_s"] for entry in entries[1:])
 
@@ -197,8 +197,8 @@ def by_sparsity(
         masks = prune(model, EXAMPLE, rates, "B")
         masking.apply(model, masks)
         ways = {
-            "all_kernels": backend.forward_of(model, params, "cpu", 0),
-            "surviving_kernels": backend.forward_of(
+            "all_kernels": backend.choose(model, params, "cpu"),
+            "surviving_kernels": backend.choose(
                 model, params.replace(compile="sparse"), "cpu", 0, masks
             ),
         }
@@ -213,7 +213,7 @@ def by_sparsity(
         yield {
             "network": arch,
             "pruned_pct": 100 * share,
-            "precision": backend.precision_of(params, "cpu"),
+            "precision": ways["all_kernels"].precision,
             "batch_size": params.batch_size,
             **{w: params.batch_size / statistics.median(s[1:]) for w, s in seconds.items()},
         }

@@ -1,0 +1,159 @@
+"""One step of training: its loss, its recording as a CUDA graph, masks that hold or fade."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from explib.data import train_batch
+from explib.params import Params
+from explib.pruning import holding
+from explib.pruning import masks as masking
+from explib.pruning.masks import Masks
+
+TEMPERATURE = 4.0
+"""Of the soft labels in distillation."""
+
+
+def loss_of(logits, labels, params: Params, soft=None) -> torch.Tensor:
+    """Cross-entropy, and where there are `soft` labels, the teacher's logits, their divergence."""
+    loss = F.cross_entropy(logits, labels, label_smoothing=params.label_smoothing)
+    if soft is not None:
+        wanted = F.softmax(soft / TEMPERATURE, 1)
+        own = F.log_softmax(logits / TEMPERATURE, 1)
+        soft_loss = F.kl_div(own, wanted, reduction="batchmean") * TEMPERATURE**2
+        loss = (1 - params.distill) * loss + params.distill * soft_loss
+    return loss
+
+
+def step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
+    """One step of training: inputs of `train_batch` in, (sum of losses, hits) out.
+
+    known: the soft labels come with them, and the teacher need not be asked.
+    """
+    alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
+
+    def step(parts):
+        total = torch.zeros(2, device=data.train.labels.device)
+        for number, inputs in enumerate(parts):
+            soft = inputs[-1] if known else None
+            images, labels = train_batch(data, *(inputs[:-1] if known else inputs))
+            if teacher and not known:
+                with torch.no_grad():
+                    soft = teacher(images)
+            with nullcontext() if number + 1 == len(parts) else alone():
+                logits = forward(images)
+                loss = loss_of(logits, labels, params, soft)
+                (loss / len(parts)).backward()
+            hits = (logits.detach().argmax(1) == labels).sum()
+            total += torch.stack([loss.detach() * len(labels), hits])
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -> Callable:
+    """A step recorded as one CUDA graph: a thousand kernels started by one call.
+
+    Recording takes a few real steps; weights, statistics and momentum are put back afterwards.
+    Where it fails, a warning says why, and the step itself is what is returned.
+    """
+    stream, replay = torch.cuda.Stream(), step
+    with _put_back(model, optimizer):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(parts)
+        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            replay = _captured(step, parts)
+        except RuntimeError as error:
+            why = str(error).strip().split("\n")[0]
+            warnings.warn(
+                f"the step cannot be recorded as a CUDA graph ({why}); kernels are started one by "
+                "one, which is slower",
+                stacklevel=2,
+            )
+            optimizer.zero_grad()  # what the broken capture has left there
+    return replay
+
+
+def _captured(step: Callable, parts: list[tuple]) -> Callable:
+    graph, parts = torch.cuda.CUDAGraph(), [[t.clone() for t in part] for part in parts]
+    with torch.cuda.graph(graph):
+        result = step(parts)
+
+    def replay(chosen):
+        for own, new in zip(parts, chosen, strict=True):
+            for mine, given in zip(own, new, strict=True):
+                mine.copy_(given)
+        graph.replay()
+        return result
+
+    return replay
+
+
+@contextmanager
+def _put_back(model: nn.Module, optimizer) -> Iterator[None]:
+    """Steps inside leave no trace in weights, statistics and momentum."""
+    parameters = optimizer.param_groups[0]["params"]
+    saved = {k: v.clone() for k, v in model.state_dict().items()}
+    momenta = {p: momentum_of(optimizer, p) for p in parameters}
+    momenta = {p: None if m is None else m.clone() for p, m in momenta.items()}
+    yield
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(saved[name])
+        for parameter, momentum in momenta.items():
+            buffer = momentum_of(optimizer, parameter)
+            if buffer is not None:  # from 0 the first step leaves the gradient, as a new one does
+                buffer.zero_() if momentum is None else buffer.copy_(momentum)
+
+
+class Fading:
+    """Pruned weights that shrink to zero in a straight line, untrained, over some steps."""
+
+    def __init__(self, model: nn.Module, masks: Masks, optimizer, steps: int):
+        self.optimizer, self.steps = optimizer, steps
+        masks = masking.check(model, masks)
+        self.weights = [model.get_submodule(name).weight for name in masks]
+        # on the device once: a copy in every step would have the device wait for it
+        self.kept = [
+            mask.to(weight.device)[:, :, None, None]
+            for mask, weight in zip(masks.values(), self.weights, strict=True)
+        ]
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Shrink after this step, counted from 0, and clear what weight decay told momentum."""
+        left = self.steps - step  # this one included
+        if left <= 0:
+            return
+        factor = (left - 1) / left
+        for weight, kept in zip(self.weights, self.kept, strict=True):
+            # where, not a product: 0 * NaN would stay NaN
+            scaled = weight * factor if factor else weight.new_zeros(())
+            weight.copy_(torch.where(kept, weight, scaled))
+            momentum = momentum_of(self.optimizer, weight)
+            if momentum is not None:
+                momentum.mul_(kept)
+
+
+@contextmanager
+def masks_held(model: nn.Module, masks: Masks, optimizer, faded: bool) -> Iterator[None]:
+    """Masks held; where they still fade, the pruned weights keep their values for now."""
+    release = (holding.hold if faded else holding.mask_gradients)(model, masks, optimizer)
+    try:
+        yield
+    finally:
+        release()
+
+
+def momentum_of(optimizer, parameter) -> torch.Tensor | None:
+    """A parameter's momentum; None before its first step, and without momentum."""
+    return optimizer.state.get(parameter, {}).get("momentum_buffer")
