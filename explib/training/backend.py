@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import nn
 from explib import engine
 from explib.data import Data, eval_batches
 from explib.data.splits import Folders, Split
-from explib.engine import build, native, training
+from explib.engine import build, native, strided, training
 from explib.engine.fused import fuse
 from explib.params import Params
 from explib.pruning.masks import Masks
@@ -85,9 +86,10 @@ def forward_of(
     else:
         network, how = model, "eager"
     enabled = precision_of(params, device) == "bf16"
+    guard = strided.Guard if device == "cpu" else nullcontext
 
     def forward(x):
-        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+        with guard(), torch.autocast(device, torch.bfloat16, enabled=enabled):
             return network(x).float()
 
     forward.how = how

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from explib.data import Data, batches_per_epoch, epoch_plan, train_batch
 from explib.data.splits import Split
+from explib.engine import strided
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.params import Params, parse_steps
@@ -235,6 +236,7 @@ def _step_of(data, params, optimizer, forward, teacher, known=False) -> Callable
     known: the soft labels come with them, and the teacher need not be asked.
     """
     alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
+    guard = nullcontext if _on_gpu(data) else strided.Guard
 
     def step(parts):
         total = torch.zeros(2, device=data.train.labels.device)
@@ -244,7 +246,7 @@ def _step_of(data, params, optimizer, forward, teacher, known=False) -> Callable
             if teacher and not known:
                 with torch.no_grad():
                     soft = teacher(images)
-            with nullcontext() if number + 1 == len(parts) else alone():
+            with guard(), nullcontext() if number + 1 == len(parts) else alone():
                 logits = forward(images)
                 loss = _loss(logits, labels, params, soft)
                 (loss / len(parts)).backward()
