@@ -3,7 +3,7 @@
 On a CPU a ResNet spends more time between its convolutions than in them. `fuse` rewrites a network,
 whose weights it shares, so that what lies between them reads and writes each activation once per
 direction; the arithmetic is that of the plain network, up to rounding. Also, a small convolution
-(maps of up to 4 x 4) becomes a matrix product.
+(maps of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is trained as `strided` does.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
-from explib.engine import native
+from explib.engine import native, strided
 from explib.engine.native import pointer
 from explib.engine.tracing import is_addition, is_plain_conv, is_relu, says_the_same, trace
 from explib.pruning.layers import modes_kept
@@ -226,6 +226,10 @@ def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
             _fuse_norm(fused, node, module, modules)
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(fused, node, [node], SmallConv(module), node.args)
+        elif strided.affected(module):
+            _replace(fused, node, [node], strided.Strided(module), node.args)
+        elif node.op == "call_function" and node.target is torch.conv2d:
+            node.target = strided.conv2d
     graph.eliminate_dead_code()
     fused.recompile()
     return fused if says_the_same(fused, model, like) else model

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from explib.engine import native
 from explib.engine.fused import NormAct, SmallConv, fuse, sound, track
 from explib.engine.native import pointer
+from explib.engine.strided import Strided
 from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, says_the_same
 from explib.pruning import masks as masking
 from explib.pruning.layers import modes_kept
@@ -408,7 +409,7 @@ class _Rewriting:
     def _on_planes(self, node) -> fx.Node | None:
         """The node on planes; None if it is one for images."""
         module = self.dense.get_submodule(node.target) if node.op == "call_module" else None
-        conv = module.conv if isinstance(module, SmallConv) else module
+        conv = module.conv if isinstance(module, (SmallConv, Strided)) else module
         if is_plain_conv(conv):
             mask = self.masks.get(self.names[id(conv)], torch.ones(conv.weight.shape[:2]).bool())
             made = Conv(conv, mask.cpu(), _size(node.args[0]), _size(node))

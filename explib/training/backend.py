@@ -7,7 +7,7 @@ is inferred from the names of instruction sets.
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from explib.data import example_of
-from explib.engine import training
+from explib.engine import strided, training
 from explib.engine.fused import fuse
 from explib.params import Params
 from explib.pruning.layers import modes_kept
@@ -62,7 +62,8 @@ class Backend:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         short = self.precision == "bf16" and self.how != "engine"
-        with torch.autocast(self.device, torch.bfloat16, enabled=short):
+        guard = strided.Guard() if self.device == "cpu" else nullcontext()
+        with guard, torch.autocast(self.device, torch.bfloat16, enabled=short):
             return self.network(images).float()
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from explib.data import train_batch
+from explib.engine import strided
 from explib.params import Params
 from explib.pruning import holding
 from explib.pruning import masks as masking
@@ -35,6 +36,7 @@ def step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
     known: the soft labels come with them, and the teacher need not be asked.
     """
     alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
+    guard = nullcontext if data.train.labels.is_cuda else strided.Guard
 
     def step(parts):
         total = torch.zeros(2, device=data.train.labels.device)
@@ -44,7 +46,7 @@ def step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
             if teacher and not known:
                 with torch.no_grad():
                     soft = teacher(images)
-            with nullcontext() if number + 1 == len(parts) else alone():
+            with guard(), nullcontext() if number + 1 == len(parts) else alone():
                 logits = forward(images)
                 loss = loss_of(logits, labels, params, soft)
                 (loss / len(parts)).backward()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from explib import engine, models
 from explib.engine import fused, training
@@ -64,12 +65,11 @@ def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout
             conv.weight.copy_(conv.weight.bfloat16())
     x = torch.randn(3 * lanes, 5, *size).to(dtype).float()
     own = as_planes(x, dtype).requires_grad_()
-    x.requires_grad_()
-    wanted = conv(x)
+    # in float64: torch's own of float32 may write beyond its memory (docs/torch-cpu-memory.md)
+    plain, x = copy.deepcopy(conv).double(), x.double().requires_grad_()
+    wanted = plain(x)
     dy = torch.randn_like(wanted).to(dtype).float()
-    wanted.backward(dy)
-    torch_grads = [p.grad.clone() for p in conv.parameters()]
-    conv.zero_grad()
+    wanted.backward(dy.double())
     out_size = tuple(wanted.shape[2:])
     found = training.Conv(conv, mask, size, out_size)(own)
     found.backward(as_planes(dy, dtype))
@@ -78,9 +78,9 @@ def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout
     assert close(as_images(found, out_size), wanted, exact)
     assert close(as_images(own.grad, size), x.grad, exact)
     assert conv.weight.grad.stride() == conv.weight.stride()
-    assert close(conv.weight.grad, torch_grads[0] * mask[:, :, None, None], 2e-5)
+    assert close(conv.weight.grad, plain.weight.grad * mask[:, :, None, None], 2e-5)
     assert not conv.weight.grad[~mask].any()
-    assert close(conv.bias.grad, torch_grads[1], 2e-5)
+    assert close(conv.bias.grad, plain.bias.grad, 2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,8 +149,9 @@ def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
     network = training.sparse(model, chosen, image(32))
     modules = [type(m) for m in network.network.modules()]
     assert modules.count(training.FromPlanes) == 1  # once on planes it stays there to the end
-    x, y = torch.randn(lanes + 1, 3, 32, 32), torch.randint(0, 10, (lanes,))
-    found, wanted = network(x[:lanes]), plain(x[:lanes].double())
+    count = max(lanes, 16)  # few images make BatchNorm, and with it every gradient, less exact
+    x, y = torch.randn(count + 1, 3, 32, 32), torch.randint(0, 10, (count,))
+    found, wanted = network(x[:count]), plain(x[:count].double())
     assert close(found, wanted.float(), 1e-4)
     F.cross_entropy(found, y).backward()
     F.cross_entropy(wanted, y).backward()
@@ -223,29 +224,65 @@ def test_ops_of_any_network_run_on_planes_or_on_images(lanes):
             assert close(p.grad, gradient, 1e-4), name
 
 
-def test_a_network_of_ones_own_trains_so_in_its_own_loop(lanes):
+class Kinks(TorchFunctionMode):
+    """Every ReLU has the gradient of a little beside, its outputs being the same.
+
+    shift: how far, in mean sizes of its inputs. Where these are less exact than that, a unit near 0
+    may be on or off, and the gradients of both are right.
+    """
+
+    def __init__(self, shift: float):
+        super().__init__()
+        self.shift = shift
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.relu:
+            return func(*args, **(kwargs or {}))
+        x, fixed = args[0], args[0].detach()
+        return F.relu(fixed) + (x - fixed) * (fixed > self.shift * fixed.abs().mean())
+
+
+def test_a_network_of_ones_own_trains_so_in_its_own_loop():
     from torchvision.models import resnet18
 
     torch.manual_seed(0)
     model = resnet18(num_classes=10)
-    chosen = criteria.prune(model, image(64), 0.7, "B")  # its first conv is 7x7
-    holding.hold(model, chosen)
+    chosen = criteria.prune(model, image(32), 0.7, "B")  # its first conv is 7x7
     plain = copy.deepcopy(model).double()
-    fast = engine.sparse(model, chosen, image(64))
+    for own in (model, plain):
+        holding.hold(own, chosen)
+    fast = engine.sparse(model, chosen, image(32))
     kinds = [type(m) for m in fast.network.modules()]
     assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
-    holding.hold(plain, chosen)
-    x, y = torch.randn(lanes, 3, 64, 64), torch.randint(0, 10, (lanes,))
-    losses = []
+    x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))  # whole blocks on any processor
+
+    def gradients(own: nn.Module, network: nn.Module, images: torch.Tensor) -> dict:
+        own.zero_grad()
+        F.cross_entropy(network(images), y).backward()
+        return {name: p.grad.double() for name, p in own.named_parameters()}
+
+    found, wanted = gradients(model, fast, x), gradients(plain, plain, x.double())
+    # rounding errors add up as a random walk: 20 layers, sums of up to 512 * 3 * 3 terms
+    exact = 2**-24 * (20 * 512 * 3 * 3) ** 0.5
+    sides = []
+    for shift in (exact, -exact):
+        with Kinks(shift):
+            sides.append(gradients(plain, plain, x.double()))
+    for name, gradient in wanted.items():
+        either = (sides[0][name] - sides[1][name]).norm()
+        assert (found[name] - gradient).norm() < exact * gradient.norm() + 2 * either, name
+
+    gains = []  # in small steps: in large ones a network so deep is chaotic in any precision
     for own, network, images in ((model, fast, x), (plain, plain, x.double())):
-        optimizer = torch.optim.SGD(own.parameters(), 0.02, momentum=0.9)
-        for _ in range(3):
+        optimizer, losses = torch.optim.SGD(own.parameters(), 0.001, momentum=0.9), []
+        for _ in range(4):
             optimizer.zero_grad()
             loss = F.cross_entropy(network(images), y)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[:3] == pytest.approx(losses[3:], rel=1e-3) and losses[2] < losses[0]
+        gains.append(losses[0] - losses[3])
+    assert gains[0] == pytest.approx(gains[1], rel=0.01) and gains[1] > 0.1
     assert masking.held(model, chosen)
 
 
