@@ -21,7 +21,7 @@ import pytest
 from explib.files import ROOT
 from explib.params import PLACES
 
-KILLS = 12
+KILLS = 8
 TINY = {
     "epochs": 3,
     "batch_size": 32,
