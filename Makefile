@@ -9,7 +9,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,slurm]' && touch $@
+	$(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[study,test,slurm]' && touch $@
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 	$(WORKFLOW) study
@@ -17,6 +17,7 @@ study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 
 test: .venv/ready  ## lint and tests
 	$(BIN)/ruff check && $(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo && $(BIN)/mypy
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -rs
 
 test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; installs it on Debian

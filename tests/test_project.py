@@ -10,7 +10,7 @@ import yaml
 
 from explib import params
 from explib import rates as rates_module
-from explib.files import ROOT
+from tests.conftest import ROOT
 
 CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 def test_conda_users_get_the_same_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    own = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    own = project["dependencies"] + extras["study"] + extras["test"]
     by_pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
     assert sorted(by_pip) == sorted([*own, "--editable ."])
     assert f"python{project['requires-python']}" in environment
@@ -32,7 +33,7 @@ def test_a_configuration_is_named_like_its_file(path):
 
 
 def test_every_published_row_has_its_configurations():
-    rows = yaml.safe_load((ROOT / "params/published.yaml").read_text())["rows"]
+    rows = yaml.safe_load((ROOT / "explib/study/published.yaml").read_text())["rows"]
     ours = [params.from_yaml(path) for path in CONFIGURATIONS]
     found = {(p.arch, p.dataset, tuple(p.rates), p.pruning_way, p.survivors) for p in ours}
     wanted = {

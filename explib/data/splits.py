@@ -13,12 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from explib.errors import DataError
+from explib.errors import DataError, extra
 
 PAD = 4
 """Pixels of black around an image in memory before it is cropped."""
@@ -153,6 +150,8 @@ class _Files(Dataset):
     """One decoded image for (index, seed): augmented by that seed, or as for evaluation if None."""
 
     def __init__(self, files: list[str], side: int):
+        with extra():
+            from torchvision.transforms import v2
         self.files = files
         self.train = v2.Compose(
             [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
@@ -160,6 +159,9 @@ class _Files(Dataset):
         self.eval = v2.Compose([v2.Resize(side * 256 // 224, antialias=True), v2.CenterCrop(side)])
 
     def __getitem__(self, item: tuple[int, int | None]) -> torch.Tensor:
+        from PIL import Image
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
         index, seed = item
         path = self.files[index]
         try:
@@ -174,9 +176,11 @@ class _Files(Dataset):
             return pil_to_tensor(self.train(image))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image):
     """A grey image of 16 bits as one of 8, its upper ones, as PIL takes them of colour images."""
     if image.mode.startswith("I"):
+        from PIL import Image
+
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 

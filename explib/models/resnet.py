@@ -4,7 +4,8 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import resnet50
+
+from explib.errors import extra
 
 
 class BasicBlock(nn.Module):
@@ -29,6 +30,10 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """A first conv, three stages of `blocks` blocks with 16, 32 and 64 filters, a linear layer."""
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
 
     def __init__(self, blocks: int, num_classes: int):
         super().__init__()
@@ -63,6 +68,8 @@ build_56, build_110 = (partial(build, depth=depth) for depth in (56, 110))
 
 def build_50(num_classes: int = 1000) -> nn.Module:
     """torchvision's ResNet-50, unchanged, with fresh weights."""
+    with extra():
+        from torchvision.models import resnet50
     return resnet50(num_classes=num_classes)
 
 

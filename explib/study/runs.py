@@ -131,7 +131,7 @@ def _begin(params: Params, network: Dense) -> tuple[str, Data]:
     if distributed.rank() == 0:
         write_json(resolve(params.job_dir) / "params.json", params.asdict())
     distributed.wait()  # what is read is read, so that rank 0 may write
-    network.model.to(device, memory_format=torch.channels_last)
+    network.model.to(device).to(memory_format=torch.channels_last)
     distributed.synchronize_norms(network.model)
     return device, data
 

@@ -14,13 +14,13 @@ import torch
 from explib import models
 from explib.data import load_data
 from explib.errors import ParamError
-from explib.files import ROOT, load_tensors, save_tensors
+from explib.files import load_tensors, save_tensors
 from explib.params import Params, from_yaml
 from explib.pruning import checkpoints
 from explib.pruning import masks as masking
 from explib.study import networks, records, runs
 from explib.training import backend, evaluation, loop, soft_labels
-from tests.conftest import TINY, make_folders, needs_compiler
+from tests.conftest import ROOT, TINY, make_folders, needs_compiler
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 KEYS = {

@@ -14,11 +14,11 @@ import sys
 import pytest
 import torch
 
-from explib.files import ROOT, load_tensors, resolve
+from explib.files import load_tensors, resolve
 from explib.params import Params
 from explib.study import runs
 from explib.training import loop
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.study.test_runs import untimed
 
 KILLS = 10  # of each schedule, at least
