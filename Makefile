@@ -29,6 +29,7 @@ study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 
 test: .venv/ready  ## lint and tests
 	$(BIN)/ruff check && $(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo && $(BIN)/mypy
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -rs
 
 test-browser: .venv/ready  ## every notebook run in JupyterLab in Chromium; installs it on Debian

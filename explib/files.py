@@ -16,22 +16,33 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-"""The project's root: relative paths in parameters start here, wherever one stands.
-
-Paths given to functions are as everywhere in Python: a relative one starts where one stands.
-"""
-
 
 def cache_dir() -> Path:
     """Where this machine keeps what any project may share: ~/.cache/explib, or $XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "explib"
 
 
+def project() -> Path:
+    """Find where the relative paths of a run's parameters start.
+
+    The checkout one stands in: the nearest folder, from the working directory upwards, that has
+    the study's params/ and notebooks/, so that a notebook run in notebooks/ uses the same results/
+    as everything else. Outside a checkout, the working directory.
+    """
+    here = Path.cwd()
+    above = (here, *here.parents)
+    return next((f for f in above if (f / "params").is_dir() and (f / "notebooks").is_dir()), here)
+
+
 def resolve(path: str | Path) -> Path:
-    """`path` as an absolute path; a relative one starts at the project's root."""
+    """Make a run's path absolute; a relative one starts at `project()`.
+
+    For what parameters name: results_dir, job_dir, data_dir, resume, resume_mask. A path given to a
+    function that loads or saves one file is as everywhere in Python: relative to the working
+    directory.
+    """
     path = Path(path).expanduser()
-    return path if path.is_absolute() else (ROOT / path).resolve()
+    return path if path.is_absolute() else (project() / path).resolve()
 
 
 def write_bytes(path: str | Path, content: bytes) -> Path:

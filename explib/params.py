@@ -194,6 +194,6 @@ def from_notebook(namespace: dict) -> Params:
     for source in namespace.get("In", []):
         if source.startswith("# Parameters\n"):
             for node in ast.parse(source).body:
-                if isinstance(node, ast.Assign):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     chosen[node.targets[0].id] = namespace[node.targets[0].id]
     return from_mapping(chosen, source="notebook")

@@ -14,7 +14,6 @@ from torch import nn
 
 from explib import registry
 from explib.data import Data, Split, data_root
-from explib.files import ROOT
 from explib.models import resnet
 from explib.params import Params
 from explib.study import networks
@@ -25,6 +24,8 @@ settings.load_profile("explib")
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX") or "c++") is None, reason="no C++ compiler"
 )
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout."""
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 
 

@@ -18,12 +18,12 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from explib import models
 from explib.__main__ import SECTIONS, cli
 from explib.cli import FIELDS
-from explib.files import ROOT, load_tensors
+from explib.files import load_tensors
 from explib.params import Params
 from explib.pruning import checkpoints
 from explib.study import controls, recipes, verify
 from explib.study.bench import inference, processes, training
-from tests.conftest import make_folders
+from tests.conftest import ROOT, make_folders
 
 TINY = {"epochs": 1, "batch_size": 32, "limit_train": 64, "limit_test": 40, "bn_images": 32}
 TINY |= {"threads": 1, "device": "cpu", "precision": "fp32"}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,10 +108,20 @@ def test_json_refuses_nan_and_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_relative_paths_start_at_the_root_of_the_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert files.resolve("params/published.yaml").is_file()
+def test_relative_paths_of_a_run_start_at_the_checkout_one_stands_in(tmp_path, monkeypatch):
+    for folder in ("study/params", "study/notebooks/deep", "other/params"):
+        (tmp_path / folder).mkdir(parents=True)
+    for here, start in (
+        ("study", "study"),
+        ("study/notebooks", "study"),
+        ("study/notebooks/deep", "study"),
+        ("other/params", "other/params"),  # no checkout: it lacks notebooks/
+    ):
+        monkeypatch.chdir(tmp_path / here)
+        assert files.project() == tmp_path / start
+        assert files.resolve("results/a") == tmp_path / start / "results/a"
     assert files.resolve(tmp_path) == tmp_path
+    assert files.resolve("~/a") == Path.home() / "a"
 
 
 def test_tensors_and_meta_come_back(tmp_path):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from explib import registry
 from explib.checks import CHOICES, RANGES, parse_steps
 from explib.errors import ParamError
-from explib.files import ROOT
 from explib.params import PLACES, Params, from_mapping, from_notebook, from_yaml
 from explib.rates import keep_floor, parse_rates, spread_rates
+from tests.conftest import ROOT
 
 RESNET_56 = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
 

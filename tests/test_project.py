@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 from explib import params
 from explib import rates as rates_module
-from explib.files import ROOT
+from tests.conftest import ROOT
 
 CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_conda_users_get_the_same_packages():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    own = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    extras = PROJECT["optional-dependencies"]
+    own = PROJECT["dependencies"] + extras["study"] + extras["test"]
     by_pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
     assert sorted(by_pip) == sorted([*own, "--editable ."])
     assert f"python{PROJECT['requires-python']}" in environment
@@ -58,7 +59,7 @@ def test_a_configuration_is_named_like_its_file(path):
 
 
 def test_every_published_row_has_its_configurations():
-    rows = yaml.safe_load((ROOT / "params/published.yaml").read_text())["rows"]
+    rows = yaml.safe_load((ROOT / "explib/study/published.yaml").read_text())["rows"]
     ours = [params.from_yaml(path) for path in CONFIGURATIONS]
     found = {(p.arch, p.dataset, tuple(p.rates), p.pruning_way, p.survivors) for p in ours}
     wanted = {

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from explib import registry
 from explib.data.download import fetch, unpack
 from explib.data.splits import Folders, Split, find
-from explib.errors import DataError, ParamError
-from explib.files import ROOT, resolve
+from explib.errors import DataError, ParamError, extra
+from explib.files import resolve
 from explib.params import Params
 
 MEAN_STD = {
@@ -131,8 +131,9 @@ def _check(source: str, split: Split | Folders, count: int) -> None:
 
 def digits(params: Params) -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8 to 3x32x32, a fifth of each class for test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with extra():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
@@ -157,9 +158,9 @@ def digits(params: Params) -> Data:
 
 def cifar10(params: Params) -> Data:
     """CIFAR-10 through torchvision, its MD5 sums checked, downloaded on first use."""
-    from torchvision.datasets import CIFAR10  # brings the compiler of torch: seconds
-    from torchvision.datasets.utils import check_integrity
-
+    with extra():
+        from torchvision.datasets import CIFAR10  # brings the compiler of torch: seconds
+        from torchvision.datasets.utils import check_integrity
     root = data_root(params.data_dir)
     folder = root / CIFAR10.base_folder
     wrong = [
@@ -248,7 +249,8 @@ def _seen(params: Params) -> tuple[int, tuple[int, int, int]]:
     data = _loaded(params)
     if isinstance(data.train, Folders):
         return len(data.classes), (3, data.train.side, data.train.side)
-    return len(data.classes), tuple(data.train.images.shape[1:])
+    _, channels, height, width = data.train.images.shape
+    return len(data.classes), (channels, height, width)
 
 
 def example_of(params: Params) -> torch.Tensor:
@@ -257,8 +259,8 @@ def example_of(params: Params) -> torch.Tensor:
 
 
 def data_root(data_dir: str = "") -> Path:
-    """Where data sets are: data_dir, else $EXPLIB_DATA, else data/ of the project."""
-    return resolve(data_dir or os.environ.get("EXPLIB_DATA") or ROOT / "data")
+    """Where data sets are: data_dir, else $EXPLIB_DATA, else data/ (see `files.project`)."""
+    return resolve(data_dir or os.environ.get("EXPLIB_DATA") or "data")
 
 
 def _digest(*tensors: torch.Tensor) -> str:

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from explib.errors import DataError
+from explib.errors import DataError, extra
 
 PAD = 4
 """Pixels of black around an image in memory before it is cropped."""
@@ -151,8 +150,8 @@ class _Files(Dataset):
     """One decoded image for (index, seed): augmented by that seed, or as for evaluation if None."""
 
     def __init__(self, files: list[str], side: int):
-        from torchvision.transforms import v2  # brings the compiler of torch: seconds
-
+        with extra():
+            from torchvision.transforms import v2  # brings the compiler of torch: seconds
         self.files = files
         cropped = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
         whole = [v2.Resize(side * 256 // 224, antialias=True), v2.CenterCrop(side)]
@@ -160,6 +159,8 @@ class _Files(Dataset):
         self.eval = v2.Compose([*whole, v2.PILToTensor()])
 
     def __getitem__(self, item: tuple[int, int | None]) -> torch.Tensor:
+        from PIL import Image
+
         index, seed = item
         path = self.files[index]
         try:
@@ -174,9 +175,11 @@ class _Files(Dataset):
             return self.train(image)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image):
     """A grey image of 16 bits as one of 8, its upper ones, as PIL takes them of colour images."""
     if image.mode.startswith("I"):
+        from PIL import Image
+
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -82,9 +83,9 @@ def compile(
         raise TypeError("example_inputs: give a torch.float32 tensor (N, C, H, W)")
     threads = threads or torch.get_num_threads()
     if recheck:
-        options = {"threads": threads, "fallback": fallback}
         short, full = (
-            compile(model, example_inputs, dtype=t, **options) for t in (dtype, torch.float32)
+            compile(model, example_inputs, dtype=t, threads=threads, fallback=fallback)
+            for t in (dtype, torch.float32)
         )
         return _rechecked(short, full, example_inputs, recheck)
     try:
@@ -210,7 +211,7 @@ def _assemble(
     steps: list[Callable] = []
     for i, group in enumerate(groups):
         if group[0].kind == "torch":
-            steps += [_torch_step(traced, op.node, value_of) for op in group]
+            steps += [_torch_step(traced, op.node, value_of) for op in group if op.node]
             continue
         later = {name for rest in groups[i + 1 :] for op in rest for name in op.inputs}
         names = {op.name for op in group}
@@ -243,11 +244,12 @@ def _torch_step(traced: fx.GraphModule, node: fx.Node, value_of: Callable) -> Ca
 
     def step(values):
         args, kwargs = value_of(values, node.args), value_of(values, node.kwargs)
+        target: Any = node.target
         if node.op == "call_module":
-            values[node.name] = traced.get_submodule(node.target)(*args, **kwargs)
+            values[node.name] = traced.get_submodule(target)(*args, **kwargs)
         elif node.op == "call_method":
-            values[node.name] = getattr(args[0], node.target)(*args[1:], **kwargs)
+            values[node.name] = getattr(args[0], target)(*args[1:], **kwargs)
         else:
-            values[node.name] = node.target(*args, **kwargs)
+            values[node.name] = target(*args, **kwargs)
 
     return step

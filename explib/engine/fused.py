@@ -10,6 +10,7 @@ import ctypes
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,13 +124,14 @@ def backward(dy, x, y, weight, mean, invstd, wants_add: bool):
 @torch.no_grad()
 def track(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: int) -> None:
     """Update running statistics with a batch's mean and biased variance, each (C,)."""
-    if not norm.track_running_stats:
+    count, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    if not norm.track_running_stats or count is None or running_mean is None or running_var is None:
         return
-    norm.num_batches_tracked += 1
+    count += 1
     # without momentum it is the plain average over batches
-    share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean), share)
-    norm.running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(norm.running_var), share)
+    share = 1 / float(count) if norm.momentum is None else norm.momentum
+    running_mean.lerp_(mean.to(running_mean), share)
+    running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(running_var), share)
 
 
 class _NormAct(torch.autograd.Function):
@@ -148,13 +150,21 @@ class _NormAct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        dx, dadd, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[3])
+        x, y, weight, mean, invstd = ctx.saved_tensors
+        adds = ctx.needs_input_grad[3]
+        dx, dadd, dweight, dbias = backward(dy, x, y, weight, mean, invstd, adds)
         return dx, dweight, dbias, dadd, None, None
 
 
 def sound(norm: nn.BatchNorm2d) -> bool:
     """Whether a BatchNorm has all that the passes read: weight, bias and running statistics."""
     return all(t is not None for t in (norm.weight, norm.bias, norm.running_mean))
+
+
+def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a BatchNorm that is `sound` multiplies and adds in evaluation mode, each (C,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class NormAct(nn.Module):
@@ -181,8 +191,7 @@ class NormAct(nn.Module):
             y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
             track(norm, mean, var, x.numel() // x.shape[1])
             return y
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return affine(x, scale, norm.bias - norm.running_mean * scale, add, self.relu)
+        return affine(x, *scale_and_shift(norm), add, self.relu)
 
 
 class SmallConv(nn.Module):
@@ -221,7 +230,7 @@ def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
     modules = dict(model.named_modules())
     fused = fx.GraphModule(model, graph)
     for node in list(graph.nodes):
-        module = modules.get(node.target) if node.op == "call_module" else None
+        module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(fused, node, module, modules)
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):

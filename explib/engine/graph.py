@@ -5,6 +5,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Op:
     name: str
     inputs: tuple[str, ...]
     shape: tuple[int, ...]
-    module: nn.Module | None = None
+    module: Any = None
     kernel: int = 1
     stride: int = 1
     pad: int = 0
@@ -73,7 +74,7 @@ def trace(model: nn.Module, example: torch.Tensor) -> fx.GraphModule:
         if len(before.users) > 1 or shared or getattr(norm, "running_mean", None) is None:
             continue
         if isinstance(norm, nn.BatchNorm2d) and type(source) is nn.Conv2d:
-            folded = fuse_conv_bn_eval(source, norm)
+            folded: nn.Module = fuse_conv_bn_eval(source, norm)
         elif (
             isinstance(norm, nn.BatchNorm1d)
             and type(source) is nn.Linear
@@ -112,7 +113,7 @@ def ops(traced: fx.GraphModule) -> tuple[list[Op], dict[str, str]]:
 
 def shape(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a float tensor without its batch, or None for anything else."""
-    meta = node.meta.get("tensor_meta")
+    meta: Any = node.meta.get("tensor_meta")
     if not isinstance(getattr(meta, "shape", None), torch.Size) or meta.dtype != torch.float32:
         return None
     return tuple(meta.shape[1:]) if len(meta.shape) in (2, 4) else None
@@ -123,7 +124,7 @@ class _Call:
     """A node as the rules see it: its result and sources as shapes without batch, all float."""
 
     node: fx.Node
-    module: nn.Module | None
+    module: Any  # of call_module, else None
     label: str
     size: tuple[int, ...]
     sources: list[tuple[int, ...]]
@@ -139,12 +140,12 @@ class _Call:
 
 def _op(node: fx.Node, modules: dict[str, nn.Module]) -> Op:
     """What a node is to the engine: by the rule of its target, or left to torch."""
-    size, sources = shape(node), [shape(source) for source in node.all_input_nodes]
+    size, sources = shape(node), [s for n in node.all_input_nodes if (s := shape(n))]
     what = tracing.target_of(node, modules)
-    module = modules[node.target] if node.op == "call_module" else None
+    module = modules[str(node.target)] if node.op == "call_module" else None
     label = f"{node.target if module else node.name} ({getattr(what, '__name__', what)})"
     call = _Call(node, module, label, size or (), sources)
-    if size is None or not sources or any(source is None for source in sources):
+    if size is None or not sources or len(sources) < len(node.all_input_nodes):
         return call.left("not an op on float tensors (N, C, H, W) or (N, C)")
     if any(source.op == "get_attr" for source in node.all_input_nodes):
         return call.left("takes a tensor of the network's own")
@@ -180,10 +181,11 @@ def _conv(call: _Call) -> Op:
     if conv.groups != 1 or _square(conv.dilation) != 1 or conv.padding_mode != "zeros":
         return call.left("grouped, dilated or not padded with zeros")
     if (
-        None in (kernel, stride, pad)
+        kernel is None
+        or stride is None
+        or pad != kernel // 2
         or kernel % 2 == 0
         or kernel > MAX_KERNEL
-        or pad != kernel // 2
     ):
         return call.left("not a square kernel of 1 to 7 with half of it as padding")
     return call.made("conv", module=conv, kernel=kernel, stride=stride, pad=pad)
@@ -262,8 +264,9 @@ def _subsampling(index) -> int | None:
 
 def _channel_pad(call: _Call) -> Op | None:
     """Zero channels before and behind, as an option-A shortcut adds them."""
-    args = call.node.args
-    sides, how = args[1] if len(args) > 1 else (), [*args[2:], *call.node.kwargs.values()]
+    args: Any = call.node.args
+    sides: Any = args[1] if len(args) > 1 else ()
+    how = [*args[2:], *call.node.kwargs.values()]
     if len(call.sources[0]) != 3 or len(sides) != 6 or any(sides[:4]) or min(sides) < 0:
         return None
     plain = how in ([], ["constant"], ["constant", None], ["constant", 0])

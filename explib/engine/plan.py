@@ -199,18 +199,18 @@ class Network:
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Results for inputs of the planned shapes, on the CPU; ValueError for any others."""
-        tensors = [tensor.detach().float().contiguous() for tensor in tensors]
-        count = len(tensors[0])
-        for tensor, (name, shape) in zip(tensors, self.inputs.items(), strict=True):
+        given = [tensor.detach().float().contiguous() for tensor in tensors]
+        count = len(given[0])
+        for tensor, (name, shape) in zip(given, self.inputs.items(), strict=True):
             if tensor.shape != (count, *shape):
                 raise ValueError(f"{name}: {tuple(tensor.shape)}; give ({count}, {shape})")
         results = [
             torch.empty(count, *self.shapes[name], dtype=torch.float32) for name in self.outputs
         ]
-        pointers = ctypes.c_void_p * len(tensors), ctypes.c_void_p * len(results)
+        pointers = ctypes.c_void_p * len(given), ctypes.c_void_p * len(results)
         status = self._library.explib_run(
             self._handle,
-            pointers[0](*(tensor.data_ptr() for tensor in tensors)),
+            pointers[0](*(tensor.data_ptr() for tensor in given)),
             pointers[1](*(tensor.data_ptr() for tensor in results)),
             count,
         )
@@ -257,7 +257,7 @@ class Network:
     def _kernels(self, weight: np.ndarray) -> dict[str, np.ndarray]:
         """The kernels (F, C, K, K) that are not all zeros, by filter and by channel."""
         filters, channels = weight.shape[:2]
-        keep = weight.any((2, 3))
+        keep = np.asarray(weight.any((2, 3)))
         f, c = keep.nonzero()
         # each thread's share of the filters holds about the same number of kernels
         total = np.concatenate([[0], keep.sum(1).cumsum()])

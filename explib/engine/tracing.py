@@ -50,7 +50,7 @@ def target_of(node: fx.Node | None, modules: dict[str, nn.Module]) -> object:
     """What a node calls: a layer's type, a function, or a method's name; None for other nodes."""
     if node is None or node.op in ("placeholder", "get_attr", "output"):
         return None
-    return type(modules.get(node.target)) if node.op == "call_module" else node.target
+    return type(modules.get(str(node.target))) if node.op == "call_module" else node.target
 
 
 def is_relu(node: fx.Node | None, modules: dict[str, nn.Module]) -> bool:
@@ -160,7 +160,7 @@ def _memory(traced: fx.GraphModule, like: torch.Tensor) -> dict[fx.Node, set[int
 def _written(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     """The node whose tensor this one overwrites, if it is an op in place."""
     if node.op == "call_module":
-        in_place = modules[node.target].__dict__.get("inplace") is True
+        in_place = modules[str(node.target)].__dict__.get("inplace") is True
     else:
         name = str(getattr(node.target, "__name__", node.target))
         in_place = node.op in ("call_function", "call_method") and (

@@ -13,6 +13,7 @@ import functools
 import operator
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map
 
 from explib.engine import native
-from explib.engine.fused import NormAct, SmallConv, fuse, sound, track
+from explib.engine.fused import NormAct, SmallConv, fuse, scale_and_shift, sound, track
 from explib.engine.native import pointer
 from explib.engine.strided import Strided
 from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, says_the_same
@@ -39,7 +40,7 @@ class _Planes(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | Any:  # Any: who computes has asked before whether it is there
     """The compiled kernels; None, with a warning, where they cannot be built."""
     try:
         lib = native.load(Path(__file__).parent / "csrc/training.cpp", "-fopenmp")
@@ -268,8 +269,7 @@ class Norm(nn.Module):
             )
             track(norm, mean, var, x.shape[0] * x.shape[3] * self.size[0] * self.size[1])
             return y
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
+        scale, shift = scale_and_shift(norm)
         if torch.is_grad_enabled():  # frozen statistics
             y = maps(x, self.size) * scale[:, None, None, None] + shift[:, None, None, None]
             y = planes(y.to(x.dtype))
@@ -359,7 +359,7 @@ def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.M
         return None
     try:
         network = _Rewriting(dense, masks, example_inputs).network()
-        made = Sparse(dense, network, example_inputs.shape[2:])
+        made = Sparse(dense, network, (example_inputs.shape[2], example_inputs.shape[3]))
         masked = copy.deepcopy(model)
         masking.apply(masked, masks)
         same = says_the_same(made, masked, example_inputs, library().training_lanes(), 0.01)
@@ -408,7 +408,7 @@ class _Rewriting:
 
     def _on_planes(self, node) -> fx.Node | None:
         """The node on planes; None if it is one for images."""
-        module = self.dense.get_submodule(node.target) if node.op == "call_module" else None
+        module: Any = self.dense.get_submodule(node.target) if node.op == "call_module" else None
         conv = module.conv if isinstance(module, (SmallConv, Strided)) else module
         if is_plain_conv(conv):
             mask = self.masks.get(self.names[id(conv)], torch.ones(conv.weight.shape[:2]).bool())
@@ -448,7 +448,8 @@ def _shape_of(node) -> torch.Size:
 
 
 def _size(node) -> Size:
-    return tuple(_shape_of(node)[2:])
+    height, width = _shape_of(node)[2:]
+    return height, width
 
 
 def _same_on_planes(node, module) -> bool:

@@ -5,6 +5,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
+from explib.errors import extra
+
 
 class BasicBlock(nn.Module):
     """Two convs 3x3. The shortcut has no weights: it subsamples and zero-pads the channels."""
@@ -28,6 +30,10 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """A first conv, three stages of `blocks` blocks with 16, 32 and 64 filters, a linear layer."""
+
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
 
     def __init__(self, blocks: int, num_classes: int):
         super().__init__()
@@ -62,8 +68,8 @@ build_56, build_110 = (partial(build, depth=depth) for depth in (56, 110))
 
 def build_50(num_classes: int = 1000) -> nn.Module:
     """torchvision's ResNet-50, unchanged, with fresh weights."""
-    from torchvision.models import resnet50  # brings the compiler of torch: seconds
-
+    with extra():
+        from torchvision.models import resnet50  # brings the compiler of torch: seconds
     return resnet50(num_classes=num_classes)
 
 

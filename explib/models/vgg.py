@@ -12,9 +12,10 @@ class VGG(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        layers, channels = OrderedDict(), 3
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels = 3
         for i, width in enumerate(WIDTHS):
-            if width == "M":
+            if not isinstance(width, int):
                 layers[f"pool{i}"] = nn.MaxPool2d(2)
                 continue
             layers[f"conv{i}"] = nn.Conv2d(channels, width, 3, padding=1)
@@ -32,7 +33,7 @@ class VGG(nn.Module):
             )
         )
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from explib import models, registry
-from explib.files import load_tensors, resolve, save_tensors
+from explib.files import load_tensors, save_tensors
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 
@@ -152,7 +152,15 @@ def load_state(path: str | Path) -> tuple[dict, dict]:
 
 
 # where checkpoints have their weights, the first that is there; and what wrappers put before names
-_NESTS = ("state_dict", "model_state_dict", "model", "net", "module", "network", "model_state")
+_NESTS: tuple[str, ...] = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "module",
+    "network",
+    "model_state",
+)
 _NESTS += ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "ema_model.")
 _COUNTERS = {"n_averaged"}  # of torch.optim.swa_utils
@@ -212,7 +220,6 @@ def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
     ValueError, in one line, for a file that is no such network, and for one of a network that is
     not registered: what a file names is not imported.
     """
-    path = resolve(path)
     state, masks, meta = load_compact(path)
     registry.stored("arch", meta.get("arch"), str(path))
     classes = meta.get("num_classes")

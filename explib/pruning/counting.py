@@ -8,6 +8,7 @@ and pooling on top; see `explib.study.published.by_ptflops`.
 import warnings
 from contextlib import ExitStack
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from explib.pruning.layers import Conv, Inputs, per_example, visited
+from explib.pruning.layers import Conv, Inputs, conv_at, per_example, visited
 from explib.pruning.masks import Masks, check, masks_of, spread
 from explib.rates import number_to_prune
 
@@ -83,7 +84,8 @@ def counted(model: nn.Module, example_inputs: Inputs) -> tuple[list[Conv], int]:
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+        backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+        for backend in backends:
             stack.callback(setattr, backend, "enabled", backend.enabled)
             backend.enabled = False
         products = stack.enter_context(_Products())
@@ -135,7 +137,7 @@ def weights(model: nn.Module, masks: Masks | None = None) -> dict[str, int]:
     masks = masks_of(model) if masks is None else check(model, masks)
     dense = sum(parameter.numel() for parameter in model.parameters())
     pruned = sum(
-        int((~mask).sum()) * model.get_submodule(name).weight[0, 0].numel()
+        int((~mask).sum()) * conv_at(model, name).weight[0, 0].numel()
         for name, mask in masks.items()
     )
     return {"dense": dense, "left": dense - pruned}

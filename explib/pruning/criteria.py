@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 
 from explib import registry
 from explib.errors import ParamError
-from explib.pruning.layers import Conv, Inputs, find_convs, prunable
+from explib.pruning.layers import Conv, Inputs, conv_at, find_convs, prunable
 from explib.pruning.masks import Masks, check
 from explib.rates import keep_floor, number_to_prune, spread_rates
 
@@ -93,7 +93,10 @@ def prune(
     Raises ParamError for options that the criterion does not take, and ValueError, naming the
     layer, for weights that are not finite, and for scores and masks that cannot be.
     """
-    convs = convs or find_convs(model, example_inputs)
+    if not convs:
+        if example_inputs is None:
+            raise ParamError("example_inputs: None; give what the network takes, or its convs")
+        convs = find_convs(model, example_inputs)
     rates = _by_name(rate, [conv.name for conv in prunable(convs)])
     entry, function = _resolved(criterion)
     known = options_of(function)
@@ -145,16 +148,24 @@ def _by_name(rate: Any, names: list[str]) -> dict[str, float]:
         given = list(rate) if isinstance(rate, list | tuple) else [rate]
         rates = dict(zip(names, spread_rates(given, len(names)), strict=True))
     for name, value in rates.items():
-        if not isinstance(value, Real) or not 0 <= value < 1:
+        if not isinstance(value, Real) or not 0 <= float(value) < 1:
             raise ParamError(f"rate: {value!r} for {name}; give a number from 0 to below 1")
     return {name: float(value) for name, value in rates.items()}
 
 
 def _layer(model: nn.Module, conv: Conv, rate: float, generator: torch.Generator) -> Layer:
-    module = model.get_submodule(conv.name)
-    gamma = model.get_submodule(conv.norm).weight if conv.norm else None
-    tensors = [None if t is None else t.detach() for t in (module.weight, module.bias, gamma)]
-    return Layer(conv.name, *tensors, rate, generator, conv.norm)
+    module = conv_at(model, conv.name)
+    norm = cast(nn.BatchNorm2d, model.get_submodule(conv.norm)) if conv.norm else None
+    bias, gamma = module.bias, norm.weight if norm else None
+    return Layer(
+        conv.name,
+        module.weight.detach(),
+        None if bias is None else bias.detach(),
+        None if gamma is None else gamma.detach(),
+        rate,
+        generator,
+        conv.norm,
+    )
 
 
 def _known(weight: torch.Tensor) -> torch.Tensor:
@@ -164,7 +175,7 @@ def _known(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _tell_known(model: nn.Module, rates: dict[str, float]) -> None:
-    counts = [int(_known(model.get_submodule(name).weight.detach()).sum()) for name in rates]
+    counts = [int(_known(conv_at(model, name).weight.detach()).sum()) for name in rates]
     if any(counts):
         layers = sum(count > 0 for count in counts)
         warnings.warn(
@@ -183,7 +194,7 @@ def _beyond_known(layer: Layer, function: Callable[..., Any], **options: Any) ->
     zero = _known(layer.weight)
     if not zero.any():
         return mask_of(layer, function, **options)
-    state = None if layer.generator is None else layer.generator.get_state()
+    state: Any = None if layer.generator is None else layer.generator.get_state()
     # the largest number to ask for with which no more than the rate are zero or chosen
     mask = mask_of(replace(layer, rate=0.0), function, **options) & ~zero  # looks at the weights
     low, high = 0, layer.to_prune if int(zero.sum()) < layer.to_prune else 0

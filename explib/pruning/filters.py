@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import nn
 
+from explib.errors import extra
 from explib.pruning import counting
 from explib.pruning.layers import Conv, Inputs, modes_kept
 from explib.pruning.masks import Masks
@@ -94,7 +95,8 @@ def narrowed(model: nn.Module, masks: Masks, example_inputs: Inputs) -> nn.Modul
     Its outputs are those of the masked network. A copy: the model stays as it is. Filters that a
     linear layer reads stay in their places, empty.
     """
-    import torch_pruning as tp
+    with extra():
+        import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
     graph = tp.DependencyGraph().build_dependency(small, example_inputs=example_inputs)
@@ -111,7 +113,8 @@ def narrowed(model: nn.Module, masks: Masks, example_inputs: Inputs) -> nn.Modul
 
 def _groups(model: nn.Module, example_inputs: Inputs) -> dict[str, tuple[torch.Tensor, list[str]]]:
     """Convs whose filters can go alone: name -> (group-L1 scores (F,), convs that read them)."""
-    import torch_pruning as tp
+    with extra():
+        import torch_pruning as tp
 
     with modes_kept(model):
         graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example_inputs)

@@ -10,11 +10,13 @@ whichever tensor is its weight by now.
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from explib.pruning.layers import conv_at
 from explib.pruning.masks import Masks, apply, check, spread, take_over
 
 # all bits or none: faster than filling by a mask, and no NaN survives it
@@ -32,7 +34,8 @@ class Held:
         self.name, self.pruned, self.gradients = name, pruned, gradients
         self._bits: dict[tuple, torch.Tensor] = {}
         self._wide: dict[tuple, torch.Tensor] = {}
-        self._weight = self._conv = lambda: None
+        self._weight: Callable[[], Any] = lambda: None
+        self._conv: Callable[[], Any] = lambda: None
         self._hook = None
         self.released = False
 
@@ -40,7 +43,7 @@ class Held:
         return {"name": self.name, "pruned": self.pruned}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # no subclass has another one
 
     def __call__(self, conv: nn.Module, inputs: tuple) -> None:
         """Before the conv computes."""
@@ -48,7 +51,7 @@ class Held:
         # what follows each step
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        weight = conv.weight
+        weight: Any = conv.weight
         if isinstance(weight, nn.Parameter):
             self.follow(conv)
         elif conv._parameters.get("weight") is None and not getattr(conv, "_is_replica", False):
@@ -79,7 +82,7 @@ class Held:
 
     def follow(self, conv: nn.Module) -> None:
         """See to the weight that the conv has now."""
-        weight = conv.weight
+        weight: Any = conv.weight
         if self._weight() is not weight:
             self.forget()
             self._weight, self._conv = weakref.ref(weight), weakref.ref(conv)
@@ -132,8 +135,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
     if not _everywhere:
         return
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    pairs = [(held, held.weight()) for held in list(_everywhere)]
-    pairs = [(held, weight) for held, weight in pairs if weight is not None and id(weight) in own]
+    every = [(held, held.weight()) for held in list(_everywhere)]
+    pairs = [(held, w) for held, w in every if w is not None and id(w) in own]
     _zero_all([(held, t) for held, weight in pairs for t in (weight, *_kept(optimizer, weight))])
 
 
@@ -172,8 +175,8 @@ def hold(
     masks = check(model, masks)
     elements = take_over(model, masks)
     masks = spread(model, masks)
-    convs = {model.get_submodule(name): name for name in masks}  # one registered twice is one
-    convs = {name: conv for conv, name in convs.items()}
+    names = {conv_at(model, name): name for name in masks}  # one registered twice is one
+    convs = {name: conv for conv, name in names.items()}
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         optimizer = None  # no torch.optim.Optimizer, or a wrapper that never became one
     if optimizer is not None:
@@ -217,7 +220,7 @@ def mask_gradients(
     """
     held = []
     for name, mask in check(model, masks).items():
-        conv = model.get_submodule(name)
+        conv = conv_at(model, name)
         one = Held(name, ~mask.to(conv.weight.device)[:, :, None, None], gradients=False)
         one._weight = weakref.ref(conv.weight)
         held.append(one)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -109,6 +109,11 @@ def described(example_inputs: Inputs) -> str:
     return type(example_inputs).__name__
 
 
+def conv_at(model: nn.Module, name: str) -> nn.Conv2d:
+    """Return the conv of that name."""
+    return cast(nn.Conv2d, model.get_submodule(name))
+
+
 def find_convs(model: nn.Module, example_inputs: Inputs) -> list[Conv]:
     """List the Conv2d layers of a network in the order in which it runs them.
 
@@ -143,7 +148,7 @@ def visited(model: nn.Module, example_inputs: Inputs) -> tuple[list[Conv], int]:
     first_with = {}  # id of a weight -> the conv that had it first
     convs = []
     for name, (shape, positions) in watch.calls.items():
-        conv, norm = inner.get_submodule(name), watch.norms.get(name)
+        conv, norm = conv_at(inner, name), watch.norms.get(name)
         filters, channels = conv.weight.shape[:2]
         first = first_with.setdefault(id(conv._parameters.get("weight", conv)), name)
         convs.append(
@@ -152,9 +157,10 @@ def visited(model: nn.Module, example_inputs: Inputs) -> tuple[list[Conv], int]:
                 None if norm is None else prefix + norm,
                 filters,
                 channels,
-                tuple(conv.kernel_size),
+                (conv.kernel_size[0], conv.kernel_size[1]),
                 conv.groups,
-                *shape[-2:],
+                shape[-2],
+                shape[-1],
                 per_example(positions, count, f"positions of {name}"),
                 None if first == name else prefix + first,
             )
@@ -192,8 +198,8 @@ class _Watch:
     def unbatched(self, example_inputs: Inputs) -> bool:
         """Whether the network takes one image without a batch (C, H, W), as a conv does."""
         leaves = _tensors(example_inputs)
-        first = next(iter(self.calls.values()), None)
-        return bool(leaves and first) and leaves[0].ndim == len(first[0]) == 3
+        shapes = [shape for shape, _ in self.calls.values()]
+        return bool(leaves and shapes) and leaves[0].ndim == len(shapes[0]) == 3
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -227,7 +233,7 @@ def batch_size(example_inputs: Inputs) -> int:
     A list of images (C, H, W), as detection networks take them, is as many examples. Where there is
     no tensor, it is one.
     """
-    values = example_inputs
+    values: Any = example_inputs
     if isinstance(values, tuple | dict):
         values = list(values.values()) if isinstance(values, dict) else values
         values = next((value for value in values if _tensors(value)), None)

@@ -6,11 +6,14 @@ functions take numpy arrays as well. `explib.pruning.holding` keeps them through
 
 import copy
 import warnings
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+
+from explib.pruning.layers import conv_at
 
 Masks = dict[str, torch.Tensor]
 
@@ -120,9 +123,9 @@ def take_over(model: nn.Module, masks: Masks) -> dict[str, torch.Tensor]:
 
     Returns its masks, by element (F, C, K, K), by the name of the conv; a warning says so.
     """
-    found = {name: model.get_submodule(name) for name in masks}
+    found = {name: conv_at(model, name) for name in masks}
     found = {name: conv for name, conv in found.items() if _pruned_by_torch(conv)}
-    elements = {name: conv.weight_mask.bool() for name, conv in found.items()}
+    elements = {name: cast(torch.Tensor, conv.weight_mask).bool() for name, conv in found.items()}
     for conv in found.values():
         torch_prune.remove(conv, "weight")
     if found:
@@ -144,7 +147,7 @@ def apply(model: nn.Module, masks: Masks, factor: float = 0.0) -> None:
     masks = check(model, masks)
     take_over(model, masks)
     for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
+        weight = conv_at(model, name).weight
         pruned = ~mask.to(weight.device)[:, :, None, None]
         # where, not a product: 0 * NaN would stay NaN
         scaled = weight * factor if factor else torch.zeros((), device=weight.device)
@@ -160,7 +163,7 @@ def leaks(model: nn.Module, masks: Masks) -> dict[str, int]:
     """How many pruned kernels of each conv are not zero, of those where some are not."""
     found = {}
     for name, mask in check(model, masks).items():
-        weight = model.get_submodule(name).weight.detach()
+        weight = conv_at(model, name).weight.detach()
         found[name] = int(weight[~mask.to(weight.device)].flatten(1).any(1).sum())
     return {name: count for name, count in found.items() if count}
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from explib.pruning.layers import conv_at
+
 
 def delta_e(
     weight: torch.Tensor, bias: torch.Tensor | None = None, layer: str = "layer"
@@ -56,7 +58,7 @@ def linear_relation(
     (delta_e, ratio, r2): the first two of shape (n,), for the kernels whose input channel is alive;
     r2 is the share of the ratios' variance that the line ratio = delta_e explains.
     """
-    conv = model.get_submodule(name)
+    conv = conv_at(model, name)
     caught = []
     hook = conv.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:

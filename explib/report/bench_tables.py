@@ -171,8 +171,8 @@ def controls(results_dir: str | Path = "results") -> pd.DataFrame:
                 line["squared weights left %"] = f"{row['norm_kept_pct']:.1f}"
     labels = [criterion_name(*variant) for variant in registry.variants()]
     order = {label: place for place, label in enumerate(labels)}  # others last, as measured
-    lines = sorted(lines.items(), key=lambda line: order.get(line[0][1], len(order)))
-    return pd.DataFrame([line for arch in archs for (own, _), line in lines if own == arch])
+    ordered = sorted(lines.items(), key=lambda line: order.get(line[0][1], len(order)))
+    return pd.DataFrame([line for arch in archs for (own, _), line in ordered if own == arch])
 
 
 def settings(results_dir: str | Path = "results") -> pd.DataFrame:

@@ -316,18 +316,18 @@ def _benchmarks(folder: Path) -> dict[str, Figure]:
 
 def _scores(params: dict) -> dict[str, Figure]:
     """The scores and levels of the dense network that a run started from, where it is there."""
-    params = from_mapping(params)
-    if params.arch not in registry.NETWORKS or params.dataset not in registry.DATASETS:
+    run = from_mapping(params)
+    if run.arch not in registry.NETWORKS or run.dataset not in registry.DATASETS:
         return {}  # what a record names is not imported
     try:
-        dense = networks.load_dense(params.replace(pruning_way="B"))  # any will do
-        delta = networks.scores(params, dense)
+        dense = networks.load_dense(run.replace(pruning_way="B"))  # any will do
+        delta = networks.scores(run, dense)
     except (OSError, ValueError):  # the records are what a figure needs; this one needs more
         return {}
-    level = {name: scoring.levels(values, params.groups) for name, values in delta.items()}
+    level = {name: scoring.levels(values, run.groups) for name, values in delta.items()}
     return {
-        f"scores-{params.arch}": plots.scores(delta, network_name(params.arch)),
-        f"levels-{params.arch}": plots.levels(level, network_name(params.arch)),
+        f"scores-{run.arch}": plots.scores(delta, network_name(run.arch)),
+        f"levels-{run.arch}": plots.levels(level, network_name(run.arch)),
     }
 
 

@@ -1,5 +1,7 @@
 """Figures of speed, in the study's style: measured rows in, a matplotlib Figure out."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -116,7 +118,11 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
                 for other, fast, _ in points
                 if (other["arch"], other["kind"]) == (row["arch"], row["kind"])
             )
-            look = {"marker": MARKERS[row["kind"]], "markersize": 8, "linestyle": ""}
+            look: dict[str, Any] = {
+                "marker": MARKERS[row["kind"]],
+                "markersize": 8,
+                "linestyle": "",
+            }
             if bits != "fp32":
                 look["markerfacecolor"] = "white"
             ways[f"{KINDS[row['kind']]}: {how}"] = look
@@ -128,7 +134,9 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
             axes.annotate(name, (speed, row["top1"]), xytext=(7, 0), va="center", fontsize=7.5,
                           color="#333333", textcoords="offset points", zorder=1.9,
                           path_effects=[HALO])  # fmt: skip
-    handles = [Patch(color=colour, label=network_name(arch)) for arch, colour in colours.items()]
+    handles: list[Any] = [
+        Patch(color=colour, label=network_name(arch)) for arch, colour in colours.items()
+    ]
     handles += [Line2D([], [], color="#555555", label=way, **look) for way, look in ways.items()]
     axes.set(xscale="log", xlabel="images per second, batch 128", ylabel="top-1 on CIFAR-10, %")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

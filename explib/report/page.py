@@ -71,7 +71,7 @@ def build(notebook: str | Path, page: str | Path) -> Path:
         extra_loaders=[DictLoader({"page.html.j2": TEMPLATE})], template_file="page.html.j2"
     )
     # of an output in several forms the still picture, since widgets would be fetched from afar
-    exporter.display_data_priority = [
+    exporter.display_data_priority = [  # type: ignore[attr-defined]  # a trait of its base class
         "text/html", "image/svg+xml", "image/png", "text/markdown", "text/plain",
     ]  # fmt: skip
     body, _ = exporter.from_notebook_node(content, {"title": TITLE, "css": CSS})

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -21,7 +22,7 @@ from explib.study import records
 
 PALE = "#D9D9D9"  # what was there before
 HALO = withStroke(linewidth=3, foreground="white")  # of a label over lines
-STYLE = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
     "axes.grid": True,
@@ -199,8 +200,8 @@ def curves(frame: pd.DataFrame, title: str = "") -> Figure:
         axes.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
     labels = []
     for name, own in ends.items():
-        top1, epochs, colours = zip(*own, strict=True)
-        labels.append((float(np.mean(top1)), max(epochs), name, colours[0]))
+        each_top1, each_epochs, colours = zip(*own, strict=True)
+        labels.append((float(np.mean(each_top1)), max(each_epochs), name, colours[0]))
     direct_labels(axes, labels)
     axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
              ylabel="top-1, %")  # fmt: skip

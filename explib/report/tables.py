@@ -1,6 +1,7 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -76,8 +77,8 @@ def _ordered(lines: list[dict]) -> pd.DataFrame:
     return table[[column for column in _COLUMNS if column in table]]
 
 
-def _line(run: pd.Series | None, row: pd.Series | None, way: str = "") -> dict:
-    """One line of the accuracy table."""
+def _line(run: Any, row: Any, way: str = "") -> dict:
+    """One line of the accuracy table: a run and a published row, each a pd.Series or None."""
     line = {
         "network": network_name((run if row is None else row)["arch"]),
         "way": way or run["pruning_way"],
@@ -213,7 +214,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
         if not (changed := _changes(run)):
             continue
         same = ["arch", "start", "compress_rate", "pruning_way", "survivors", "trained"]
-        equal = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
+        equal: Any = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
         equal = (
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
         )

@@ -78,7 +78,7 @@ def masks(params: Params) -> None:
 
 def _networks(params: Params) -> dict[str, Callable[[], Dense]]:
     """Every network by name, the configuration's own first; those not trained yet say so."""
-    found = {}
+    found: dict[str, Callable[[], Dense]] = {}
     for arch in dict.fromkeys([params.arch, *registry.NETWORKS]):
         own = arch == params.arch
         # another network has its own convs, and no checkpoint, masks or normalization of this one's

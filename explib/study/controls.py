@@ -21,6 +21,7 @@ from explib.files import resolve
 from explib.params import Params
 from explib.pruning import counting
 from explib.pruning import masks as masking
+from explib.pruning.layers import conv_at
 from explib.pruning.masks import Masks
 from explib.study import networks
 from explib.study.published import published
@@ -129,6 +130,6 @@ def norm_kept(model: torch.nn.Module, masks: Masks) -> float:
     """Per cent of a conv's squared weights that a mask leaves, mean over the masks."""
     shares = []
     for name, mask in masks.items():
-        squares = model.get_submodule(name).weight.double().square().sum((2, 3))
+        squares = conv_at(model, name).weight.double().square().sum((2, 3))
         shares.append(float((squares * mask.to(squares.device)).sum() / squares.sum()))
     return 100 * statistics.mean(shares)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from explib.pruning import checkpoints, counting, criteria
 from explib.pruning import layers as layer_finding
 from explib.pruning import masks as masking
 from explib.pruning import scores as scoring
-from explib.pruning.layers import Conv
+from explib.pruning.layers import Conv, conv_at
 from explib.pruning.masks import Masks
 from explib.rates import keep_floor
 from explib.registry import file_name
@@ -118,7 +119,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
             raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
         return {name: found[name] for name in wanted}
     floor = keep_floor(params.rates) if params.keep_floor is None else params.keep_floor
-    options = {
+    options: dict[str, Any] = {
         "floor": floor,
         "bias_in_score": params.bias_in_score,
         "survivors": params.survivors,
@@ -131,7 +132,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         example_of(params),
         wanted,
         params.pruning_way,
-        seed=params.mask_seed,
+        seed=params.mask_seed or 0,
         convs=dense.convs,
         **{name: value for name, value in options.items() if name in known},
     )
@@ -139,7 +140,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:
     """The expectation scaling factors (F, C) of the convs that the configuration prunes."""
-    modules = {name: dense.model.get_submodule(name) for name in dense.rates}
+    modules = {name: conv_at(dense.model, name) for name in dense.rates}
     return {
         name: scoring.delta_e(module.weight, module.bias if params.bias_in_score else None, name)
         for name, module in modules.items()

@@ -1,6 +1,7 @@
 """What was published: rows, accuracies, and the convention behind the published counts."""
 
 import functools
+from importlib import resources
 
 import pandas as pd
 import torch
@@ -8,15 +9,15 @@ import yaml
 from torch import nn
 
 from explib import models, registry
-from explib.files import ROOT
 from explib.pruning.counting import counted, layer_table, macs, weights
 from explib.pruning.layers import Conv, modes_kept
 from explib.rates import number_to_prune, parse_rates
 
 
 def published() -> dict[str, pd.DataFrame]:
-    """The published figures of params/published.yaml: `rows` and `others`, in per cent."""
-    content = yaml.safe_load((ROOT / "params/published.yaml").read_text())
+    """Read the published figures, published.yaml of this package: `rows` and `others`, per cent."""
+    text = resources.files("explib.study").joinpath("published.yaml").read_text("utf-8")
+    content = yaml.safe_load(text)
     return {name: pd.DataFrame(rows) for name, rows in content.items()}
 
 
@@ -61,7 +62,7 @@ def published_convention(
 def published_rows(rows: list[dict]) -> pd.DataFrame:
     """The published configurations counted both ways, next to what was published.
 
-    rows: those of params/published.yaml. Columns: arch, rates, published cut %, MACs dense M,
+    rows: those of `published`. Columns: arch, rates, published cut %, MACs dense M,
     convention M (the published count of what is left), convention cut % (mixed units, as
     published), MACs left M (all rates met, kernels), true cut %, weights left M.
     """

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pandas as pd
 import torch
 
 import explib
-from explib.files import ROOT, resolve, write_json
+from explib.files import resolve, write_json
 from explib.params import Params, from_mapping
 from explib.registry import file_name
 
@@ -62,9 +63,12 @@ def write_bench(name: str, found: dict, results_dir: str | Path = "results") -> 
 
 
 def _git(*words: str) -> str | None:
-    """What git says of this project; None where it cannot say."""
+    """Ask git about the package's own checkout; None where it is installed from none."""
+    checkout = Path(explib.__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():  # nor is it of a checkout that only lies around it
+        return None
     try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -163,7 +167,7 @@ def _mapping(place: str, value) -> None:
 def _numbers(place: str, found: dict, names: Iterable[str], most: float = math.inf) -> None:
     """ValueError unless each of the names is a number from 0 to `most`."""
     for name in names:
-        value = found.get(name)
+        value: Any = found.get(name)
         if type(value) not in (int, float) or not 0 <= value <= most or value == math.inf:
             wanted = "a number, 0 or more" if most == math.inf else f"a number from 0 to {most}"
             raise ValueError(f"{place}.{name}: {value!r}; give {wanted}")

@@ -106,7 +106,7 @@ def _begin(params: Params, network: Dense, folder: Folder) -> tuple[str, Data]:
     loop.steps_of(data, params)
     folder.load(network.sha256)  # an error where it is of another run
     folder.begin()
-    network.model.to(device, memory_format=torch.channels_last)
+    network.model.to(device).to(memory_format=torch.channels_last)
     distributed.synchronize_norms(network.model)
     return device, data
 

@@ -52,7 +52,7 @@ def verify(path: str | Path, data_dir: str = "") -> list[dict]:
             twice = engine.compile(model, example, dtype=dtype, recheck=RECHECK)
             ways[f"{name}, rechecked"] = _scores(twice, data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     ways = {"torch fp32": _scores(model, data.to(device))} | ways
     answers = {name: scores.argmax(1) for name, scores in ways.items()}
     rows = []

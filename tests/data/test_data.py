@@ -13,6 +13,7 @@ from explib import data as sets
 from explib.data import load_data
 from explib.data.download import DownloadError
 from explib.errors import DataError
+from explib.files import project
 from explib.params import Params
 
 
@@ -212,5 +213,5 @@ class TestCifar10:
         assert sets.data_root("/x") == sets.Path("/x")
         assert sets.data_root() == tmp_path
         monkeypatch.delenv("EXPLIB_DATA")
-        assert sets.data_root() == sets.ROOT / "data"
+        assert sets.data_root() == project() / "data"
         assert os.path.isabs(sets.data_root("relative"))

@@ -16,12 +16,11 @@ from torch import nn
 from explib import engine, models, registry
 from explib.data import eval_batches, load_data
 from explib.engine import build, fused, graph, plan
-from explib.files import ROOT
 from explib.params import Params
 from explib.pruning import checkpoints, criteria
 from explib.pruning import masks as masking
 from explib.pruning.checkpoints import load_network
-from tests.conftest import image, needs_compiler
+from tests.conftest import ROOT, image, needs_compiler
 from tests.engine.sweep import BATCHES, BOUNDS, SIZES, sweep
 
 SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"

@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import explib
 from explib import engine
 from explib.engine import fused, strided, training
-from explib.files import ROOT
 from explib.params import Params
 from explib.training import backend
-from tests.conftest import needs_compiler
+from tests.conftest import ROOT, needs_compiler
 
 LINES = re.search(r"```python\n(.*?)```", (ROOT / "docs/torch-cpu-memory.md").read_text(), re.S)[1]
 GUARDED = "from explib.engine.strided import Guard\nwith Guard():\n" + textwrap.indent(

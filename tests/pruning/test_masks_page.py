@@ -8,13 +8,12 @@ import torch
 import torchvision
 from torch import nn
 
-from explib.files import ROOT
 from explib.pruning import counting, holding
 from explib.pruning import masks as masking
 from explib.pruning.checkpoints import save_compact
 from explib.pruning.criteria import prune
 from explib.pruning.layers import find_convs
-from tests.conftest import image, make_net
+from tests.conftest import ROOT, image, make_net
 from tests.pruning import test_holding as tried
 
 PAGE = (ROOT / "docs/masks.md").read_text()

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from explib.files import ROOT
 from explib.params import from_yaml
 from explib.study import networks
-from tests.conftest import PUBLIC
+from tests.conftest import PUBLIC, ROOT
 
 KNOWN = json.loads(Path(__file__).with_name("masks_sha256.json").read_text())
 """SHA-256 of the masks of every configuration in params/."""

@@ -6,10 +6,10 @@ import re
 import pandas as pd
 import pytest
 
-from explib.files import ROOT
 from explib.params import Params
 from explib.report import markup, names, tables
 from explib.study import records
+from tests.conftest import ROOT
 
 RATES = "[0.0]+[0.4]*17+[0.5]*2+[0.6]*16+[0.4]*2+[0.6]*17"
 

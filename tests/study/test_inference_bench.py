@@ -11,13 +11,12 @@ pytest.importorskip("torch_pruning")
 
 from explib import engine
 from explib.engine import build
-from explib.files import ROOT
 from explib.pruning import checkpoints, counting, criteria, filters
 from explib.pruning.layers import find_convs
 from explib.report import bench_tables, figures, inference_plots
 from explib.study.bench import inference
 from explib.study.records import machine
-from tests.conftest import image, needs_compiler
+from tests.conftest import ROOT, image, needs_compiler
 
 SPEEDS = {"eager fp32": 100.0, "compiled fp32": 200.0, "compiled bf16": 400.0}
 ENGINE = {"engine fp32": 800.0, "engine fp16": 1000.0}

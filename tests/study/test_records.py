@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from explib.files import ROOT
 from explib.params import Params
 from explib.study import records
+from tests.conftest import ROOT
 
 
 def record(kind="finetune", hardware="a processor", **changes):

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from explib import models
 from explib.data import load_data
 from explib.errors import ParamError
-from explib.files import ROOT, load_tensors, save_tensors
+from explib.files import load_tensors, save_tensors
 from explib.params import Params, from_yaml
 from explib.pruning import checkpoints
 from explib.pruning import masks as masking
 from explib.study import folder, networks, records, runs
 from explib.study.folder import Folder
 from explib.training import backend, evaluation, inference, loop, soft_labels, step, timing
-from tests.conftest import TINY, make_folders, needs_compiler
+from tests.conftest import ROOT, TINY, make_folders, needs_compiler
 
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 KEYS = {

@@ -15,7 +15,8 @@ import urllib.request
 import papermill
 import pytest
 
-from explib.files import ROOT, write_json
+from explib.files import write_json
+from tests.conftest import ROOT
 from tests.system.test_notebooks import NOTEBOOKS, QUICK, TINY
 
 pytestmark = pytest.mark.browser

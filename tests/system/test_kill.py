@@ -14,12 +14,12 @@ import sys
 import pytest
 import torch
 
-from explib.files import ROOT, load_tensors, resolve
+from explib.files import load_tensors, resolve
 from explib.params import Params
 from explib.study import folder, runs
 from explib.study.folder import Folder
 from explib.training import loop
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.study.test_runs import untimed
 
 KILLS = 10  # of each schedule, at least

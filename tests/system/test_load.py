@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from explib.files import ROOT
+from tests.conftest import ROOT
 
 MEASURE = """
 import json, sys, time

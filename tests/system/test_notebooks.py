@@ -8,9 +8,8 @@ import nbformat
 import papermill
 import pytest
 
-from explib.files import ROOT
 from explib.params import Params
-from tests.conftest import needs_compiler
+from tests.conftest import ROOT, needs_compiler
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STEPS = [path for path in NOTEBOOKS if path.stem < "04"]  # one configuration, step by step

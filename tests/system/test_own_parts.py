@@ -10,11 +10,11 @@ from click.testing import CliRunner
 import explib
 from explib import engine
 from explib.__main__ import cli
-from explib.files import ROOT
 from explib.params import from_yaml
 from explib.pruning import checkpoints
 from explib.report import figures, tables, widgets
 from explib.study import networks, records, runs, verify
+from tests.conftest import ROOT
 
 MINE = """
 import torch

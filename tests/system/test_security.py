@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from explib import Params
 from explib.__main__ import cli
-from explib.files import ROOT
+from tests.conftest import ROOT
 
 PYTHON = sorted(ROOT.glob("explib/**/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))

@@ -18,8 +18,8 @@ import matplotlib
 import nbformat
 import pytest
 
-from explib.files import ROOT
 from explib.params import PLACES
+from tests.conftest import ROOT
 
 KILLS = 8
 TINY = {

@@ -10,12 +10,13 @@ import torch
 
 from explib.data import load_data
 from explib.errors import ParamError
-from explib.files import ROOT, load_tensors
+from explib.files import load_tensors
 from explib.models import resnet
 from explib.params import Params
 from explib.pruning import checkpoints
 from explib.study import networks
 from explib.training import distributed, loop
+from tests.conftest import ROOT
 
 FIXED = Params(
     arch="resnet_56",

@@ -8,9 +8,10 @@ depends on which kernels survive, not on their values.
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,11 +48,11 @@ RECHECK = 0.5
 """Scores nearer than this are computed in float32, too: ten times what bf16 changes a score by."""
 
 
-Ways = list[tuple[Hashable, Callable]]
+Ways = list[tuple[Any, Callable]]
 """Names of ways to run a network, and what runs it; of several of one name the fastest counts."""
 
 
-def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict[Hashable, float]:
+def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict[Any, float]:
     """Images per second of each way by name: the median of at least five calls, after two.
 
     The ways run by turns, `seconds` each in all, so that what else the machine does slows them
@@ -72,7 +73,7 @@ def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict
                     forward(images)
                     ended = time.perf_counter()
                     own.append(ended - started)
-    fastest: dict[Hashable, float] = {}
+    fastest: dict[Any, float] = {}
     for (name, _), own in zip(ways, times, strict=True):
         fastest[name] = max(fastest.get(name, 0.0), len(images) / statistics.median(own))
     return fastest
@@ -85,7 +86,7 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list
     """
     forwards = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        folded = graph.trace(model, images).to(dtype=dtype, memory_format=layout)
+        folded = graph.trace(model, images).to(dtype).to(memory_format=layout)
         with inductor.patch(freezing=True), torch.no_grad():
             fast = torch.compile(folded)
             fast(images.to(dtype=dtype, memory_format=layout))  # compiled here, under the setting

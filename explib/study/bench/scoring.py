@@ -13,7 +13,7 @@ import torch
 
 from explib.models import build
 from explib.pruning.criteria import Layer, prune
-from explib.pruning.layers import find_convs
+from explib.pruning.layers import conv_at, find_convs
 from explib.pruning.ways import way_b
 from explib.rates import keep_floor, number_to_prune, parse_rates
 
@@ -68,7 +68,7 @@ def measure() -> dict[str, float]:
         for way in "AB"
         for survivors in ("random", "l1")
     }
-    weight, floor = model.get_submodule(convs[-1].name).weight.detach(), keep_floor(rates)
+    weight, floor = conv_at(model, convs[-1].name).weight.detach(), keep_floor(rates)
     layer = Layer(convs[-1].name, weight, rate=0.6)
     ours = best_of(lambda: way_b(layer, floor=floor), 5)
     started = time.perf_counter()

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from explib.models import build
 from explib.params import Params
 from explib.pruning import masks as masking
 from explib.pruning.criteria import prune
-from explib.pruning.layers import find_convs
+from explib.pruning.layers import conv_at, find_convs
 from explib.study.records import provenance, write_bench
 from explib.training import backend, evaluation
 from explib.training import loop as tuning
@@ -58,20 +59,25 @@ def plain_loaders(data: Data, batch_size: int) -> tuple[DataLoader, DataLoader]:
     """DataLoaders over the training and the test images with the usual transforms."""
     ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     mirror = [v2.RandomHorizontalFlip()] if data.flip else []
-    crop = v2.Compose([v2.RandomCrop(data.train.images.shape[-1], padding=4), *mirror, *ends])
-    options = {"batch_size": batch_size, "num_workers": 8, "persistent_workers": True}
-    pinned = {"pin_memory": torch.cuda.is_available()}
-    train, test = Pictures(data.train, crop), Pictures(data.test, v2.Compose(ends))
+    images, others = cast(Split, data.train), cast(Split, data.test)  # in memory
+    crop = v2.Compose([v2.RandomCrop(images.images.shape[-1], padding=4), *mirror, *ends])
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": 8,
+        "persistent_workers": True,
+    }
+    options["pin_memory"] = torch.cuda.is_available()
+    train, test = Pictures(images, crop), Pictures(others, v2.Compose(ends))
     return (
-        DataLoader(train, shuffle=True, drop_last=True, **options, **pinned),
-        DataLoader(test, **options, **pinned),
+        DataLoader(train, shuffle=True, drop_last=True, **options),
+        DataLoader(test, **options),
     )
 
 
 def plain_epoch(model, loader, optimizer, masks, device) -> float:
     """One epoch of the plain training loop; returns the mean loss."""
     model.train()
-    total, weights = 0.0, [model.get_submodule(name).weight for name in masks]
+    total, weights = 0.0, [conv_at(model, name).weight for name in masks]
     wide = [mask.to(device)[:, :, None, None] for mask in masks.values()]
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
@@ -173,7 +179,7 @@ def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     """Images/s of our training loop by itself, the first epoch left out; half pruned or dense."""
     device = backend.device_of(params)
     torch.manual_seed(0)
-    model = build(arch, 10).to(device, memory_format=torch.channels_last)
+    model = build(arch, 10).to(device).to(memory_format=torch.channels_last)
     masks = prune(model, EXAMPLE, 0.5, "B") if masked else {}
     params = params.replace(arch=arch)
     forward = backend.choose(model, params, device, LONG, masks)
