@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from explib import models
 from explib.data import load_data
@@ -502,7 +503,11 @@ class TestCheckpoints:
 
     def test_safetensors_of_others(self, trained, tmp_path):
         path = save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)}, {})
-        self.refused(trained, path, "no compact network")
+        self.refused(trained, path, "does not fit the network: lacks conv1.weight")
+        state = networks.load_dense(trained).model.state_dict()
+        save_file({f"model.{name}": tensor for name, tensor in state.items()}, path)
+        loaded = networks.load_dense(trained.replace(resume=str(path))).model.state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
     def test_trained_with_another_normalization(self, params):
         changed = params.replace(dataset="cifar10", normalization="cifar10", resume=str(PUBLIC))

@@ -38,7 +38,7 @@ def test_a_network_is_loaded_in_one_call(shipped):
 def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
     _, model, masks = shipped
     checkpoints.save_compact(tmp_path / "x.safetensors", model, masks, {"arch": "lenet"})
-    with pytest.raises(ValueError, match="is a 'lenet'; known: vgg_16_bn"):
+    with pytest.raises(ValueError, match="its arch is 'lenet'; known: vgg_16_bn"):
         checkpoints.load_network(tmp_path / "x.safetensors")
 
 
