@@ -134,13 +134,14 @@ class Dividing(Centralizing):
 
 
 class Lookahead(torch.optim.Optimizer):
-    """A wrapper as timm has it: it does not call Optimizer.__init__, and so no hooks run."""
+    """A wrapper as timm has it: it does not call Optimizer.__init__."""
 
     def __init__(self, params):
         self.inner = torch.optim.SGD(params, 0.05, momentum=0.9)
         self.param_groups, self.defaults = self.inner.param_groups, {}
         self.state = self.inner.state
         self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
         self.slow = [torch.randn_like(p) for g in self.param_groups for p in g["params"]]
 
     def step(self, closure=None):
