@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     # What jsonschema would check internationalized addresses with, of which notebooks have none:
     # its grammar takes longer to build than papermill to import.
-    sys.modules.setdefault("rfc3987_syntax", None)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as import reads it
     if given.threads:
         os.environ["OMP_NUM_THREADS"] = given.threads
     with gpus.taken(gpus.found()) if given.gpu else nullcontext() as gpu:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def accuracy(
 @contextmanager
 def strict_fp32() -> Iterator[None]:
     """Compute in fp32 what says it is: a GPU's convolutions round it to TF32 by default."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    switches: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:

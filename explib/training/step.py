@@ -13,6 +13,7 @@ from explib.engine import strided
 from explib.params import Params
 from explib.pruning import holding
 from explib.pruning import masks as masking
+from explib.pruning.layers import conv_at
 from explib.pruning.masks import Masks
 
 TEMPERATURE = 4.0
@@ -86,7 +87,7 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
 
 
 def _captured(step: Callable, parts: list[tuple]) -> Callable:
-    graph, parts = torch.cuda.CUDAGraph(), [[t.clone() for t in part] for part in parts]
+    graph, parts = torch.cuda.CUDAGraph(), [tuple(t.clone() for t in part) for part in parts]
     with torch.cuda.graph(graph):
         result = step(parts)
 
@@ -123,7 +124,7 @@ class Fading:
     def __init__(self, model: nn.Module, masks: Masks, optimizer, steps: int):
         self.optimizer, self.steps = optimizer, steps
         masks = masking.check(model, masks)
-        self.weights = [model.get_submodule(name).weight for name in masks]
+        self.weights = [conv_at(model, name).weight for name in masks]
         # on the device once: a copy in every step would have the device wait for it
         self.kept = [
             mask.to(weight.device)[:, :, None, None]

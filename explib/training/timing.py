@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ clock = time.perf_counter
 _known: dict[str, Speeds] = {}
 
 
-def speeds(ways: dict[str, Callable[[], object]], images: int) -> Speeds:
+def speeds(ways: Mapping[str, Callable[[], object]], images: int) -> Speeds:
     """Time each way on its `images` images, by turns; medians over the rounds, in images/s."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     began = clock()
