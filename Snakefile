@@ -58,7 +58,7 @@ onstart:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-RUN = f"exec {shlex.quote(sys.executable)} -m explib.study.notebooks"
+RUN = f"exec {shlex.quote(sys.executable)} -m explib notebook"
 RUN += " {input.notebook:q} {output.notebook:q} --parameters {params.given:q}"
 
 

@@ -3,7 +3,9 @@
 Whatever needs torch or pandas is imported where it is used: --help and completion are to be quick.
 """
 
+import json
 import sys
+from pathlib import Path
 
 try:
     import click
@@ -16,7 +18,7 @@ from explib.files import resolve
 from explib.params import Params
 
 SECTIONS = {
-    "One configuration": ("score", "prune", "flops", "baseline", "finetune"),
+    "One configuration": ("score", "prune", "flops", "baseline", "finetune", "notebook"),
     "Several configurations": ("batch", "controls", "recipes"),
     "Pruned networks": ("evaluate", "verify"),
     "Results": ("tables", "report"),
@@ -45,6 +47,19 @@ def score(params):
     from explib.study import networks
 
     return networks.score_table(params, networks.load_dense(params))
+
+
+@cli.command()
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--parameters", "given", default="{}", help="as JSON, instead of the notebook's")
+@click.option("--threads", default=0, help="CPU threads; 0: all")
+@click.option("--gpu", is_flag=True, help="take one that no other job has, if there are any")
+def notebook(notebook, output, given, threads, gpu):
+    """Run NOTEBOOK through papermill into OUTPUT, its progress on stderr."""
+    from explib.study import notebooks
+
+    notebooks.run(notebook, output, json.loads(given), threads, gpu)
 
 
 @cli.command()

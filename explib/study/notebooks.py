@@ -1,10 +1,5 @@
-"""Run a notebook as the workflow does, with its progress on stderr.
+"""Run a notebook as the workflow does, with its progress on stderr."""
 
-`python -m explib.study.notebooks NOTEBOOK OUTPUT --parameters JSON`; the Snakefile starts this.
-"""
-
-import argparse
-import json
 import logging
 import os
 import sys
@@ -53,24 +48,16 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     print(f"{name}: done, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m explib.study.notebooks")
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--parameters", type=json.loads, default={}, help="as JSON")
-    parser.add_argument("--threads", help="CPU threads; all of them without it")
-    parser.add_argument("--gpu", action="store_true", help="take one, where there are any")
-    given = parser.parse_args(arguments)
+def run(
+    notebook: Path, output: Path, parameters: dict, threads: int = 0, gpu: bool = False
+) -> None:
+    """Execute on so many CPU threads (0: all), with `gpu` on one that no other job has, if any."""
     # What jsonschema would check internationalized addresses with, of which notebooks have none:
     # its grammar takes longer to build than papermill to import.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as import reads it
-    if given.threads:
-        os.environ["OMP_NUM_THREADS"] = given.threads
-    with gpus.taken(gpus.found()) if given.gpu else nullcontext() as gpu:
-        if gpu:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        execute(given.notebook, given.output, given.parameters)
-
-
-if __name__ == "__main__":
-    main()
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    with gpus.taken(gpus.found()) if gpu else nullcontext() as taken:
+        if taken:
+            os.environ["CUDA_VISIBLE_DEVICES"] = taken
+        execute(notebook, output, parameters)

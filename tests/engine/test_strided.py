@@ -177,7 +177,7 @@ def test_no_door_to_training_leads_to_torchs(way, functional, batch_size, data):
         epochs=1, batch_size=batch_size, distill=0.0, device="cpu", compile=way or "off"
     )
     chosen = {"conv": torch.rand(6, 3) < 0.5} if way == "sparse" else {}
-    forward = backend.forward_of(model, params, "cpu", 0, chosen) if way else None
+    forward = backend.choose(model, params, "cpu", 0, chosen) if way else None
     assert way is None or forward.how == WAYS[way]
     with Gradients() as noted:
         list(explib.train(model, data, params, chosen, forward=forward))
@@ -204,9 +204,9 @@ def test_networks_made_for_a_loop_of_ones_own_do_not_either(functional):
 def test_gradients_are_computed_where_the_rule_holds_and_nowhere_else():
     """A new place has to be thought of: it runs in Guard, or has no strided 1x1 conv."""
     places = {
-        "training/loop.py": 1,  # in Guard
-        "training/backend.py": 1,  # of a conv 3x3, to time it
-        "study/bench/training.py": 2,  # the plain loop, laid out as torch does, and `forward_of`
+        "training/step.py": 1,  # in Guard
+        "training/backend.py": 2,  # of a conv 3x3, and of a Backend, which is in Guard: to time them
+        "study/bench/training.py": 2,  # the plain loop, laid out as torch does, and a Backend
     }
     found = {
         str(path.relative_to(ROOT / "explib")): count

@@ -7,6 +7,7 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from explib.__main__ import cli
 from explib.study import notebooks
 
 
@@ -23,7 +24,8 @@ def counting(tmp_path):
 
 def test_each_state_of_a_bar_is_a_line_and_nothing_else_is(counting, tmp_path, capfd):
     output = tmp_path / "made" / "out.ipynb"
-    notebooks.main([str(counting), str(output), "--parameters", json.dumps({"steps": 7})])
+    words = ["notebook", counting, output, "--parameters", json.dumps({"steps": 7})]
+    cli.main([str(word) for word in words], standalone_mode=False)
     said = capfd.readouterr().err.splitlines()  # of the kernel's process, too
     assert said[0] == "out: begun" and said[-1].startswith("out: done, ")
     assert said[1:-1] == ["1 of 2", "2 of 2"]
