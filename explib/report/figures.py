@@ -15,13 +15,14 @@ from explib.pruning import scores as scoring
 from explib.rates import parse_rates
 from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
-from explib.report import inference_plots, plots, selection
+from explib.report import inference_plots, plots, selection, tables
 from explib.report.names import colour_of, criterion_name, network_name
 from explib.report.plots import _figure, _style, curves, save, sparsity
 from explib.study import networks, records
 from explib.study import published as published_figures
 
 PUBLISHED_EPOCHS = 30  # after each conv
+_PANEL = ["compress_rate", "trained"]
 
 
 @_style
@@ -163,6 +164,48 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     return figure
 
 
+@_style
+def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
+    """Mean differences to the criteria without a score, with their 95 % intervals.
+
+    A panel for each of a network's rates and epochs with pairs of at least two seeds.
+    """
+    runs = selection.compared(frame, usual)
+    if runs.empty:
+        return None
+    found = tables.differences(runs).dropna(subset="half")
+    found = found.merge(runs[["arch", *_PANEL]], left_on="run", right_index=True)
+    found = found[found["arch"] == arch]
+    if found.empty:
+        return None
+    panels = [own for _, own in found.groupby(_PANEL)]
+    heights = [len(own) + 0.6 for own in panels]
+    figure, every = _figure(6.8, 0.9 + 0.34 * sum(heights) + 0.5 * len(panels), len(panels),
+                            sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
+    for axes, own in zip(every[:, 0], panels, strict=True):
+        own = own.sort_values(["control", "mean"]).reset_index()
+        ways = [selection.way_of(runs.loc[run]) for run in own["run"]]
+        for y, (row, way) in enumerate(zip(own.to_dict("records"), ways, strict=True)):
+            hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
+            axes.errorbar(row["mean"], y, xerr=row["half"], fmt="o", capsize=3,
+                          color=colour_of(way[0]), **hollow)  # fmt: skip
+        axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
+        others = [criterion_name(control, "") for control in own["control"]]
+        labels = [
+            f"{criterion_name(*way)} − {other}" for way, other in zip(ways, others, strict=True)
+        ]
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(ylim=(-0.8, len(labels) - 0.3))
+        rates, trained = own[_PANEL].iloc[0]
+        cut = published_figures.named_rates(arch, rates)
+        axes.set_title(
+            f"{network_name(arch)}, cut {cut} %, {trained:g} epochs, n = {own['n'].max()}"
+        )
+        axes.tick_params(labelbottom=True)
+    axes.set(xlabel="difference in top-1 at the last epoch, points")
+    return figure
+
+
 def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
@@ -263,6 +306,8 @@ _SEE = {
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
     "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
+    "differences": "which intervals lie to one side of 0. They are of the seeds of one dense "
+    "network, not corrected for how many there are; the table of criteria has corrected p values.",
     "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
     "are the published runs, their best epoch on the test set.",
     "controls": "each line joins the three published cuts of a criterion. If a score knew more "
@@ -351,6 +396,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
         figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"differences-{arch}"] = differences(frame, arch, usual)
         figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
         chosen = _most_compared(frame, arch, usual).get("runs", [])
         by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]

@@ -1,7 +1,9 @@
 """Which runs belong together: seeds of one experiment, and experiments that can be compared.
 
 Of several groups of runs (equal but for their seeds) for one row and dense network tables and
-figures show the one with most epochs, then the one with most seeds. Runs that diverged, or that
+figures show the one with most epochs, then the one with most seeds. A machine, a precision or a
+version of torch makes another group: what it adds to a difference is not the seed's or the
+criterion's. Runs that diverged, or that
 used only a part of the data, are no results (of the digits, which are there to try things on, also
 a part).
 """
@@ -11,13 +13,14 @@ import pandas as pd
 from explib import registry
 from explib.params import PLACES, Params
 from explib.rates import parse_rates
-from explib.study.records import hardware
 
 SETTINGS: dict[str, object] = {"groups": 13, "keep_floor": None, "strict_rate": False}
 SETTINGS |= {"start_cov": 0, "bias_in_score": False, "resume_mask": "", "freeze_bn": False}
 """The published method's, which most runs have."""
 RECIPE = ["lr", "lr_schedule", "lr_decay_step", "batch_size", "momentum", "nesterov"]
 RECIPE += ["weight_decay", "label_smoothing", "distill", "fade_epochs", "bn_images"]
+ENVIRONMENT = ["hardware", "computed_in", "torch"]
+"""What runs that are averaged or tested against each other have in common."""
 _WHOLE = {"limit_train": 0, "limit_test": 0, "validation": 0}
 _USUAL = {**SETTINGS, **_WHOLE}
 
@@ -50,8 +53,8 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
     (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
-    weights, sparsity and nominal_sparsity are means; hardware names every machine. survivors are ""
-    where nobody chooses them, rates spelt alike. Takes finished fine-tunes; with `usual` only those
+    weights, sparsity and nominal_sparsity are means. survivors are "" where nobody chooses them,
+    rates spelt alike. Takes finished fine-tunes; with `usual` only those
     with the published method's settings, masks that follow the seed, and all the data.
     """
     chosen = finished(frame, "finetune", usual)
@@ -73,12 +76,8 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
     table = chosen[~key.duplicated()].copy()
     same = key[table.index]  # the order of `table`, in which every group stands once
-    machines = chosen["hardware"].map(hardware).groupby(key, sort=False)
-    table["hardware"] = machines.agg(lambda names: "; ".join(sorted(set(names)))).loc[same].values
     table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
-    # a seed that ran on several machines counts once, with their mean
-    once = chosen[means].astype(float).groupby([key, chosen["seed"], chosen["mask_seed"]]).mean()
-    by = once.reset_index("seed").groupby(level=0)
+    by = chosen.astype(dict.fromkeys(means, float)).groupby(key, sort=False)
     table[means] = by[means].mean().loc[same].values
     table["n"] = by.size().loc[same].values
     table["last_std"] = by["last"].std().loc[same].values
@@ -91,7 +90,7 @@ def _experiments(frame: pd.DataFrame) -> pd.Series:
     """A number for each run, equal for runs of one experiment, which differ by their seed only."""
     ignored = {*PLACES, "name", "seed", "resume"}  # where a dense network lies, not which it is
     fields = [field for field in Params.__dataclass_fields__ if field not in ignored]
-    chosen = frame[[*fields, "start"]].copy()
+    chosen = frame[[*fields, "start", *ENVIRONMENT]].copy()
     # training seeds with their masks make one group, mask seeds under one training seed another
     chosen["mask_seed"] = frame["mask_seed"] != frame["seed"]
     return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
@@ -101,8 +100,9 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
 
     What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
-    architecture and by one recipe of fine-tuning: those that most groups have. Adds others: how
-    many criteria were run at these, the group's own included.
+    architecture, by one recipe of fine-tuning and in one environment: those that most groups have,
+    of environments the one with most seeds where criteria are as many. Adds others: how many
+    criteria were run at these, the group's own included.
     """
     runs = groups(frame, usual)
     if runs.empty:
@@ -112,5 +112,8 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     alike = runs.groupby(["arch", "start", *RECIPE], sort=False, dropna=False).ngroup()
     most = alike.groupby(runs["arch"]).agg(lambda numbers: numbers.value_counts().index[0])
     runs = runs[alike == runs["arch"].map(most)]
-    runs = runs.drop_duplicates([*equal, "pruning_way", "survivors"])
+    runs = runs.drop_duplicates([*equal, *ENVIRONMENT, "pruning_way", "survivors"])
+    sizes = runs.groupby([*equal, *ENVIRONMENT])["n"].agg(["size", "sum"]).reset_index()
+    sizes = sizes.sort_values(["size", "sum"], ascending=False, kind="stable")
+    runs = runs.merge(sizes.drop_duplicates(equal)[[*equal, *ENVIRONMENT]])
     return runs.assign(others=runs.groupby(equal)["n"].transform("size"))

@@ -1,8 +1,10 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -20,7 +22,7 @@ CAPTIONS = {
     "as_published": "Ways A and B with random survivors, as published",
     "ours": "Ways A and B with the survivors of largest L1 norm",
     "overview": "Criteria at a glance: top-1 at the last epoch, of one seed where no n is given",
-    "criteria": "Criteria of comparison at the same rates; differences ± half their 95 % interval",
+    "criteria": "Criteria at the same rates; differences ± half their 95 % interval, p by Holm",
     "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
@@ -34,7 +36,7 @@ CAPTIONS = {
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
-_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hardware"]
+_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "precision", "hardware"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
@@ -108,7 +110,8 @@ def _line(run: Any, row: Any, way: str = "") -> dict:
         "epochs": f"{run['trained']:g}",
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
-        "hardware": run["hardware"],
+        "precision": run["computed_in"],
+        "hardware": hardware(run["hardware"]),
     }
 
 
@@ -131,7 +134,8 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
     By network, rates and epochs, the best one first. Differences to the criteria that know no
-    score are means over the seeds both sides have, with their 95 % interval and a paired t-test.
+    score are means over the seeds both sides have, with their 95 % interval and a paired t-test,
+    whose p values are Holm's for all tests of the table.
     """
     runs = selection.compared(frame, usual)
     if runs.empty:
@@ -139,10 +143,12 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     runs = runs.assign(rates=[published.named_rates(*pair) for pair in runs[_RATES].values])
     controlled = runs.assign(control=~runs["pruning_way"].isin(["A", "B"]))
     runs = runs[controlled.groupby([*_RATES, "trained"])["control"].transform("any")]
-    lines = []
-    for _, run in runs.sort_values(
+    runs = runs.sort_values(
         ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
-    ).iterrows():
+    )
+    against = differences(runs)
+    lines = []
+    for index, run in runs.iterrows():
         line = _line(run, None)
         first = {
             "network": line["network"],
@@ -150,9 +156,9 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "epochs": line["epochs"],
             "criterion": criterion_name(*selection.way_of(run)),
             "last epoch": line["last epoch"],
-            "against random kernels": _against(run, runs, "random"),
-            "against B's norms": _against(run, runs, "matched"),
-            "against L1 kernels": _against(run, runs, "l1"),
+            "against random kernels": _difference(against, index, "random"),
+            "against B's norms": _difference(against, index, "matched"),
+            "against L1 kernels": _difference(against, index, "l1"),
         }
         lines.append(
             first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
@@ -178,26 +184,61 @@ def overview(compared: pd.DataFrame) -> pd.DataFrame:
     return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
 
 
-def _against(run: pd.Series, runs: pd.DataFrame, way: str) -> str:
-    """Mean difference to a criterion over the seeds both have.
+CONTROLS = ("random", "matched", "l1")
+"""Criteria without a score, which the others, and the later of these, are set against."""
 
-    ± half of its 95 % interval and the p of a paired t-test, not corrected for how many there are.
+
+def differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each group of `selection.compared` against each of CONTROLS, over the seeds that both have.
+
+    Columns: run (the group's index), control, mean (points of top-1), half (of the 95 % interval,
+    NaN for one seed), p (of a paired t-test, by Holm's method over all rows), n (seeds).
     """
-    same = [*_RATES, "trained"]
-    others = runs[(runs["pruning_way"] == way) & (runs[same] == run[same]).all(axis=1)]
-    if others.empty or run["pruning_way"] == way:
-        return ""
-    other = others.iloc[0]["by_seed"]
-    seeds = sorted(set(run["by_seed"]) & set(other))
-    pairs = [[by_seed[seed] for seed in seeds] for by_seed in (run["by_seed"], other)]
-    if not seeds:
-        return ""
-    mean = sum(pairs[0]) / len(seeds) - sum(pairs[1]) / len(seeds)
-    if len(seeds) == 1:
-        return f"{mean:+.2f} (n=1)"
-    test = stats.ttest_rel(*pairs)
+    rows = []
+    for index, run in runs.iterrows():
+        way = run["pruning_way"]
+        for control in CONTROLS[: CONTROLS.index(way)] if way in CONTROLS else CONTROLS:
+            same = (runs[[*_RATES, "trained"]] == run[[*_RATES, "trained"]]).all(axis=1)
+            others = runs[(runs["pruning_way"] == control) & same]
+            if others.empty:
+                continue
+            other = others.iloc[0]["by_seed"]
+            if seeds := sorted(set(run["by_seed"]) & set(other)):
+                found = _paired([run["by_seed"][s] for s in seeds], [other[s] for s in seeds])
+                rows.append({"run": index, "control": control, **found})
+    table = pd.DataFrame(rows, columns=["run", "control", "mean", "half", "p", "n"])
+    return table.assign(p=holm(table["p"]))
+
+
+def _paired(own: list[float], other: list[float]) -> dict:
+    """Mean difference of pairs, half of its 95 % interval, p of a paired t-test, and their number.
+
+    One pair has no interval and no test: NaN.
+    """
+    mean = sum(own) / len(own) - sum(other) / len(other)
+    if len(own) == 1:
+        return {"mean": mean, "half": math.nan, "p": math.nan, "n": 1}
+    test = stats.ttest_rel(own, other)
     half = test.confidence_interval(0.95).high - mean
-    return f"{mean:+.2f} ± {half:.2f} (p = {test.pvalue:.3f}, n={len(seeds)})"
+    return {"mean": mean, "half": half, "p": float(test.pvalue), "n": len(own)}
+
+
+def holm(values: pd.Series) -> pd.Series:
+    """p values corrected for their number by Holm's method; NaN counts as no test."""
+    tests = values.dropna().sort_values()
+    steps = tests * np.arange(len(tests), 0, -1)
+    return steps.cummax().clip(upper=1).reindex(values.index)
+
+
+def _difference(against: pd.DataFrame, index: int, control: str) -> str:
+    """A cell of `differences`: the mean, half its interval, p and the number of seeds."""
+    rows = against[(against["run"] == index) & (against["control"] == control)]
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    if row["n"] == 1:
+        return f"{row['mean']:+.2f} (n=1)"
+    return f"{row['mean']:+.2f} ± {row['half']:.2f} (p = {row['p']:.3f}, n={row['n']})"
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
@@ -214,6 +255,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
         if not (changed := _changes(run)):
             continue
         same = ["arch", "start", "compress_rate", "pruning_way", "survivors", "trained"]
+        same += selection.ENVIRONMENT
         equal: Any = reference[(reference[same] == run[same]).all(axis=1)] if len(reference) else []
         equal = (
             [other for _, other in equal.iterrows() if not _changes(other)] if len(equal) else []
@@ -232,7 +274,8 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "usual setting": _spread(equal[0]) if equal else "",
                 "before fine-tuning": _before(run),
                 "epochs": f"{run['trained']:g}",
-                "hardware": run["hardware"],
+                "precision": run["computed_in"],
+                "hardware": hardware(run["hardware"]),
             }
         )
     return pd.DataFrame(lines)

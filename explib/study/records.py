@@ -190,9 +190,10 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
     Columns beside the parameters: kind, status, start (the SHA-256 of the checkpoint that it starts
     from); macs_dense, macs (multiply-adds), weights_dense, weights (counts), published_m (millions,
     the published convention); dense, before, last, best (top-1, per cent), best_epoch; sparsity,
-    nominal_sparsity (share of kernels), wall_s, images_per_s, device, hardware, history (a list),
-    trained (epochs in all, to two decimals, which `epochs` is not for a layerwise run). Of the
-    layers, most of a record, nothing.
+    nominal_sparsity (share of kernels), wall_s, images_per_s, device, hardware, computed_in (the
+    precision that `precision: auto` became), torch (its version), history (a list), trained (epochs
+    in all, to two decimals, which `epochs` is not for a layerwise run). Of the layers, most of a
+    record, nothing.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
@@ -217,6 +218,8 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
             "images_per_s": record.get("images_per_s"),
             "device": record["hardware"]["device"],
             "hardware": record["hardware"]["name"],
+            "computed_in": record["hardware"].get("precision", ""),
+            "torch": record.get("provenance", {}).get("versions", {}).get("torch", ""),
             "history": record["history"],
             "trained": round((epochs_of(record["history"]) or [0])[-1], 2),
         }

@@ -31,6 +31,19 @@ def test_what_is_compared_starts_from_one_dense_network(tmp_path):
     assert sorted(found["pruning_way"]) == ["l1", "random"]
     assert found["others"].tolist() == [2, 2]
     for way in ("random", "l1", "matched"):
-        record(tmp_path, 94.0, start="new", pruning_way=way, hardware="another")
+        record(tmp_path, 94.0, start="new", pruning_way=way)
     found = selection.compared(frame(tmp_path))
     assert set(found["start"]) == {"new"} and len(found) == 4
+
+
+def test_what_is_compared_ran_in_one_environment(tmp_path):
+    record(tmp_path, 95.0)
+    for way in ("random", "l1"):
+        record(tmp_path, 90.0, pruning_way=way, hardware="another")
+    found = selection.compared(frame(tmp_path))
+    assert sorted(found["pruning_way"]) == ["l1", "random"]
+    record(tmp_path, 95.0, pruning_way="random")
+    for seed in (0, 1):
+        record(tmp_path, 94.0, pruning_way="l1", seed=seed)
+    found = selection.compared(frame(tmp_path))  # as many criteria in both, and B
+    assert set(found["hardware"]) == {"abacus"} and len(found) == 3

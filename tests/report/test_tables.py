@@ -23,9 +23,11 @@ def record(
     trained=None,
     hardware="abacus",
     start="",
+    environment=None,
     **fields,
 ):
     """Write a made-up record of ResNet-56's 53.5 % row; returns its path."""
+    environment = {"precision": "fp32", "torch": "2.0"} | (environment or {})
     fields = {"dataset": "cifar10", "compress_rate": RATES, "name": "made-up"} | fields
     params = Params(results_dir=str(results_dir), **fields)
     entry = {
@@ -33,7 +35,9 @@ def record(
         "kind": kind,
         "status": status,
         "params": params.asdict(),
-        "hardware": {"device": "cpu", "name": hardware, "threads": 1},
+        "hardware": {
+            "device": "cpu", "name": hardware, "threads": 1, "precision": environment["precision"]
+        },
         "macs": {"dense": 125_485_696, "left": 62_742_848, "published_m": 58.272},
         "weights": {"dense": 853_018, "left": 400_000},
         "accuracy": {
@@ -48,7 +52,9 @@ def record(
         "history": [{"epoch": 1, "stage": 0, "top1": last}] * (trained or params.epochs),
         "wall_s": 1.0,
         "images_per_s": 100.0,
-        "provenance": {"checkpoint_sha256": start},
+        "provenance": {
+            "checkpoint_sha256": start, "versions": {"torch": environment["torch"]}
+        },
     }  # fmt: skip
     return records.write(entry, results_dir)
 
@@ -81,13 +87,16 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     assert row(tmp_path)["last epoch"] == "92.40 ± 0.46 (n=3)"
 
 
-def test_seeds_of_several_machines_are_one_group_and_each_counts_once(tmp_path):
+def test_seeds_of_another_machine_precision_or_torch_are_not_averaged(tmp_path):
     record(tmp_path, 92.0)
     record(tmp_path, 93.0, hardware="slide rule")
     record(tmp_path, 92.9, hardware="slide rule", seed=1)
-    # 92.5 and 92.9: deviations of 0.2, sqrt(0.04 + 0.04)
-    assert row(tmp_path)["last epoch"] == "92.70 ± 0.28 (n=2)"
-    assert row(tmp_path)["hardware"] == "abacus; slide rule"
+    # of two machines the one with more seeds: deviations of 0.05, sqrt(2 * 0.0025)
+    assert row(tmp_path)["last epoch"] == "92.95 ± 0.07 (n=2)"
+    assert row(tmp_path)["hardware"] == "slide rule"
+    for changed in ({"precision": "bf16"}, {"torch": "3.0"}):
+        record(tmp_path, 80.0, hardware="slide rule", seed=2, environment=changed)
+        assert row(tmp_path)["last epoch"] == "92.95 ± 0.07 (n=2)"
 
 
 def test_most_epochs_win_then_most_seeds(tmp_path):
@@ -266,6 +275,31 @@ class TestCriteria:
         record(tmp_path, 90.5, pruning_way="matched")
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
         assert found.loc["B, random survivors", "against B's norms"] == "+0.50 (n=1)"
+
+    def test_what_ran_elsewhere_is_not_compared(self, tmp_path):
+        record(tmp_path, 91.0)
+        record(tmp_path, 90.0, pruning_way="random", hardware="slide rule")
+        record(tmp_path, 92.0, pruning_way="l1", hardware="slide rule")
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        assert list(found.index) == ["L1 kernels", "random kernels"]
+        assert found.loc["L1 kernels", "against random kernels"] == "+2.00 (n=1)"
+        record(tmp_path, 91.5, hardware="slide rule")
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        assert found.loc["B, random survivors", "against random kernels"] == "+1.50 (n=1)"
+
+    def test_p_values_are_corrected_for_their_number(self, tmp_path):
+        # by hand: 0.01 * 3, then 0.02 * 2 and 0.5 * 1, never less than the one before
+        found = tables.holm(pd.Series([0.5, 0.01, float("nan"), 0.02]))
+        assert found.tolist()[:2] == [0.5, 0.03] and found.isna()[2] and found[3] == 0.04
+        assert tables.holm(pd.Series([0.4, 0.3])).tolist() == [0.6, 0.6]
+        for seed, scores in enumerate(((91.0, 90.0, 90.5), (93.0, 91.0, 91.5), (92.0, 89.0, 89.0))):
+            for way, score in zip(("B", "random", "l1"), scores, strict=True):
+                record(tmp_path, score, seed=seed, pruning_way=way)
+        found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
+        # 0.0742 for differences of 1, 2 and 3 (above) is the smallest of three: B against random
+        # kernels and against L1, L1 against random
+        assert "p = 0.223, n=3)" in found.loc["B, random survivors", "against random kernels"]
+        assert found.loc["random kernels", "against L1 kernels"] == ""  # the same pair
 
     def test_other_epochs_are_not_compared(self, tmp_path):
         record(tmp_path, 91.0, epochs=5)
