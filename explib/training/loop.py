@@ -244,6 +244,10 @@ class _Lines(tqdm):
             self.mininterval = 30
         return shown
 
+    def close(self):
+        self.delay = 0  # what was said before it was over needs its line's end, too
+        super().close()
+
 
 def _on_gpu(data: Data) -> bool:
     return data.train.labels.is_cuda

@@ -45,6 +45,7 @@ def train(model: nn.Module, compile: str, precision: str) -> None:
     masks = (
         explib.prune(model, torch.zeros(1, 3, SIDE, SIDE), 0.5, "B") if compile == "sparse" else {}
     )
+    explib.apply(model, masks)  # convs that are not 3x3 or 1x1 stay with torch, zeros included
     forward = backend.choose(model, params, "cpu", 0, masks)
     ((entry, _),) = explib.train(model, data, params, masks, forward=forward)
     print(f"\n{forward.how}, {precision}: loss {entry['train_loss']:.3f}", flush=True)

@@ -11,7 +11,7 @@ from explib.pruning import checkpoints, holding
 from explib.pruning import masks as masking
 from explib.pruning.checkpoints import load_compact, load_state, load_weights, save_compact
 from explib.pruning.criteria import prune
-from tests.conftest import image, make_net
+from tests.conftest import ROOT, image, make_net
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ class TestSaving:
                 load_compact(path)
 
     def test_the_shipped_files_load_as_they_did(self):
-        path = checkpoints.resolve("results/checkpoints/cifar10/resnet_56-B-71-e50.safetensors")
+        path = ROOT / "results/checkpoints/cifar10/resnet_56-B-71-e50.safetensors"
         model, found, meta = checkpoints.load_network(path)
         assert meta["arch"] == "resnet_56" and masking.held(model, found)
         assert {k: v.shape for k, v in masking.masks_of(model).items()} == {

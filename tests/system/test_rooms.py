@@ -32,10 +32,11 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "study/bench/processes.py": "study/test_bench.py",
     "study/bench/scoring.py": "study/test_bench.py",
     "study/bench/training.py": "study/test_bench.py",
+    "study/folder.py": "study/test_runs.py",
     "study/networks.py": "study/test_runs.py",
     "study/published.py": "pruning/test_counting.py",
     "study/recipes.py": "study/test_bench.py",
-    "training/backend.py": "training/test_evaluation.py",
+    "training/step.py": "training/test_loop.py",
 }
 
 

@@ -60,7 +60,13 @@ def test_so_the_notebooks(path):
 
 def test_so_the_workflow():
     text = (ROOT / "Snakefile").read_text()
-    assert not re.search(r"\b(shell|eval|exec|system|popen)\s*[:(]", text)
+    assert not re.search(r"\b(eval|exec|system|popen)\s*[:(]", text)
+    # the one command of a shell, in which every name and value is quoted
+    assert set(re.findall(r"shell:\s*(.*)", text)) == {"RUN", 'RUN + " --threads {threads} --gpu"'}
+    command = "".join(re.findall(r"^RUN \+?= (.*)$", text, re.M))
+    assert set(re.findall(r"{(.*?)}", command)) == {
+        "shlex.quote(sys.executable)", "input.notebook:q", "output.notebook:q", "params.given:q"
+    }  # fmt: skip
 
 
 def test_the_walk_sees_what_it_looks_for():
