@@ -63,7 +63,9 @@ def test_so_the_workflow():
     assert not re.search(r"\b(eval|exec|system|popen)\s*[:(]", text)
     # its one command line, whose parts are quoted
     shells = re.findall(r"shell:\n +(.*)", text)
-    assert shells and all(re.fullmatch(r'RUN( \+ " --threads {threads} --gpu")?', s) for s in shells)
+    assert shells and all(
+        re.fullmatch(r'RUN( \+ " --threads {threads} --gpu")?', s) for s in shells
+    )
     (command,) = re.findall(r"^RUN = (?:.*\n)RUN \+= (.*)$", text, re.M)
     assert all(part.endswith(":q") for part in re.findall(r"{(.*?)}", command))
 
