@@ -25,6 +25,7 @@ QUICK = {
     "batches": [8, 1],
     "densities": [0.5, 1.0],
     "dense": ["eager fp32"],  # torch would compile whole networks for minutes
+    "results_dir": str(ROOT / "results"),
     "shipped": ["resnet_56", "resnet_56-B-71-l1-e100"],
     "seconds": 0.05,
     "threads": 1,
