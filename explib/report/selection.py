@@ -101,7 +101,7 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
     What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
     architecture, by one recipe of fine-tuning and in one environment: those that most groups have,
-    of environments the one with most seeds where criteria are as many. Adds others: how many
+    of environments the one with most runs, of those with as many the one with most criteria. Adds others: how many
     criteria were run at these, the group's own included.
     """
     runs = groups(frame, usual)
@@ -114,6 +114,6 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     runs = runs[alike == runs["arch"].map(most)]
     runs = runs.drop_duplicates([*equal, *ENVIRONMENT, "pruning_way", "survivors"])
     sizes = runs.groupby([*equal, *ENVIRONMENT])["n"].agg(["size", "sum"]).reset_index()
-    sizes = sizes.sort_values(["size", "sum"], ascending=False, kind="stable")
+    sizes = sizes.sort_values(["sum", "size"], ascending=False, kind="stable")
     runs = runs.merge(sizes.drop_duplicates(equal)[[*equal, *ENVIRONMENT]])
     return runs.assign(others=runs.groupby(equal)["n"].transform("size"))

@@ -42,8 +42,10 @@ def test_what_is_compared_ran_in_one_environment(tmp_path):
         record(tmp_path, 90.0, pruning_way=way, hardware="another")
     found = selection.compared(frame(tmp_path))
     assert sorted(found["pruning_way"]) == ["l1", "random"]
-    record(tmp_path, 95.0, pruning_way="random")
     for seed in (0, 1):
         record(tmp_path, 94.0, pruning_way="l1", seed=seed)
-    found = selection.compared(frame(tmp_path))  # as many criteria in both, and B
-    assert set(found["hardware"]) == {"abacus"} and len(found) == 3
+    found = selection.compared(frame(tmp_path))  # three runs against two
+    assert set(found["hardware"]) == {"abacus"} and sorted(found["n"]) == [1, 2]
+    record(tmp_path, 90.0, hardware="another")
+    found = selection.compared(frame(tmp_path))  # as many runs, but of three criteria
+    assert set(found["hardware"]) == {"another"} and len(found) == 3
