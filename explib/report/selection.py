@@ -101,8 +101,8 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
     What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
     architecture, by one recipe of fine-tuning and in one environment: those that most groups have,
-    of environments the one with most runs, of those with as many the one with most criteria. Adds others: how many
-    criteria were run at these, the group's own included.
+    of environments the one with most runs, of those with as many the one with most criteria. Adds
+    others: how many criteria were run at these, the group's own included.
     """
     runs = groups(frame, usual)
     if runs.empty:
