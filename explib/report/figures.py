@@ -190,17 +190,16 @@ def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | 
             axes.errorbar(row["mean"], y, xerr=row["half"], fmt="o", capsize=3,
                           color=colour_of(way[0]), **hollow)  # fmt: skip
         axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
-        others = [criterion_name(control, "") for control in own["control"]]
         labels = [
-            f"{criterion_name(*way)} − {other}" for way, other in zip(ways, others, strict=True)
+            f"{criterion_name(*way)} − {criterion_name(row['control'])} (n={row['n']})"
+            for way, row in zip(ways, own.to_dict("records"), strict=True)
         ]
         axes.set_yticks(range(len(labels)), labels)
         axes.set(ylim=(-0.8, len(labels) - 0.3))
         rates, trained = own[_PANEL].iloc[0]
         cut = published_figures.named_rates(arch, rates)
-        axes.set_title(
-            f"{network_name(arch)}, cut {cut} %, {trained:g} epochs, n = {own['n'].max()}"
-        )
+        epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
+        axes.set_title(f"{network_name(arch)}, cut {cut} %, {epochs}")
         axes.tick_params(labelbottom=True)
     axes.set(xlabel="difference in top-1 at the last epoch, points")
     return figure

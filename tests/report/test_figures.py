@@ -143,3 +143,22 @@ def test_published_cuts_are_drawn_beside_the_true_ones():
     table = tables.recount().iloc[::-1]  # that of the README
     assert [f"{cut:.2f}" for cut in lines["true"]] == table["true cut %"].tolist()
     assert [f"{cut:.2f}" for cut in lines["published"]] == table["published cut %"].tolist()
+
+
+def test_differences_have_an_interval_and_their_number_of_seeds(tmp_path):
+    for seed, (ours, other) in enumerate(((91.0, 90.0), (93.0, 91.0), (92.0, 89.0))):
+        record(tmp_path, ours, seed=seed)
+        record(tmp_path, other, seed=seed, pruning_way="random")
+    record(tmp_path, 91.5, pruning_way="l1")  # one pair has no interval
+    found = records.frame(records.each(tmp_path, "cifar10"))
+    (axes,) = figures.differences(found, "resnet_56").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "B, random survivors − random kernels (n=3)"
+    ]
+    assert axes.get_title(loc="left") == "ResNet-56, cut 53.5 %, 10 epochs"
+    # 2 ± 4.3027 / sqrt(3), worked out in test_tables
+    (bar,) = axes.containers
+    assert bar.lines[0].get_xdata() == [2.0]
+    ends = bar.lines[2][0].get_segments()[0][:, 0]
+    assert [round(end, 2) for end in ends] == [-0.48, 4.48]
+    assert figures.differences(found, "vgg_16_bn") is None
