@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,19 +32,25 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     """Run a notebook in a kernel of its own; `output` is whole or absent at every moment."""
     import nbformat
     import papermill
+    from traitlets.config import Config
 
     # explib itself says which parameter is unknown: those that a notebook does not list are known
     logging.getLogger("papermill").setLevel(logging.ERROR)
     name, began = output.stem, time.monotonic()
     print(f"{name}: begun", file=sys.stderr, flush=True)
-    executed = papermill.execute_notebook(
-        notebook,
-        None,
-        parameters,
-        progress_bar=False,
-        stdout_file=Bars(),
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning at each start
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # Free ports are looked for before they are taken: kernels that start at the same moment
+        # get the same ones, and one of them dies. Sockets in a folder of its own cannot collide.
+        sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        executed = papermill.execute_notebook(
+            notebook,
+            None,
+            parameters,
+            progress_bar=False,
+            stdout_file=Bars(),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning at each start
+            config=Config({"KernelManager": sockets}),
+        )
     write_text(output, nbformat.writes(executed) + "\n")
     print(f"{name}: done, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
