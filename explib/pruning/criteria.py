@@ -86,7 +86,7 @@ def prune(
     per conv in forward order, or a dict by name. criterion: a function as this module describes, a
     registered name, or package.module:function. floor: the share of every redundant set that
     stays, by default 1 - max(rates) - 0.1. options: the criterion's own. The model is not changed;
-    `masks.hold` does that. A conv's mask depends on the seed and its place only, so that leaving
+    `holding.hold` does that. A conv's mask depends on the seed and its place only, so that leaving
     another conv out does not change it; at rate 0 it stays whole. Kernels that are zero already
     count as pruned, and first; a warning says how many.
 

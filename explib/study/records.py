@@ -23,6 +23,7 @@ import explib
 from explib.files import resolve, write_json
 from explib.params import Params, from_mapping
 from explib.registry import file_name
+from explib.training.timing import processor
 
 SCHEMA = 1
 KINDS = ("baseline", "finetune")
@@ -75,16 +76,9 @@ def _git(*words: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor as the system names it; where that says little, its instruction set too."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+    """The processor as the system names it, its cores, and the vectors that torch uses."""
+    cores, vectors = os.cpu_count(), torch.backends.cpu.get_cpu_capability()
+    return f"{processor()} ({cores} cores, {vectors})"
 
 
 def identity(record: dict) -> str:

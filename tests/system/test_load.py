@@ -1,7 +1,7 @@
 """What a study of ten thousand runs, or a network of 200 million weights, needs in memory.
 
 Each in a process of its own, whose largest resident size the system notes. Times are not tested:
-`python -m tests.test_load` prints them.
+`python -m tests.system.test_load` prints them.
 """
 
 import json
