@@ -178,7 +178,7 @@ def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: f
 
 
 def load(path: str | Path, **options) -> Compiled:
-    """A compact file of `masks.save_compact`, ready for inference; options as of `compile`.
+    """A compact file of `explib.save`, ready for inference; options as of `compile`.
 
     ValueError or FileNotFoundError, in one line, for a file that is missing, truncated, or not of
     one of the study's networks.

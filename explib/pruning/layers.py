@@ -5,7 +5,7 @@ Whatever has to see a network run takes `example_inputs`, as the network does: a
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -71,20 +71,30 @@ def run(model: nn.Module, example_inputs: Inputs) -> Any:
     does not take what it is given.
     """
     model, _ = bare(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    given = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, example_inputs)
+    given = on_device_of(model, example_inputs)
     with modes_kept(model), torch.no_grad(), _eagerly():
         model.eval()
         try:
-            if isinstance(given, dict):
-                return model(**given)
-            return model(*given) if isinstance(given, tuple) else model(given)
+            return call(model, given)
         except Exception as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"example_inputs: {type(model).__name__} does not take {described(example_inputs)} "
                 f"({why}); give a tensor, a tuple or a dict of what its forward takes"
             ) from error
+
+
+def call(network: Callable[..., Any], inputs: Inputs) -> Any:
+    """What a network returns for inputs: a tensor, a tuple or a dict, see above."""
+    if isinstance(inputs, dict):
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+
+
+def on_device_of(model: nn.Module, values: Any) -> Any:
+    """Values, nested ones too, with their tensors on the device of a model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, values)
 
 
 def _eagerly() -> AbstractContextManager:
@@ -97,7 +107,7 @@ def _eagerly() -> AbstractContextManager:
     )
 
 
-def described(example_inputs: Inputs) -> str:
+def described(example_inputs: Any) -> str:
     """Example inputs in one line: shapes for tensors, types for all else."""
     if isinstance(example_inputs, torch.Tensor):
         return str(tuple(example_inputs.shape))

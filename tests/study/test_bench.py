@@ -98,7 +98,7 @@ def test_a_run_under_torchrun_is_timed(tmp_path):
     )  # fmt: skip
     model = models.build("resnet_56", 10)
     meta = {"arch": "resnet_56", "num_classes": 10}
-    checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+    checkpoints.save(tmp_path / "dense.safetensors", model, {}, meta)
     assert processes.images_per_s(1, params) > 0
 
 

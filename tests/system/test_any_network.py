@@ -13,7 +13,7 @@ from explib import rates
 from explib.params import Params
 from explib.pruning import counting, layers
 from explib.pruning import masks as masking
-from explib.training import backend
+from explib.training import backend, loop
 from tests.conftest import image
 
 # convs, those of them that are grouped (depthwise or not), those that way A can order
@@ -90,12 +90,12 @@ def test_way_b_prunes_trains_and_saves_it(found, make_data, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         forward = backend.choose(model, params, "cpu", 16)
-        ((entry, _),) = explib.train(model, data, params, chosen, forward=forward)
+        ((entry, _),) = loop.train(model, data, params, chosen, forward=forward)
     assert masking.held(model, chosen) and entry["images_per_s"] > 0
     assert any(not torch.equal(before[k], v) for k, v in model.named_parameters())
 
-    path = explib.save_compact(tmp_path / name, model, chosen, {"arch": name, "num_classes": 10})
-    state, loaded, _ = explib.load_compact(path)
+    path = explib.save(tmp_path / name, model, chosen, {"arch": name, "num_classes": 10})
+    state, loaded, _ = explib.load(path)
     assert all(torch.equal(loaded[key], chosen[key]) for key in chosen)
     again = torchvision.models.get_model(name, weights=None, num_classes=10)
     again.load_state_dict(state)

@@ -147,7 +147,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
         taken, _ = timed(lambda: plain_evaluate(models["plain"], test_loader, device))
         seconds["evaluate", "plain"].append(taken)
         taken, _ = timed(
-            lambda: evaluation.evaluate(models["ours"], on_device, on_device.test, forward)
+            lambda: evaluation.top1(models["ours"], on_device, on_device.test, forward)
         )
         seconds["evaluate", "ours"].append(taken)
     epochs.close()
