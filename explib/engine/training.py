@@ -340,7 +340,7 @@ class Sparse(nn.Module):
         return tree_map(lambda tensor: tensor[:count], made)
 
 
-def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.Module | None:
+def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> Sparse | None:
     """A network that computes what the masked `model` does, from its surviving kernels.
 
     It shares weights and modes. example_inputs: images (N, C, H, W). Convs 3x3 padded by 1 and 1x1

@@ -146,8 +146,8 @@ def networks(
             raise ValueError(_NOT_SPARSE)
         return {"surviving kernels": network}
     fused = network.dense if network else fuse(model, example)
-    all_kernels = {"eager" if fused is model else "fused passes": fused}
-    surviving = {"surviving kernels": network} if network else {}
+    all_kernels: dict[str, Callable] = {"eager" if fused is model else "fused passes": fused}
+    surviving: dict[str, Callable] = {"surviving kernels": network} if network else {}
     likely = _pruned(model, masks) >= SPARSE_FROM
     return surviving | all_kernels if likely else all_kernels | surviving
 

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def train(
     resume: dict | None = None,
     before: int = 0,
     label: str = "",
-) -> Iterator[tuple[dict, dict]]:
+) -> Generator[tuple[dict, dict]]:
     """Train in place for params.epochs, masks held at every step; yields after every epoch.
 
     Yields (entry, state): entry is the epoch's line of history (epoch, lr, train_loss, train_top1,
@@ -307,8 +307,8 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
     steps = batches_per_epoch(data, params.batch_size)
     epochs = range(first // steps, math.ceil((first + count) / steps))
     own_steps = slice(first - epochs[0] * steps, first - epochs[0] * steps + count)
-    plans = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
-    plans = torch.cat(plans)[own_steps]
+    whole = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
+    plans = torch.cat(whole)[own_steps]
     turns, each = pieces(data, params)
     own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
     own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
