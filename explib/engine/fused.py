@@ -9,6 +9,7 @@ direction; the arithmetic is that of the plain network, up to rounding. Also, a 
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,22 @@ def track(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: i
     running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(running_var), share)
 
 
+def normalize(x, weight, bias, add, eps: float, relu: bool) -> tuple[torch.Tensor, ...]:
+    """relu(batch_norm(x) + add) with batch statistics; its mean, biased variance, 1 / deviation."""
+    mean, var = batch_moments(x)
+    invstd = (var + eps).rsqrt()
+    scale = weight * invstd
+    return affine(x, scale, bias - mean * scale, add, relu), mean, var, invstd
+
+
 class _NormAct(torch.autograd.Function):
-    """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
+    """What `normalize` returns, and its gradients by `gradients`; of one layout of activations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, add, eps, relu):
-        mean, var = batch_moments(x)
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        y = affine(x, scale, bias - mean * scale, add, relu)
+    def forward(ctx, x, weight, bias, add, eps, relu, normalize, gradients):
+        y, mean, var, invstd = normalize(x, weight, bias, add, eps, relu)
         ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -151,9 +158,21 @@ class _NormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, y, weight, mean, invstd = ctx.saved_tensors
-        adds = ctx.needs_input_grad[3]
-        dx, dadd, dweight, dbias = backward(dy, x, y, weight, mean, invstd, adds)
-        return dx, dweight, dbias, dadd, None, None
+        wants_add = ctx.needs_input_grad[3]
+        dx, dadd, dweight, dbias = ctx.gradients(dy, x, y, weight, mean, invstd, wants_add)
+        return dx, dweight, dbias, dadd, *[None] * 4
+
+
+def norm_act(
+    norm: nn.BatchNorm2d, x, add, relu: bool, values: int, passes: tuple[Callable, Callable]
+) -> torch.Tensor:
+    """relu(norm(x) + add) in training mode; updates running statistics.
+
+    values: of each channel of x. passes: `normalize` and `backward` of the layout of x.
+    """
+    y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, relu, *passes)
+    track(norm, mean, var, values)
+    return y
 
 
 def sound(norm: nn.BatchNorm2d) -> bool:
@@ -188,9 +207,8 @@ class NormAct(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         add = _like(x, add)
         if norm.training:
-            y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
-            track(norm, mean, var, x.numel() // x.shape[1])
-            return y
+            count = x.numel() // x.shape[1]
+            return norm_act(norm, x, add, self.relu, count, (normalize, backward))
         return affine(x, *scale_and_shift(norm), add, self.relu)
 
 

@@ -23,7 +23,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map
 
 from explib.engine import native
-from explib.engine.fused import NormAct, SmallConv, fuse, scale_and_shift, sound, track
+from explib.engine.fused import NormAct, SmallConv, fuse, norm_act, scale_and_shift, sound
 from explib.engine.native import pointer
 from explib.engine.strided import Strided
 from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, says_the_same
@@ -264,11 +264,12 @@ class Norm(nn.Module):
     def forward(self, x, add=None):
         norm, x, add = self.norm, x.contiguous(), _beside(x, add)
         if norm.training:
-            y, mean, var = _Norm.apply(
-                x, norm.weight, norm.bias, add, norm.eps, self.relu, self.size
+            count = x.shape[0] * x.shape[3] * self.size[0] * self.size[1]
+            passes = (
+                functools.partial(_normalize, size=self.size),
+                functools.partial(_norm_back, size=self.size),
             )
-            track(norm, mean, var, x.shape[0] * x.shape[3] * self.size[0] * self.size[1])
-            return y
+            return norm_act(norm, x, add, self.relu, count, passes)
         scale, shift = scale_and_shift(norm)
         if torch.is_grad_enabled():  # frozen statistics
             y = maps(x, self.size) * scale[:, None, None, None] + shift[:, None, None, None]
@@ -284,35 +285,29 @@ class Norm(nn.Module):
         return y
 
 
-class _Norm(torch.autograd.Function):
-    """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
+def _normalize(x, weight, bias, add, eps: float, relu: bool, *, size: Size) -> tuple:
+    """As `fused.normalize`, on planes."""
+    y, shape = torch.empty_like(x), _shape(x, size)
+    mean, var, invstd = torch.empty(3, x.shape[1], dtype=torch.float32).unbind()
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    library().training_norm(
+        *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
+        *(ctypes.c_double(eps), relu, *map(pointer, (mean, var, invstd)), *_ends(x)),
+    )  # fmt: skip
+    return y, mean, var, invstd
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, add, eps, relu, size):
-        y, shape = torch.empty_like(x), _shape(x, size)
-        mean, var, invstd = torch.empty(3, x.shape[1], dtype=torch.float32).unbind()
-        weight, bias = weight.float().contiguous(), bias.float().contiguous()
-        library().training_norm(
-            *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
-            *(ctypes.c_double(eps), relu, *map(pointer, (mean, var, invstd)), *_ends(x)),
-        )  # fmt: skip
-        ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
-        ctx.size = size
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
-        x, y, weight, mean, invstd = ctx.saved_tensors
-        dy, dx = _beside(x, dy), torch.empty_like(x)
-        dadd = torch.empty_like(x) if ctx.needs_input_grad[3] else None
-        dweight, dbias = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
-        library().training_norm_back(
-            *map(pointer, (dy, x, y, dx, dadd)), _shape(x, ctx.size),
-            *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
-        )  # fmt: skip
-        return dx, dweight, dbias, dadd, None, None, None
+def _norm_back(dy, x, y, weight, mean, invstd, wants_add: bool, *, size: Size) -> tuple:
+    """As `fused.backward`, on planes."""
+    dy, dx = _beside(x, dy), torch.empty_like(x)
+    dadd = torch.empty_like(x) if wants_add else None
+    dweight, dbias = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
+    weight = weight.float().contiguous()
+    library().training_norm_back(
+        *map(pointer, (dy, x, y, dx, dadd)), _shape(x, size),
+        *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
+    )  # fmt: skip
+    return dx, dadd, dweight, dbias
 
 
 class Sparse(nn.Module):
