@@ -22,7 +22,8 @@ struct ConvBlock {
     const T* in;
     const T* other;  // added to the outputs, or null
     T* out;
-    int filters, height, width, out_height, out_width, kernel, stride, pad, relu;
+    int first, last;  // the filters to compute
+    int height, width, out_height, out_width, kernel, stride, pad, relu;
     const int32_t* weight;
     const float* bias;
     const int32_t *start, *index;
@@ -67,7 +68,7 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const bool first_col = left >= 0, last_col = left + IW <= a.width;
     const int64_t plane = block_plane(a.height, a.width);
     const int64_t origin = int64_t(top) * a.width + left;
-    for (int f = 0; f < a.filters; ++f) {
+    for (int f = a.first; f < a.last; ++f) {
         V acc[SETS][TH][TW] = {};
         start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
@@ -112,7 +113,7 @@ template <class T, int TH, int TW>
 void conv_tile_any(const ConvBlock<T> a, int y, int x) {
     USE_TYPES;
     const int K = a.kernel;
-    for (int f = 0; f < a.filters; ++f) {
+    for (int f = a.first; f < a.last; ++f) {
         V acc[TH][TW];
         start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc);
         for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
@@ -138,43 +139,52 @@ void conv_tile_any(const ConvBlock<T> a, int y, int x) {
     }
 }
 
-// The last tile of a row or column ends with it and may overlap the one before
+// The tiles of one of `parts` threads. The last one of a row or column ends with it and may overlap
+// the one before, of the same thread: where the outputs are also the residual it must not
 template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>, int, int)>
-void tiles(const ConvBlock<T>& a) {
-    for (int y = 0; y < a.out_height; y += TH)
+void tiles(const ConvBlock<T>& a, int part, int parts) {
+    const int rows = (a.out_height + TH - 1) / TH;
+    for (int r = (int)split(rows, part, parts); r < (int)split(rows, part + 1, parts); ++r)
         for (int x = 0; x < a.out_width; x += TW)
-            TILE(a, std::min(y, a.out_height - TH), std::min(x, a.out_width - TW));
+            TILE(a, std::min(r * TH, a.out_height - TH), std::min(x, a.out_width - TW));
 }
 
 template <class T, int TH, int TW>
-void conv_sized(const ConvBlock<T>& a) {
+void conv_sized(const ConvBlock<T>& a, int part, int parts) {
     const bool same = a.pad == a.kernel / 2;
     if (same && a.kernel == 3 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a);
+        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
     if (same && a.kernel == 3 && a.stride == 2)
-        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a);
+        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
     if (same && a.kernel == 1 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a);
-    tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a);
+        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a, part, parts);
+    tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a, part, parts);
 }
 
+// Threads share the rows of tiles where there are many, else the filters
 template <class T>
-void conv_block(const ConvBlock<T>& a) {
+void conv_block(ConvBlock<T> a, const int32_t* share, int part, int parts) {
+    if (a.out_height < 4 * TILE_H * parts) {
+        if (parts > 1) a.first = share[part], a.last = share[part + 1];
+        part = 0, parts = 1;
+    }
     const int side = std::min(a.out_height, a.out_width);
-    if (side >= 4) return conv_sized<T, TILE_H, TILE_W>(a);
-    if (side >= 2) return conv_sized<T, 2, 2>(a);
-    conv_sized<T, 1, 1>(a);
+    if (side >= 4) return conv_sized<T, TILE_H, TILE_W>(a, part, parts);
+    if (side >= 2) return conv_sized<T, 2, 2>(a, part, parts);
+    conv_sized<T, 1, 1>(a, part, parts);
 }
 
 // scores: where the result goes, unrounded, if the network ends here; (live images, features)
 template <class T>
 void linear_block(const T* in, T* out, const Op& op, int channels, int features, float* scores,
-                  int live) {
+                  int live, int part, int parts) {
     USE_TYPES;
     constexpr int GROUP = 8;
     using Scalar = typename Types<T>::Scalar;
     const Scalar* weight = (const Scalar*)op.weight;
-    for (int f = 0; f < features; f += GROUP) {
+    const int groups = (features + GROUP - 1) / GROUP;
+    const int last = (int)split(groups, part + 1, parts) * GROUP;
+    for (int f = (int)split(groups, part, parts) * GROUP; f < last; f += GROUP) {
         V acc[GROUP];
         const Scalar* rows[GROUP];
         for (int g = 0; g < GROUP; ++g) {
@@ -195,7 +205,8 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
     }
 }
 
-// The whole network on one block at a time; each worker has memory of its own
+// The whole network on one block at a time; each worker has memory of its own, on which one thread
+// or, where there are fewer blocks than threads, all of them work
 template <class T>
 class Blocks {
     using V = typename Types<T>::V;
@@ -224,37 +235,44 @@ class Blocks {
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
     }
 
-    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block) {
+    // One of `parts` threads that run this at once on the same worker's memory
+    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block,
+             int part, int parts, Barrier& barrier) {
         T* memory = (T*)memories[worker]->data;
         const int64_t first = block * LANES;
         const int live = (int)std::min<int64_t>(LANES, images - first);
-        for (const Op& op : plan.ops) run_op(op, memory, in, out, first, live);
+        for (const Op& op : plan.ops) {
+            run_op(op, memory, in, out, first, live, part, parts);
+            barrier.wait(parts);
+        }
     }
 
   private:
     void run_op(const Op& op, T* memory, const float* const* ins, float* const* outs, int64_t first,
-                int live) {
+                int live, int part, int parts) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
         if (op.kind == CONV) {
             constexpr bool pairs = Source<T>::channels == 2;
-            return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out,
+            return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out, 0,
                                   o.channels, a.height, a.width, o.height, o.width, op.kernel,
                                   op.stride, op.pad, op.relu,
                                   (const int32_t*)(pairs ? op.pair_weight : op.weight), op.bias,
                                   pairs ? op.pair_start : op.start,
-                                  pairs ? op.pair_index : op.index});
+                                  pairs ? op.pair_index : op.index},
+                                 op.share, part, parts);
         }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;
-            return linear_block<T>(in, out, op, a.channels, o.channels, scores, live);
+            return linear_block<T>(in, out, op, a.channels, o.channels, scores, live, part, parts);
         }
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
         const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
-        for (int c = 0; c < channels; ++c) {
+        const int last = (int)split(channels, part + 1, parts);
+        for (int c = (int)split(channels, part, parts); c < last; ++c) {
             const T* x = in + c * from * LANES;
             T* y = out + c * to * LANES;
             switch (op.kind) {

@@ -43,8 +43,9 @@ void conv(const T* in, T* out, const Planes& a, const Planes& o, int kernel, int
         const int f0 = (int)split(o.channels, part, groups);
         const int f1 = (int)split(o.channels, part + 1, groups);
         conv_block<T>({in + b * from, nullptr, out + (int64_t(b) * o.channels + f0) * plane,
-                       f1 - f0, a.height, a.width, o.height, o.width, kernel, stride, kernel / 2,
-                       0, weight, bias + f0, start + f0, index});
+                       0, f1 - f0, a.height, a.width, o.height, o.width, kernel, stride,
+                       kernel / 2, 0, weight, bias + f0, start + f0, index},
+                      nullptr, 0, 1);
     }
 }
 
