@@ -1,12 +1,13 @@
 """Ops in, a native network out: which memory each value has, and the kernels that survive."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from explib.engine.build import TYPES, library
+from explib.engine.build import TYPES, chunk, library
 from explib.engine.graph import Op
 
 KINDS = (
@@ -269,16 +270,47 @@ class Network:
         counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
         starts = np.concatenate([[0], counts.cumsum()])
         flat = weight.reshape(filters, channels, -1)
-        pairs = _pairs(flat, keep) if self.dtype == torch.bfloat16 else {}
-        return pairs | {
+        lists = {"share": share.astype(np.int32)}
+        if self.dtype == torch.bfloat16:
+            size = chunk(self._library, self.dtype, True) if flat.shape[2] == 1 else channels
+            lists |= _by_chunk(_pairs, flat, keep, size)
+        if flat.shape[2] == 1:
+            lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
+            return lists | {"weight": self._words(lists["weight"])}
+        return lists | {
             "weight": self._words(flat[f, c]),
             "start": total.astype(np.int32),
             "index": c.astype(np.int32),
             "weight_by_channel": self._words(flat[f, c][order]),
             "start_by_channel": starts.astype(np.int32),
             "index_by_channel": f[order].astype(np.int32),
-            "share": share.astype(np.int32),
         }
+
+
+def _by_chunk(
+    lists: Callable[[np.ndarray, np.ndarray], dict], weight: np.ndarray, keep: np.ndarray, size: int
+) -> dict[str, np.ndarray]:
+    """The lists of `size` channels after those of the `size` channels before, as one."""
+    parts = [
+        lists(weight[:, first : first + size], keep[:, first : first + size])
+        for first in range(0, weight.shape[1], size)
+    ]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name in joined:
+        if name.endswith("start"):
+            counts = [np.diff(part[name]) for part in parts]
+            joined[name] = np.concatenate([[0], np.concatenate(counts).cumsum()]).astype(np.int32)
+    return joined
+
+
+def _singles(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """The kernels of `keep` by filter, of weight (F, C, taps)."""
+    f, c = keep.nonzero()
+    return {
+        "weight": weight[f, c],
+        "start": np.concatenate([[0], keep.sum(1).cumsum()]).astype(np.int32),
+        "index": c.astype(np.int32),
+    }
 
 
 def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:

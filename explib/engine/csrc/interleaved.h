@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "plan.h"
+#include "pointwise.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -156,8 +157,6 @@ void conv_sized(const ConvBlock<T>& a, int part, int parts) {
         return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
     if (same && a.kernel == 3 && a.stride == 2)
         return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
-    if (same && a.kernel == 1 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a, part, parts);
     tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a, part, parts);
 }
 
@@ -205,6 +204,44 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
     }
 }
 
+// A 1x1 conv. Threads share the pixels where there are many, else the filters
+template <class T>
+void point_block(const ConvBlock<T>& a, int channels, const int32_t* share,
+                 const PointScratch& scratch, int part, int parts) {
+    USE_TYPES;
+    const int64_t plane = block_plane(a.height, a.width) * LANES;
+    Points<T> points_of = {.in = a.in, .other = a.other, .out = a.out,
+                           .out_plane = block_plane(a.out_height, a.out_width) * LANES,
+                           .channels = channels, .filters = a.last, .first = a.first,
+                           .last = a.last, .relu = bool(a.relu), .weight = a.weight,
+                           .bias = a.bias, .start = a.start, .index = a.index};
+    points_of.use(scratch);
+    const int pixels = a.out_height * a.out_width;
+    if (parts > 1 && pixels < 8 * POINTS * parts) {
+        points_of.first = share[part], points_of.last = share[part + 1];
+        part = 0, parts = 1;
+    }
+    points(points_of, (int)split(pixels, part, parts), (int)split(pixels, part + 1, parts),
+           [&](int first, int count) {
+               return [=, &a](int channel, int n, T* tile) {
+                   const T* from = a.in + channel * plane;
+                   for (int c = 0; c < n; ++c, from += plane, tile += count * LANES) {
+                       if (a.stride == 1) {
+                           std::memcpy(tile, from + int64_t(first) * LANES,
+                                       count * LANES * sizeof(T));
+                           continue;
+                       }
+                       int y = first / a.out_width, x = first % a.out_width;
+                       for (int i = 0; i < count; ++i) {
+                           const int64_t at = (int64_t(y) * a.width + x) * a.stride;
+                           std::memcpy(tile + i * LANES, from + at * LANES, LANES * sizeof(T));
+                           if (++x == a.out_width) x = 0, ++y;
+                       }
+                   }
+               };
+           });
+}
+
 // The whole network on one block at a time; each worker has memory of its own, on which one thread
 // or, where there are fewer blocks than threads, all of them work
 template <class T>
@@ -216,6 +253,7 @@ class Blocks {
     std::vector<int64_t> starts;  // of the slots, in scalars
     int64_t size = 0;
     std::vector<std::unique_ptr<Memory>> memories;
+    std::vector<std::unique_ptr<PointScratch>> scratch;
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
@@ -223,7 +261,8 @@ class Blocks {
     }
 
   public:
-    explicit Blocks(const Plan& plan) : plan(plan), memories(plan.threads) {
+    explicit Blocks(const Plan& plan)
+        : plan(plan), memories(plan.threads), scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             size += s.channels * block_plane(s.height, s.width) * LANES;
@@ -233,6 +272,7 @@ class Blocks {
     void prepare() {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
+        PointScratch::prepare(scratch);
     }
 
     // One of `parts` threads that run this at once on the same worker's memory
@@ -242,27 +282,30 @@ class Blocks {
         const int64_t first = block * LANES;
         const int live = (int)std::min<int64_t>(LANES, images - first);
         for (const Op& op : plan.ops) {
-            run_op(op, memory, in, out, first, live, part, parts);
+            run_op(op, worker, memory, in, out, first, live, part, parts);
             barrier.wait(parts);
         }
     }
 
   private:
-    void run_op(const Op& op, T* memory, const float* const* ins, float* const* outs, int64_t first,
-                int live, int part, int parts) {
+    void run_op(const Op& op, int worker, T* memory, const float* const* ins, float* const* outs,
+                int64_t first, int live, int part, int parts) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
         if (op.kind == CONV) {
             constexpr bool pairs = Source<T>::channels == 2;
-            return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out, 0,
-                                  o.channels, a.height, a.width, o.height, o.width, op.kernel,
-                                  op.stride, op.pad, op.relu,
-                                  (const int32_t*)(pairs ? op.pair_weight : op.weight), op.bias,
-                                  pairs ? op.pair_start : op.start,
-                                  pairs ? op.pair_index : op.index},
-                                 op.share, part, parts);
+            const ConvBlock<T> conv = {in, op.other >= 0 ? data(memory, op.other) : nullptr, out, 0,
+                                       o.channels, a.height, a.width, o.height, o.width, op.kernel,
+                                       op.stride, op.pad, op.relu,
+                                       (const int32_t*)(pairs ? op.pair_weight : op.weight),
+                                       op.bias, pairs ? op.pair_start : op.start,
+                                       pairs ? op.pair_index : op.index};
+            if (op.kernel == 1)
+                return point_block<T>(conv, a.channels, op.share,
+                                      *scratch[parts == 1 ? worker : part], part, parts);
+            return conv_block<T>(conv, op.share, part, parts);
         }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;

@@ -93,6 +93,11 @@ void run_part(void* argument, int worker) {
 extern "C" {
 
 int explib_vector_bytes() { return VECTOR_BYTES; }
+// Channels of a chunk of a 1x1 conv whose kernels are in `weight`, or in `pair_weight`
+int explib_chunk(int type, int pairs) {
+    if (type == FLOAT16) return chunk<float>() * 2;
+    return chunk<float>() * (pairs ? 2 : 1);
+}
 int explib_computes(int type) {
     return type == FLOAT32 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
 }

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "plan.h"
+#include "pointwise.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -78,6 +79,7 @@ class Images {
     std::vector<int64_t> starts;  // of the slots, in scalars
     int64_t size = 0, scratch_size = 0;
     std::vector<std::unique_ptr<Memory>> memories, scratch;
+    std::vector<std::unique_ptr<PointScratch>> point_scratch;
     // of the pixels of a body: 1 inside the image, 0 between its rows
     std::map<std::pair<int, int>, std::unique_ptr<Memory>> inside;
 
@@ -93,7 +95,8 @@ class Images {
     }
 
   public:
-    explicit Images(const Plan& plan) : plan(plan), memories(plan.threads), scratch(plan.threads) {
+    explicit Images(const Plan& plan)
+        : plan(plan), memories(plan.threads), scratch(plan.threads), point_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             // two margins more: before the first plane, and for loads that begin near the end
@@ -123,6 +126,7 @@ class Images {
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         for (auto& memory : scratch)
             if (!memory) memory = std::make_unique<Memory>(scratch_size * sizeof(T));
+        PointScratch::prepare(point_scratch);
     }
 
     // One of `parts` threads that run this at once on the same worker's memory
@@ -131,7 +135,7 @@ class Images {
         T* memory = (T*)memories[worker]->data;
         T* extra = (T*)scratch[worker]->data;
         for (const Op& op : plan.ops) {
-            run_op(op, memory, extra, in, out, image, part, parts, barrier);
+            run_op(op, worker, memory, extra, in, out, image, part, parts, barrier);
             barrier.wait(parts);
         }
     }
@@ -160,12 +164,15 @@ class Images {
         }
     }
 
-    void run_op(const Op& op, T* memory, T* extra, const float* const* ins, float* const* outs,
+    void run_op(const Op& op, int worker, T* memory, T* extra, const float* const* ins, float* const* outs,
                 int64_t image, int part, int parts, Barrier& barrier) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
+        if (op.kind == CONV && op.kernel == 1)
+            return pointwise(op, a, o, memory, *point_scratch[parts == 1 ? worker : part], part,
+                             parts);
         if (op.kind == CONV) return conv(op, a, o, memory, extra, part, parts, barrier);
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + image * o.channels : nullptr;
@@ -247,6 +254,48 @@ class Images {
             else
                 out[f * to] = T(sum);
         }
+    }
+
+    // A 1x1 conv. Threads share the plane where it is large, else the filters
+    void pointwise(const Op& op, const Tensor& a, const Tensor& o, T* memory,
+                   const PointScratch& own, int part, int parts) {
+        const int S = op.stride, wide = pitch(a.width), wide_out = pitch(o.width);
+        const int64_t from = plane(a.height, a.width);
+        const T* in = data(memory, op.in);
+        Points<T> conv = {.in = in,
+                          .other = op.other >= 0 ? data(memory, op.other) : nullptr,
+                          .out = data(memory, op.out),
+                          .out_plane = plane(o.height, o.width),
+                          .channels = a.channels, .filters = o.channels, .first = 0,
+                          .last = o.channels, .relu = bool(op.relu),
+                          .weight = (const int32_t*)op.weight, .bias = op.bias,
+                          .start = op.start, .index = op.index,
+                          .inside = (const V*)inside.at({o.height, o.width})->data};
+        conv.use(own);
+        const int vectors = body(o.height, o.width) / LANES;
+        if (parts > 1 && vectors < 10 * parts) {
+            conv.first = op.share[part], conv.last = op.share[part + 1];
+            part = 0, parts = 1;
+        }
+        points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
+               [&](int first, int count) {
+                   return [=, &a](int channel, int n, T* tile) {
+                       const T* x = in + channel * from;
+                       for (int c = 0; c < n; ++c, x += from, tile += count * LANES) {
+                           if (S == 1) {
+                               std::memcpy(tile, x + first * LANES, count * LANES * sizeof(T));
+                               continue;
+                           }
+                           int r = first * LANES / wide_out, q = first * LANES % wide_out;
+                           for (int i = 0; i < count * LANES; ++i) {
+                               // pixels between the rows and below the last: whatever is there
+                               tile[i] = r * S < a.height && q * S < a.width
+                                             ? x[r * S * wide + q * S] : T(0);
+                               if (++q == wide_out) q = 0, ++r;
+                           }
+                       }
+                   };
+               });
     }
 
     void conv(const Op& op, const Tensor& a, const Tensor& o, T* memory, T* extra, int part,
