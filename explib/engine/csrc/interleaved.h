@@ -4,6 +4,8 @@
 #include <cstring>
 #include <memory>
 
+#include "general.h"
+#include "ops.h"
 #include "plan.h"
 #include "pointwise.h"
 #include "threads.h"
@@ -24,9 +26,9 @@ struct ConvBlock {
     const T* other;  // added to the outputs, or null
     T* out;
     int first, last;  // the filters to compute
-    int height, width, out_height, out_width, kernel, stride, pad, relu;
+    int height, width, out_height, out_width;
+    const Op& op;
     const int32_t* weight;
-    const float* bias;
     const int32_t *start, *index;
 };
 
@@ -49,14 +51,11 @@ FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
     };
     if (a.other)
         each([&](V& sum, int64_t row, int at) FORCED { sum += load(a.other + row + at); });
-    if (a.relu)
-        each([&](V& sum, int64_t row, int at)
-                 FORCED { store(a.out + row + at, rectified(sum)); });
-    else
-        each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
+    repeat<TH>([&](auto r) FORCED { activate<TW>(a.op, f, acc[r]); });
+    each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
 }
 
-// One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are
+// One tile of every filter; K is 3 and the padding K / 2. The input pixels of a tile are
 // loaded once per kernel and go to all outputs they belong to; those outside the image are left
 // out.
 template <class T, int K, int S, int TH, int TW>
@@ -71,7 +70,7 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const int64_t origin = int64_t(top) * a.width + left;
     for (int f = a.first; f < a.last; ++f) {
         V acc[SETS][TH][TW] = {};
-        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc[0]);
+        start_from(splat(typename Types<T>::Scalar(a.op.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
             const Source<T> source(a.in, a.index + k * Source<T>::channels, plane * LANES);
@@ -109,37 +108,6 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     }
 }
 
-// Any kernel, stride and padding: the same tile with its borders tested pixel by pixel
-template <class T, int TH, int TW>
-void conv_tile_any(const ConvBlock<T> a, int y, int x) {
-    USE_TYPES;
-    const int K = a.kernel;
-    for (int f = a.first; f < a.last; ++f) {
-        V acc[TH][TW];
-        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc);
-        for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
-            const Source<T> source(a.in, a.index + k * Source<T>::channels,
-                                   block_plane(a.height, a.width) * LANES);
-            for (int tap = 0; tap < K * K; ++tap) {
-                const int32_t* w = a.weight + int64_t(k) * K * K + tap;
-                const int top = y * a.stride - a.pad + tap / K,
-                          left = x * a.stride - a.pad + tap % K;
-                repeat<TH>([&](auto r) FORCED {
-                    const int row = top + r * a.stride;
-                    if (row < 0 || row >= a.height) return;
-                    repeat<TW>([&](auto c) FORCED {
-                        const int col = left + c * a.stride;
-                        if (col >= 0 && col < a.width)
-                            acc[r][c] = add_product<T>(
-                                acc[r][c], source[(int64_t(row) * a.width + col) * LANES], w);
-                    });
-                });
-            }
-        }
-        finish<T, TH, TW>(a, f, y, x, acc);
-    }
-}
-
 // The tiles of one of `parts` threads. The last one of a row or column ends with it and may overlap
 // the one before, of the same thread: where the outputs are also the residual it must not
 template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>, int, int)>
@@ -152,12 +120,10 @@ void tiles(const ConvBlock<T>& a, int part, int parts) {
 
 template <class T, int TH, int TW>
 void conv_sized(const ConvBlock<T>& a, int part, int parts) {
-    const bool same = a.pad == a.kernel / 2;
-    if (same && a.kernel == 3 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
-    if (same && a.kernel == 3 && a.stride == 2)
-        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
-    tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a, part, parts);
+    if (a.op.rows.stride == 1)
+        tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
+    else
+        tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
 }
 
 // Threads share the rows of tiles where there are many, else the filters
@@ -196,7 +162,8 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
             repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
         }
         for (int g = 0; g < GROUP && f + g < features; ++g) {
-            const V value = op.relu ? rectified(acc[g]) : acc[g];
+            V value = acc[g];
+            activate<1>(op, f + g, &value);
             if (!scores) store(out + int64_t(f + g) * LANES, value);
             for (int lane = 0; scores && lane < live; ++lane)
                 scores[int64_t(lane) * features + f + g] = float(value[lane]);
@@ -213,8 +180,8 @@ void point_block(const ConvBlock<T>& a, int channels, const int32_t* share,
     Points<T> points_of = {.in = a.in, .other = a.other, .out = a.out,
                            .out_plane = block_plane(a.out_height, a.out_width) * LANES,
                            .channels = channels, .filters = a.last, .first = a.first,
-                           .last = a.last, .relu = bool(a.relu), .weight = a.weight,
-                           .bias = a.bias, .start = a.start, .index = a.index};
+                           .last = a.last, .op = &a.op, .weight = a.weight,
+                           .start = a.start, .index = a.index};
     points_of.use(scratch);
     const int pixels = a.out_height * a.out_width;
     if (parts > 1 && pixels < 8 * POINTS * parts) {
@@ -226,14 +193,14 @@ void point_block(const ConvBlock<T>& a, int channels, const int32_t* share,
                return [=, &a](int channel, int n, T* tile) {
                    const T* from = a.in + channel * plane;
                    for (int c = 0; c < n; ++c, from += plane, tile += count * LANES) {
-                       if (a.stride == 1) {
+                       if (a.op.rows.stride == 1) {
                            std::memcpy(tile, from + int64_t(first) * LANES,
                                        count * LANES * sizeof(T));
                            continue;
                        }
                        int y = first / a.out_width, x = first % a.out_width;
                        for (int i = 0; i < count; ++i) {
-                           const int64_t at = (int64_t(y) * a.width + x) * a.stride;
+                           const int64_t at = (int64_t(y) * a.width + x) * a.op.rows.stride;
                            std::memcpy(tile + i * LANES, from + at * LANES, LANES * sizeof(T));
                            if (++x == a.out_width) x = 0, ++y;
                        }
@@ -294,15 +261,19 @@ class Blocks {
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
+        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         if (op.kind == CONV) {
+            const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
+            if (!is_plain(op, a, o) || (op.rows.kernel == 3 && op.rows.stride > 2))
+                return general_block<T>({op, a, o, in, other, out, from * LANES, to * LANES}, part,
+                                        parts);
             constexpr bool pairs = Source<T>::channels == 2;
-            const ConvBlock<T> conv = {in, op.other >= 0 ? data(memory, op.other) : nullptr, out, 0,
-                                       o.channels, a.height, a.width, o.height, o.width, op.kernel,
-                                       op.stride, op.pad, op.relu,
+            const ConvBlock<T> conv = {in, other, out, 0, o.channels, a.height, a.width, o.height,
+                                       o.width, op,
                                        (const int32_t*)(pairs ? op.pair_weight : op.weight),
-                                       op.bias, pairs ? op.pair_start : op.start,
+                                       pairs ? op.pair_start : op.start,
                                        pairs ? op.pair_index : op.index};
-            if (op.kernel == 1)
+            if (op.rows.kernel == 1)
                 return point_block<T>(conv, a.channels, op.share,
                                       *scratch[parts == 1 ? worker : part], part, parts);
             return conv_block<T>(conv, op.share, part, parts);
@@ -311,9 +282,12 @@ class Blocks {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;
             return linear_block<T>(in, out, op, a.channels, o.channels, scores, live, part, parts);
         }
-        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
-        const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
+        if (op.kind == LAYERNORM)
+            return layernorm<T>(op, in, out, from * LANES, a.channels, nullptr,
+                                split(pixels, part, parts), split(pixels, part + 1, parts));
+        const BlockPixels<T> layout{a.width, o.width};
+        const int channels = op.kind == FLATTEN ? a.channels : o.channels;
         const int last = (int)split(channels, part + 1, parts);
         for (int c = (int)split(channels, part, parts); c < last; ++c) {
             const T* x = in + c * from * LANES;
@@ -337,50 +311,59 @@ class Blocks {
                     break;
                 case MAXPOOL:
                 case AVGPOOL:
-                    for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q, y += LANES) {
-                            const auto [r0, r1] = window(op, r, a.height);
-                            const auto [c0, c1] = window(op, q, a.width);
-                            const bool most = op.kind == MAXPOOL;
-                            V value = most ? load(x + (r0 * a.width + c0) * LANES) : V{};
-                            for (int i = r0; i < r1; ++i)
-                                for (int j = c0; j < c1; ++j) {
-                                    const V pixel = load(x + (i * a.width + j) * LANES);
-                                    value = most ? larger(value, pixel) : value + pixel;
-                                }
-                            const Scalar scale(pool_scale(op, r1 - r0, c1 - c0));
-                            store(y, most ? value : value * scale);
-                        }
+                    pool_plane(op, a, o, x, y);
                     break;
-                case SUBSAMPLE: {
-                    const int source = c - op.before;
-                    const bool padded = source < 0 || source >= a.channels;
-                    x = in + source * from * LANES;
-                    for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q, y += LANES) {
-                            const int64_t at = (r * a.width + q) * op.stride * LANES;
-                            store(y, padded ? V{} : load(x + at));
-                        }
+                case SELECT: {
+                    const int source = op.index[c];
+                    select_plane(op, layout, o, source < 0 ? nullptr : in + source * from * LANES,
+                                 y);
                     break;
                 }
-                case ADD:
-                case RELU: {
-                    const T* z =
-                        op.kind == ADD ? data(memory, op.other) + c * from * LANES : nullptr;
-                    for (int64_t i = 0; i < int64_t(pixels) * LANES; i += LANES) {
-                        const V value = z ? load(x + i) + load(z + i) : load(x + i);
-                        store(y + i, op.relu ? rectified(value) : value);
+                case BILINEAR:
+                    bilinear_plane(op, layout, a, o, x, y);
+                    break;
+                default: {
+                    const T* z = nullptr;
+                    V point = {};
+                    if (op.other >= 0) {
+                        const Tensor& b = plan.tensors[op.other];
+                        z = data(memory, op.other) +
+                            (b.channels == 1 ? 0 : c) * block_plane(b.height, b.width) * LANES;
+                        if (b.height * b.width < pixels) point = load(z), z = nullptr;
                     }
+                    elementwise(op, c, x, z, point, y, (const V*)nullptr, pixels);
                     break;
                 }
-                case COPY:
-                    std::memcpy(y, x, pixels * LANES * sizeof(T));
-                    break;
                 case FLATTEN:
                     std::memcpy(out + int64_t(c) * pixels * LANES, x, pixels * LANES * sizeof(T));
                     break;
             }
         }
+    }
+
+    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y) const {
+        using Wide = decltype(widened(V{}));
+        const int32_t *rows = op.index, *columns = rows + 2 * o.height;
+        if (op.kind == AVGPOOL && is_whole(op, a, o))
+            return store(y, narrowed<V>(plane_sum(x, a.height * a.width) * op.bias[0] * op.bias[1]));
+        for (int r = 0; r < o.height; ++r)
+            for (int q = 0; q < o.width; ++q, y += LANES) {
+                const int r0 = rows[2 * r], r1 = rows[2 * r + 1];
+                const int c0 = columns[2 * q], c1 = columns[2 * q + 1];
+                if (op.kind == MAXPOOL) {
+                    V most = load(x + (r0 * a.width + c0) * LANES);
+                    for (int i = r0; i < r1; i += op.rows.dilation)
+                        for (int j = c0; j < c1; j += op.columns.dilation)
+                            most = larger(most, load(x + (i * a.width + j) * LANES));
+                    store(y, most);
+                } else {
+                    Wide sum = {};
+                    for (int i = r0; i < r1; ++i)
+                        for (int j = c0; j < c1; ++j)
+                            sum += widened(load(x + (i * a.width + j) * LANES));
+                    store(y, narrowed<V>(sum * op.bias[r] * op.bias[o.height + q]));
+                }
+            }
     }
 };
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "act.h"
 #include "plan.h"
 #include "threads.h"
 #include "vectors.h"
@@ -43,9 +44,8 @@ struct Points {
     T* out;
     int64_t in_plane, out_plane;  // scalars from a channel to the next
     int channels, filters, first, last;  // of the filters those to compute
-    bool relu;
+    const Op* op;
     const int32_t* weight;
-    const float* bias;
     const int32_t *start, *index;  // by chunk, and in that by filter; the channel in the chunk
     const V* inside;               // of the plane: zero where the output is, or null
     T* tile;
@@ -65,7 +65,7 @@ FORCED inline void point_finish(const Points<T>& a, typename Types<T>::V (&acc)[
     const int64_t row = f * a.out_plane + at;
     if (a.other)
         repeat<N>([&](auto n) FORCED { acc[n] += load(a.other + row + n * LANES); });
-    if (a.relu) repeat<N>([&](auto n) FORCED { acc[n] = rectified(acc[n]); });
+    activate<N>(*a.op, f, acc);
     if (a.inside) {
         const V* inside = a.inside + at / LANES;
         repeat<N>([&](auto n) FORCED { acc[n] = inside[n] == V{} ? V{} : acc[n]; });
@@ -89,7 +89,7 @@ void point_chunk(const Points<T>& a, int h, bool ends, int64_t at) {
             repeat<N>([&](auto n) FORCED { acc[0][n] = sums[n]; });
         else
             repeat<N>([&](auto n) FORCED {
-                acc[0][n] = splat(typename Types<T>::Scalar(a.bias[f]));
+                acc[0][n] = splat(typename Types<T>::Scalar(a.op->bias[f]));
             });
         const auto add = [&](V(&sum)[N], int k) FORCED {
             const Source<T> source(a.tile, a.index + int64_t(k) * Source<T>::channels, N * LANES);
