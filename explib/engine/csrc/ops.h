@@ -42,7 +42,7 @@ void elementwise(const Op& op, int c, const T* x, const T* z, typename Types<T>:
             }
             default: each([](V a, V) FORCED { return a; });
         }
-        if (op.kind != SCALAR) activate<CHUNK>(op, c, values);  // whose alpha is its factor
+        activate<CHUNK>(op, c, values);
         for (int i = 0; i < count; ++i) {
             if (mask) values[i] = mask[first + i] == V{} ? V{} : values[i];
             store(y + (first + i) * LANES, values[i]);
