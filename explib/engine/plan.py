@@ -1,6 +1,7 @@
 """Ops in, a native network out: which memory each value has, and the kernels that survive."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,75 @@ import torch
 from explib.engine.build import TYPES, library
 from explib.engine.graph import Op
 
+MAX_KERNEL = 7
+
 KINDS = (
     "load", "store", "conv", "linear", "maxpool", "avgpool", "subsample", "add", "relu", "copy",
     "flatten",
 )  # fmt: skip
+"""What the C++ calls its ops."""
+_KIND = {"slice": "subsample", "pad": "subsample", "adaptive_avg": "avgpool", "act": "relu"}
+
+Shape = tuple[int, int, int]
+
+
+def _square(*pairs: tuple[int, int]) -> bool:
+    return all(one == other for one, other in pairs)
+
+
+def _conv(op: Op, *sources: Shape) -> bool:
+    kernel = op.kernel[0]
+    square = _square(op.kernel, op.stride, op.pad) and op.dilation == (1, 1) and op.groups == 1
+    small = kernel % 2 == 1 and kernel <= MAX_KERNEL and op.pad[0] == kernel // 2
+    plane = tuple(-(-size // op.stride[0]) for size in sources[0][1:])
+    same = sources[1:] in ((), (_chw(op.shape),))
+    return square and small and _chw(op.shape)[1:] == plane and same and _relu(op)
+
+
+def _relu(op: Op, *_: Shape) -> bool:
+    return op.act in ("", "relu")
+
+
+def _add(op: Op, *sources: Shape) -> bool:
+    return _relu(op) and set(sources) == {_chw(op.shape)}
+
+
+def _pool(op: Op, *_: Shape) -> bool:
+    return _square(op.kernel, op.stride, op.pad) and op.dilation == (1, 1)
+
+
+def _average(op: Op, *sources: Shape) -> bool:
+    """Windows that padding counts in must not end beyond it."""
+    ends = [(size - 1) * op.stride[0] + op.kernel[0] - op.pad[0] for size in op.shape[1:]]
+    inside = all(e <= s + op.pad[0] for e, s in zip(ends, sources[0][1:], strict=True))
+    return _pool(op) and (inside or not op.before)
+
+
+def _subsample(op: Op, *sources: Shape) -> bool:
+    plane = tuple(-(-size // op.stride[0]) for size in sources[0][1:])
+    plain = _square(op.stride) and op.pad == (0, 0) and op.before >= 0 and op.alpha == 0
+    return plain and op.shape[1:] == plane and op.shape[0] >= op.before + sources[0][0]
+
+
+NATIVE: dict[str, Callable[..., bool]] = {
+    "conv": _conv,
+    "linear": _relu,
+    "maxpool": _pool,
+    "avgpool": _average,
+    "adaptive_avg": lambda op, *_: _chw(op.shape)[1:] == (1, 1),
+    "slice": _subsample,
+    "pad": _subsample,
+    "add": _add,
+    "act": _relu,
+    "cat": lambda op, *_: True,
+    "flatten": lambda op, *_: True,
+}
+"""The kinds that the C++ has, and which of each: by an op and its inputs' shapes (C, H, W)."""
+
+
+def native(op: Op, sources: list[tuple[int, ...]]) -> bool:
+    """Whether the C++ has this op, of inputs of these shapes without batch."""
+    return op.kind in NATIVE and NATIVE[op.kind](op, *map(_chw, sources))
 
 
 class _Slot(ctypes.Structure):
@@ -43,7 +109,6 @@ def _chw(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return shape if len(shape) == 3 else (shape[0], 1, 1)
 
 
-Shape = tuple[int, int, int]
 Part = tuple[str, int]
 """A value's place in another one: that one's name, and the value's first channel there."""
 
@@ -229,21 +294,19 @@ class Network:
     def _native(self, op: Op, index: dict[str, int], result: int) -> _Op:
         """result: the argument that the value goes to, or -1."""
         source, other = index[op.inputs[0]], index[op.inputs[1]] if len(op.inputs) > 1 else result
-        more = dict(kernel=op.kernel, stride=op.stride, pad=op.pad, relu=op.relu, before=op.before)
-        if op.kind in ("conv", "linear"):
-            layer, features = op.module, op.module.weight.shape[0]
-            bias = (
-                torch.zeros(features, dtype=torch.float32)
-                if layer.bias is None
-                else layer.bias.detach().float()
-            )
-            more["bias"] = self._held(bias.numpy())
-            weight = layer.weight.detach().float().numpy()
+        kernel, stride, pad, before = op.kernel[0], op.stride[0], op.pad[0], op.before
+        if op.kind == "adaptive_avg":  # one window over the plane
+            kernel = stride = max(_chw(self.shapes[op.inputs[0]])[1:])
+        more = dict(kernel=kernel, stride=stride, pad=pad, relu=op.act == "relu", before=before)
+        if op.weight is not None:
+            bias = torch.zeros(len(op.weight)) if op.bias is None else op.bias
+            more["bias"] = self._held(bias.detach().float().numpy())
+            weight = op.weight.detach().float().numpy()
             arrays = (
                 self._kernels(weight) if op.kind == "conv" else {"weight": self._scalars(weight)}
             )
             more |= {name: self._held(array) for name, array in arrays.items()}
-        return self._op(op.kind, source, other, index[op.name], **more)
+        return self._op(_KIND.get(op.kind, op.kind), source, other, index[op.name], **more)
 
     def _scalars(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # what is infinite then shows in the results, too
@@ -305,6 +368,5 @@ def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
 
 def _halo(op: Op) -> int:
     """How far, in outputs, a conv looks beyond its plane."""
-    if op.stride == 1:
-        return op.pad
-    return max(-(-op.pad // op.stride), (op.kernel - 1 - op.pad) // op.stride)
+    kernel, stride, pad = op.kernel[0], op.stride[0], op.pad[0]
+    return pad if stride == 1 else max(-(-pad // stride), (kernel - 1 - pad) // stride)
