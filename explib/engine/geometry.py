@@ -37,7 +37,8 @@ def cropped(op: Op, source: Shape) -> Op:
     """A conv without the rows and columns of its kernels that only ever meet padding."""
     if op.kind != "conv" or op.weight is None:
         return op
-    kept, pads = [], []
+    kept: list[slice] = []
+    pads: list[int] = []
     for kernel, stride, pad, dilation, size, made in _axes(op, source):
         first = np.arange(kernel) * dilation - pad
         alive = np.array([((at := f + np.arange(made) * stride) >= 0) & (at < size) for f in first])

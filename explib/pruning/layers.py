@@ -5,7 +5,7 @@ Whatever has to see a network run takes `example_inputs`, as the network does: a
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -76,15 +76,20 @@ def run(model: nn.Module, example_inputs: Inputs) -> Any:
     with modes_kept(model), torch.no_grad(), _eagerly():
         model.eval()
         try:
-            if isinstance(given, dict):
-                return model(**given)
-            return model(*given) if isinstance(given, tuple) else model(given)
+            return call(model, given)
         except Exception as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"example_inputs: {type(model).__name__} does not take {described(example_inputs)} "
                 f"({why}); give a tensor, a tuple or a dict of what its forward takes"
             ) from error
+
+
+def call(model: Callable, inputs: Inputs) -> Any:
+    """Call a network as its example inputs say: with a tensor, a tuple or a dict of arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _eagerly() -> AbstractContextManager:
