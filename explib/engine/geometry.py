@@ -1,6 +1,7 @@
 """Which pixels and channels of its input each op reads."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,20 @@ def chw(shape: tuple[int, ...]) -> Shape:
     return (shape[0], *shape[1:]) if len(shape) == 3 else (shape[0], 1, 1)
 
 
-def _axes(op: Op, source: Shape) -> list[tuple[int, int, int, int, int, int]]:
-    """Kernel, stride, pad, dilation, and the sizes of input and output, along rows and columns."""
+class Along(NamedTuple):
+    """An op along rows or columns: its window, and the sizes of its input and output."""
+
+    kernel: int
+    stride: int
+    pad: int
+    dilation: int
+    size: int
+    made: int
+
+
+def _axes(op: Op, source: Shape) -> list[Along]:
     own = (op.kernel, op.stride, op.pad, op.dilation, source[1:], chw(op.shape)[1:])
-    return list(zip(*own, strict=True))
+    return [Along(*axis) for axis in zip(*own, strict=True)]
 
 
 def plain(op: Op, source: Shape) -> bool:
@@ -39,16 +50,23 @@ def cropped(op: Op, source: Shape) -> Op:
         return op
     kept: list[slice] = []
     pads: list[int] = []
-    for kernel, stride, pad, dilation, size, made in _axes(op, source):
-        first = np.arange(kernel) * dilation - pad
-        alive = np.array([((at := f + np.arange(made) * stride) >= 0) & (at < size) for f in first])
-        found = alive.any(1).nonzero()[0] if alive.any() else np.array([0])
-        kept.append(slice(int(found[0]), int(found[-1]) + 1))
-        pads.append(pad - int(found[0]) * dilation)
+    for axis in _axes(op, source):
+        taps, made = np.arange(axis.kernel)[:, None], np.arange(axis.made)
+        at = taps * axis.dilation - axis.pad + made * axis.stride
+        alive = ((at >= 0) & (at < axis.size)).any(1).nonzero()[0]
+        first, last = (int(alive[0]), int(alive[-1])) if len(alive) else (0, 0)
+        kept.append(slice(first, last + 1))
+        pads.append(axis.pad - first * axis.dilation)
     weight = op.weight[:, :, kept[0], kept[1]]
-    kernel = (weight.shape[2], weight.shape[3])
-    dilation = tuple(1 if k == 1 else d for k, d in zip(kernel, op.dilation, strict=True))
-    return replace(op, weight=weight, kernel=kernel, pad=tuple(pads), dilation=dilation)
+    rows, columns = weight.shape[2:]
+    down, along = op.dilation
+    return replace(
+        op,
+        weight=weight,
+        kernel=(rows, columns),
+        pad=(pads[0], pads[1]),
+        dilation=(down if rows > 1 else 1, along if columns > 1 else 1),
+    )
 
 
 def halo(op: Op, source: Shape) -> int:

@@ -180,15 +180,17 @@ struct Reach {
 // Rows of zeros, then of pixels, with zeros between them that serve the end of one and the start of
 // the next: what a tap needs for neighbouring outputs lies side by side, across the rows' ends, too
 struct Phases {
-    int pitch, count;
+    int count, pitch;
     int64_t origin, plane;  // in pixels: of the first in a plane; a plane's size
     std::vector<int> shift;  // of the taps
     Reach down, along;
-    Phases(const Op& op, const Tensor& in, const Tensor& out, int lanes)
+    // wide: 0, or the pitch of the input's own planes, where they serve as they are
+    Phases(const Op& op, const Tensor& in, const Tensor& out, int lanes, int wide)
         : count(op.rows.stride * op.columns.stride),
           down(op.rows, in.height, out.height),
           along(op.columns, in.width, out.width) {
-        pitch = std::max(out.width, along.size + std::max(along.before, along.after));
+        pitch = wide ? wide
+                     : std::max(out.width, along.size + std::max(along.before, along.after));
         origin = round_up(down.before * pitch + along.before, lanes);
         // beyond the last row what vectors read that reach beyond it
         const int64_t end = int64_t(down.size + down.after) * pitch + along.after;

@@ -106,9 +106,9 @@ class Images {
             size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
         }
         for (const Op& o : plan.ops) {
-            if (o.in < 0 || o.out < 0) continue;
-            const Tensor &in = plan.tensors[o.in], &out = plan.tensors[o.out];
-            scratch_size = std::max(scratch_size, need(o, in, out));
+            if (o.out < 0) continue;
+            const Tensor& out = plan.tensors[o.out];
+            if (o.in >= 0) scratch_size = std::max(scratch_size, need(o, plan.tensors[o.in], out));
             auto& mask = inside[{out.height, out.width}];
             if (mask) continue;
             mask = std::make_unique<Memory>(body(out.height, out.width) * sizeof(T));
@@ -140,8 +140,9 @@ class Images {
     // What an op needs of scratch memory, in scalars
     int64_t need(const Op& op, const Tensor& in, const Tensor& out) {
         if (op.kind == CONV && !is_plain(op, in, out)) {
-            const Phases& own = phases.try_emplace(&op, op, in, out, LANES).first->second;
-            const int64_t planes = in_halo(op, in, out) ? 0
+            const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
+            const Phases& own = phases.try_emplace(&op, op, in, out, LANES, wide).first->second;
+            const int64_t planes = wide ? 0
                                    : is_depthwise(op, in) ? own.count * plan.threads
                                                           : own.count * int64_t(in.channels);
             return flat(own) * plan.threads + planes * own.plane;
