@@ -1,4 +1,4 @@
-"""Every op that the engine has a kernel for, on planes that fit no tile, and what torch makes of it."""
+"""Every op that the engine has a kernel for, on planes that fit no tile, against torch."""
 
 from collections.abc import Iterator
 
@@ -27,30 +27,31 @@ def windowed(kind: str, shape: Shape, filters: int, kernel, stride, pad, dilatio
 
 def convs(shape: Shape) -> Iterator[Case]:
     """Convs of every kind, with and without a second input and an activation."""
-    channels, k = shape[0], torch.Generator().manual_seed(1)
+    channels, random = shape[0], torch.Generator().manual_seed(1)
+    one, two, none, depth = (1, 1), (2, 2), (0, 0), channels
     for kernel, stride, pad, dilation, groups, each in (
-        ((1, 1), (1, 1), (0, 0), (1, 1), 1, 5), ((1, 1), (2, 2), (0, 0), (1, 1), 1, 5),
-        ((1, 1), (1, 1), (1, 1), (1, 1), 1, 5), ((1, 1), (1, 1), (0, 0), (1, 1), 2, 3),
-        ((1, 1), (1, 1), (0, 0), (1, 1), channels, 1), ((1, 1), (3, 1), (0, 0), (1, 1), 1, 5),
-        ((3, 3), (1, 1), (1, 1), (1, 1), 1, 7), ((3, 3), (2, 2), (1, 1), (1, 1), 1, 7),
-        ((3, 3), (3, 3), (1, 1), (1, 1), 1, 7), ((3, 3), (1, 1), (0, 0), (1, 1), 1, 7),
-        ((3, 3), (2, 2), (0, 0), (1, 1), 1, 7), ((3, 3), (1, 1), (2, 2), (2, 2), 1, 5),
-        ((3, 3), (1, 1), (6, 6), (6, 6), 1, 5), ((3, 3), (2, 2), (2, 2), (2, 2), 1, 5),
-        ((3, 3), (1, 1), (1, 1), (1, 1), 2, 3), ((3, 3), (2, 2), (1, 1), (1, 1), 2, 3),
-        ((5, 5), (1, 1), (2, 2), (1, 1), 1, 5), ((7, 7), (2, 2), (3, 3), (1, 1), 1, 5),
-        ((9, 9), (1, 1), (4, 4), (1, 1), 1, 3), ((1, 7), (1, 1), (0, 3), (1, 1), 1, 5),
-        ((7, 1), (1, 1), (3, 0), (1, 1), 1, 5), ((2, 2), (2, 2), (0, 0), (1, 1), 1, 5),
-        ((4, 4), (4, 4), (0, 0), (1, 1), 1, 5), ((2, 3), (1, 2), (1, 0), (1, 1), 2, 2),
-        ((3, 3), (1, 1), (1, 1), (1, 1), channels, 1), ((3, 3), (2, 2), (1, 1), (1, 1), channels, 1),
-        ((3, 3), (1, 1), (0, 0), (1, 1), channels, 2), ((3, 3), (2, 2), (0, 0), (1, 1), channels, 1),
-        ((5, 5), (1, 1), (2, 2), (1, 1), channels, 1), ((5, 5), (2, 2), (2, 2), (1, 1), channels, 2),
-        ((7, 7), (1, 1), (3, 3), (1, 1), channels, 1), ((3, 5), (1, 2), (1, 2), (1, 1), channels, 1),
-        ((3, 3), (1, 1), (2, 2), (2, 2), channels, 1), ((3, 3), (3, 3), (1, 1), (1, 1), channels, 1),
+        ((1, 1), one, none, one, 1, 5), ((1, 1), two, none, one, 1, 5),
+        ((1, 1), one, one, one, 1, 5), ((1, 1), one, none, one, 2, 3),
+        ((1, 1), one, none, one, depth, 1), ((1, 1), (3, 1), none, one, 1, 5),
+        ((3, 3), one, one, one, 1, 7), ((3, 3), two, one, one, 1, 7),
+        ((3, 3), (3, 3), one, one, 1, 7), ((3, 3), one, none, one, 1, 7),
+        ((3, 3), two, none, one, 1, 7), ((3, 3), one, two, two, 1, 5),
+        ((3, 3), one, (6, 6), (6, 6), 1, 5), ((3, 3), two, two, two, 1, 5),
+        ((3, 3), one, one, one, 2, 3), ((3, 3), two, one, one, 2, 3),
+        ((5, 5), one, two, one, 1, 5), ((7, 7), two, (3, 3), one, 1, 5),
+        ((9, 9), one, (4, 4), one, 1, 3), ((1, 7), one, (0, 3), one, 1, 5),
+        ((7, 1), one, (3, 0), one, 1, 5), ((2, 2), two, none, one, 1, 5),
+        ((4, 4), (4, 4), none, one, 1, 5), ((2, 3), (1, 2), (1, 0), one, 2, 2),
+        ((3, 3), one, one, one, depth, 1), ((3, 3), two, one, one, depth, 1),
+        ((3, 3), one, none, one, depth, 2), ((3, 3), two, none, one, depth, 1),
+        ((5, 5), one, two, one, depth, 1), ((5, 5), two, two, one, depth, 2),
+        ((7, 7), one, (3, 3), one, depth, 1), ((3, 5), (1, 2), (1, 2), one, depth, 1),
+        ((3, 3), one, two, two, depth, 1), ((3, 3), (3, 3), one, one, depth, 1),
     ):  # fmt: skip
         filters = each * groups
-        weight = torch.randn(filters, channels // groups, *kernel, generator=k)
-        weight *= torch.rand(filters, channels // groups, 1, 1, generator=k) < 0.7
-        bias = torch.randn(filters, generator=k)
+        weight = torch.randn(filters, channels // groups, *kernel, generator=random)
+        weight *= torch.rand(filters, channels // groups, 1, 1, generator=random) < 0.7
+        bias = torch.randn(filters, generator=random)
         more = dict(weight=weight, bias=bias, groups=groups)
         op = windowed("conv", shape, filters, kernel, stride, pad, dilation, **more)
         if op is None:
@@ -155,11 +156,11 @@ def cases(plane: tuple[int, int]) -> Iterator[Case]:
 
 
 def network(op: Op, shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:
-    """The op between others that read what lies around its result: a conv, and the next op."""
+    """The op, and a conv that also reads what lies around the op's result."""
     assert plan.native(op, shapes), op
     inputs = dict(zip(dict.fromkeys(op.inputs), shapes, strict=True))
     ops = [op]
-    if len(op.shape) == 3:  # whose taps meet what an op has left between the rows
+    if len(op.shape) == 3:
         weight = torch.ones(1, op.shape[0], 3, 3)
         around = dict(weight=weight, kernel=(3, 3), pad=(1, 1))
         ops.append(Op("conv", "sum", ("y",), (1, *op.shape[1:]), **around))
