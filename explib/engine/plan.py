@@ -276,7 +276,9 @@ class Network:
             lists |= _by_chunk(_pairs, flat, keep, size)
         if flat.shape[2] == 1:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
-            return lists | {"weight": self._words(lists["weight"])}
+            lists["weight"] = self._words(lists["weight"])
+            small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
+            return lists | small
         return lists | {
             "weight": self._words(flat[f, c]),
             "start": total.astype(np.int32),

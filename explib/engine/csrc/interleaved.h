@@ -27,7 +27,8 @@ struct ConvBlock {
     int height, width, out_height, out_width, kernel, stride, pad, relu;
     const int32_t* weight;
     const float* bias;
-    const int32_t *start, *index;
+    const int32_t* start;
+    const void* index;  // int32_t, of a 1x1 conv uint8_t
 };
 
 template <class V, int TH, int TW>
@@ -69,12 +70,13 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const bool first_col = left >= 0, last_col = left + IW <= a.width;
     const int64_t plane = block_plane(a.height, a.width);
     const int64_t origin = int64_t(top) * a.width + left;
+    const int32_t* index = (const int32_t*)a.index;
     for (int f = a.first; f < a.last; ++f) {
         V acc[SETS][TH][TW] = {};
         start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
-            const Source<T> source(a.in, a.index + k * Source<T>::channels, plane * LANES);
+            const Source<T> source(a.in, index + k * Source<T>::channels, plane * LANES);
             repeat<IH>([&](auto i) FORCED {
                 if ((i < P && !first_row) || (i >= IH - P && !last_row)) return;
                 const auto row = source.from((origin + int64_t(i) * a.width) * LANES);
@@ -118,7 +120,7 @@ void conv_tile_any(const ConvBlock<T> a, int y, int x) {
         V acc[TH][TW];
         start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc);
         for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
-            const Source<T> source(a.in, a.index + k * Source<T>::channels,
+            const Source<T> source(a.in, (const int32_t*)a.index + k * Source<T>::channels,
                                    block_plane(a.height, a.width) * LANES);
             for (int tap = 0; tap < K * K; ++tap) {
                 const int32_t* w = a.weight + int64_t(k) * K * K + tap;
@@ -214,7 +216,8 @@ void point_block(const ConvBlock<T>& a, int channels, const int32_t* share,
                            .out_plane = block_plane(a.out_height, a.out_width) * LANES,
                            .channels = channels, .filters = a.last, .first = a.first,
                            .last = a.last, .relu = bool(a.relu), .weight = a.weight,
-                           .bias = a.bias, .start = a.start, .index = a.index};
+                           .bias = a.bias, .start = a.start,
+                           .index = (const uint8_t*)a.index};
     points_of.use(scratch);
     const int pixels = a.out_height * a.out_width;
     if (parts > 1 && pixels < 8 * POINTS * parts) {

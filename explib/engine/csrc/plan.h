@@ -20,10 +20,11 @@ struct Op {
     const float* bias;     // (F,)
     const void* weight;    // kernels by filter, each K * K words; LINEAR: scalars (F, C)
     const int32_t* start;  // (F + 1,) where a filter's kernels start
-    const int32_t* index;  // the channel of each kernel
+    const void* index;     // the channel of each kernel, int32_t; of a 1x1 conv in its chunk, uint8_t
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
-    const int32_t *pair_start, *pair_index;
+    const int32_t* pair_start;
+    const void* pair_index;
     // the same kernels by thread, whose filters are `share`, and in that by channel
     const void* weight_by_channel;
     const int32_t* start_by_channel;  // (threads * C + 1,)

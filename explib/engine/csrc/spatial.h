@@ -59,7 +59,7 @@ void conv_filter(const Op& op, const T* in, int64_t plane, const int* shift, int
     V acc[N];
     repeat<N>([&](auto n) FORCED { acc[n] = splat<T>(T(op.bias[f])); });
     for (int k = op.start[f]; k < op.start[f + 1]; ++k) {
-        const T* x = in + op.index[k] * plane;
+        const T* x = in + ((const int32_t*)op.index)[k] * plane;
         const int32_t* w = (const int32_t*)op.weight + int64_t(k) * taps;
         for (int t = 0; t < taps; ++t) {
             const V weight = broadcast<T>(w + t);
@@ -269,7 +269,7 @@ class Images {
                           .channels = a.channels, .filters = o.channels, .first = 0,
                           .last = o.channels, .relu = bool(op.relu),
                           .weight = (const int32_t*)op.weight, .bias = op.bias,
-                          .start = op.start, .index = op.index,
+                          .start = op.start, .index = (const uint8_t*)op.index,
                           .inside = (const V*)inside.at({o.height, o.width})->data};
         conv.use(own);
         const int vectors = body(o.height, o.width) / LANES;
@@ -279,19 +279,21 @@ class Images {
         }
         points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
                [&](int first, int count) {
-                   return [=, &a](int channel, int n, T* tile) {
+                   return [=, &o](int channel, int n, T* tile) {
                        const T* x = in + channel * from;
                        for (int c = 0; c < n; ++c, x += from, tile += count * LANES) {
                            if (S == 1) {
                                std::memcpy(tile, x + first * LANES, count * LANES * sizeof(T));
                                continue;
                            }
+                           // what lies between the rows and below the last is not used
                            int r = first * LANES / wide_out, q = first * LANES % wide_out;
-                           for (int i = 0; i < count * LANES; ++i) {
-                               // pixels between the rows and below the last: whatever is there
-                               tile[i] = r * S < a.height && q * S < a.width
-                                             ? x[r * S * wide + q * S] : T(0);
-                               if (++q == wide_out) q = 0, ++r;
+                           for (int i = 0; i < count * LANES; ++r, q = 0) {
+                               const int n = std::min(wide_out - q, count * LANES - i);
+                               const int live = r < o.height ? std::min(n, o.width - q) : 0;
+                               const T* row = x + r * S * wide + q * S;
+                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
+                               i += n;
                            }
                        }
                    };
