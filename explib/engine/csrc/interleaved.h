@@ -272,6 +272,14 @@ class Blocks {
         }
     }
 
+    // Bytes of the largest value
+    int64_t largest() const {
+        int64_t most = 0;
+        for (const Slot& s : plan.slots)
+            most = std::max(most, int64_t(s.channels) * s.height * s.width);
+        return most * LANES * int64_t(sizeof(T));
+    }
+
     void prepare() {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));

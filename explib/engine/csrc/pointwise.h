@@ -16,7 +16,8 @@
 
 namespace {
 
-constexpr int POINTS = 14;               // vectors of a tile
+// Vectors of a tile: few of the long ones leave room in the cache for more channels
+constexpr int POINTS = VECTOR_BYTES == 64 ? 8 : 14;
 constexpr int CHUNK_BYTES = 28 * 1024;   // of the first cache
 constexpr int SUMS_BYTES = 224 * 1024;   // of the second
 
