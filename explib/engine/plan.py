@@ -330,7 +330,7 @@ class Network:
             arrays["index"] = np.concatenate(pairs)
             arrays["bias"] = 1 / np.concatenate([count for *_, count in both])
         for name, type in (("index", np.int32), ("bias", np.float32)):
-            if name in arrays:
+            if name in arrays and kind != "conv":
                 arrays[name] = arrays[name].astype(type)
         return arrays
 
@@ -369,7 +369,9 @@ class Network:
                 lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
         if by_chunk:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
-            return lists | {"weight": self._words(lists["weight"])}
+            lists["weight"] = self._words(lists["weight"])
+            small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
+            return lists | small
         c += offset[f]
         lists |= {
             "weight": self._words(flat[f, c - offset[f]]),

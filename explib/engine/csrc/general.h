@@ -152,8 +152,9 @@ void general_block(const GeneralBlock<T>& g, int part, int parts) {
     const bool by_row = g.o.height >= 4 * parts;
     const int first = by_row ? (int)split(g.o.height, part, parts) : 0;
     const int last = by_row ? (int)split(g.o.height, part + 1, parts) : g.o.height;
-    const int f0 = by_row ? 0 : g.op.share[part], f1 = by_row ? g.o.channels : g.op.share[part + 1];
-    const int from = parts == 1 ? 0 : f0, to = parts == 1 ? g.o.channels : f1;
+    const bool by_filter = parts > 1 && !by_row;
+    const int from = by_filter ? g.op.share[part] : 0;
+    const int to = by_filter ? g.op.share[part + 1] : g.o.channels;
     for (int y = first; y < last; ++y)
         pieces(g.o.width, [&](auto tw, int x) {
             for (int f = from; f < to; ++f) general_row<T, tw>(g, f, y, x);

@@ -29,7 +29,8 @@ struct ConvBlock {
     int height, width, out_height, out_width;
     const Op& op;
     const int32_t* weight;
-    const int32_t *start, *index;
+    const int32_t* start;
+    const void* index;  // int32_t, of a 1x1 conv uint8_t
 };
 
 template <class V, int TH, int TW>
@@ -68,12 +69,13 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const bool first_col = left >= 0, last_col = left + IW <= a.width;
     const int64_t plane = block_plane(a.height, a.width);
     const int64_t origin = int64_t(top) * a.width + left;
+    const int32_t* index = (const int32_t*)a.index;
     for (int f = a.first; f < a.last; ++f) {
         V acc[SETS][TH][TW] = {};
         start_from(splat(typename Types<T>::Scalar(a.op.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
-            const Source<T> source(a.in, a.index + k * Source<T>::channels, plane * LANES);
+            const Source<T> source(a.in, index + k * Source<T>::channels, plane * LANES);
             repeat<IH>([&](auto i) FORCED {
                 if ((i < P && !first_row) || (i >= IH - P && !last_row)) return;
                 const auto row = source.from((origin + int64_t(i) * a.width) * LANES);
@@ -120,17 +122,30 @@ void tiles(const ConvBlock<T>& a, int part, int parts) {
 
 template <class T, int TH, int TW>
 void conv_sized(const ConvBlock<T>& a, int part, int parts) {
-    if (a.op.rows.stride == 1)
+    if (a.op.rows.kernel == 1)
+        tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a, part, parts);
+    else if (a.op.rows.stride == 1)
         tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
     else
         tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
 }
 
-// Threads share the rows of tiles where there are many, else the filters
+// A conv with lists of kernels by filter. Threads share the rows of tiles where there are many, else
+// the filters
 template <class T>
-void conv_block(ConvBlock<T> a, const int32_t* share, int part, int parts) {
+void conv_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, const T* other, T* y,
+                int part, int parts) {
+    const int kernel = op.rows.kernel, stride = op.rows.stride;
+    if (!is_plain(op, in, out) || stride > (kernel == 3 ? 2 : 1))
+        return general_block<T>({op, in, out, x, other, y, block_plane(in.height, in.width) *
+                                 Types<T>::lanes, block_plane(out.height, out.width) *
+                                 Types<T>::lanes}, part, parts);
+    constexpr bool PAIRS = Source<T>::channels == 2;
+    ConvBlock<T> a = {x, other, y, 0, out.channels, in.height, in.width, out.height, out.width, op,
+                      (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
+                      PAIRS ? op.pair_start : op.start, PAIRS ? op.pair_index : op.index};
     if (a.out_height < 4 * TILE_H * parts) {
-        if (parts > 1) a.first = share[part], a.last = share[part + 1];
+        if (parts > 1) a.first = op.share[part], a.last = op.share[part + 1];
         part = 0, parts = 1;
     }
     const int side = std::min(a.out_height, a.out_width);
@@ -171,38 +186,41 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
     }
 }
 
-// A 1x1 conv. Threads share the pixels where there are many, else the filters
+// A 1x1 conv with lists by chunk. Threads share the pixels where there are many, else the filters
 template <class T>
-void point_block(const ConvBlock<T>& a, int channels, const int32_t* share,
-                 const PointScratch& scratch, int part, int parts) {
+void point_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, const T* other,
+                 T* y, const PointScratch& scratch, int part, int parts) {
     USE_TYPES;
-    const int64_t plane = block_plane(a.height, a.width) * LANES;
-    Points<T> points_of = {.in = a.in, .other = a.other, .out = a.out,
-                           .out_plane = block_plane(a.out_height, a.out_width) * LANES,
-                           .channels = channels, .filters = a.last, .first = a.first,
-                           .last = a.last, .op = &a.op, .weight = a.weight,
-                           .start = a.start, .index = a.index};
+    constexpr bool PAIRS = Source<T>::channels == 2;
+    const int64_t plane = block_plane(in.height, in.width) * LANES;
+    Points<T> points_of = {.in = x, .other = other, .out = y,
+                           .out_plane = block_plane(out.height, out.width) * LANES,
+                           .channels = in.channels, .filters = out.channels, .first = 0,
+                           .last = out.channels, .op = &op,
+                           .weight = (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
+                           .start = PAIRS ? op.pair_start : op.start,
+                           .index = (const uint8_t*)(PAIRS ? op.pair_index : op.index)};
     points_of.use(scratch);
-    const int pixels = a.out_height * a.out_width;
+    const int pixels = out.height * out.width;
     if (parts > 1 && pixels < 8 * POINTS * parts) {
-        points_of.first = share[part], points_of.last = share[part + 1];
+        points_of.first = op.share[part], points_of.last = op.share[part + 1];
         part = 0, parts = 1;
     }
     points(points_of, (int)split(pixels, part, parts), (int)split(pixels, part + 1, parts),
            [&](int first, int count) {
-               return [=, &a](int channel, int n, T* tile) {
-                   const T* from = a.in + channel * plane;
+               return [=, &op, &in, &out](int channel, int n, T* tile) {
+                   const T* from = x + channel * plane;
                    for (int c = 0; c < n; ++c, from += plane, tile += count * LANES) {
-                       if (a.op.rows.stride == 1) {
+                       if (op.rows.stride == 1) {
                            std::memcpy(tile, from + int64_t(first) * LANES,
                                        count * LANES * sizeof(T));
                            continue;
                        }
-                       int y = first / a.out_width, x = first % a.out_width;
+                       int y = first / out.width, x = first % out.width;
                        for (int i = 0; i < count; ++i) {
-                           const int64_t at = (int64_t(y) * a.width + x) * a.op.rows.stride;
+                           const int64_t at = (int64_t(y) * in.width + x) * op.rows.stride;
                            std::memcpy(tile + i * LANES, from + at * LANES, LANES * sizeof(T));
-                           if (++x == a.out_width) x = 0, ++y;
+                           if (++x == out.width) x = 0, ++y;
                        }
                    }
                };
@@ -236,6 +254,14 @@ class Blocks {
         }
     }
 
+    // Bytes of the largest value
+    int64_t largest() const {
+        int64_t most = 0;
+        for (const Slot& s : plan.slots)
+            most = std::max(most, int64_t(s.channels) * s.height * s.width);
+        return most * LANES * int64_t(sizeof(T));
+    }
+
     void prepare() {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
@@ -264,19 +290,10 @@ class Blocks {
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         if (op.kind == CONV) {
             const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
-            if (!is_plain(op, a, o) || (op.rows.kernel == 3 && op.rows.stride > 2))
-                return general_block<T>({op, a, o, in, other, out, from * LANES, to * LANES}, part,
-                                        parts);
-            constexpr bool pairs = Source<T>::channels == 2;
-            const ConvBlock<T> conv = {in, other, out, 0, o.channels, a.height, a.width, o.height,
-                                       o.width, op,
-                                       (const int32_t*)(pairs ? op.pair_weight : op.weight),
-                                       pairs ? op.pair_start : op.start,
-                                       pairs ? op.pair_index : op.index};
-            if (op.rows.kernel == 1)
-                return point_block<T>(conv, a.channels, op.share,
+            if (is_plain(op, a, o) && op.rows.kernel == 1)
+                return point_block<T>(op, a, o, in, other, out,
                                       *scratch[parts == 1 ? worker : part], part, parts);
-            return conv_block<T>(conv, op.share, part, parts);
+            return conv_block<T>(op, a, o, in, other, out, part, parts);
         }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;

@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t LARGEST_BLOCK = 16 << 20;  // bytes of a value
+
 enum Type { FLOAT32, FLOAT16, BFLOAT16 };
 
 struct Network {
@@ -35,8 +37,11 @@ class Planned : public Network {
         threads = plan.threads;
     }
 
-    // Blocks fill their lanes from so many images on; below it, images go one by one
+    // Blocks fill their lanes from so many images on; below it, and where the maps of a block are so
+    // large that no cache holds them, images go one by one (which bfloat16 would not compute in)
     bool interleave(int64_t images) const override {
+        if (sizeof(T) == sizeof(typename Types<T>::Scalar) && by_block.largest() > LARGEST_BLOCK)
+            return false;
         return images >= Types<T>::lanes / 2 && blocks(images) * Types<T>::lanes <= 2 * images;
     }
     int64_t blocks(int64_t images) const override {

@@ -26,9 +26,9 @@ struct Op {
     // CONV: kernels by filter, each KH * KW words; LINEAR: scalars (F, C); AFFINE, LAYERNORM: floats
     const void* weight;
     const int32_t* start;  // (F + 1,) where a filter's kernels start
-    // CONV: the channel of each kernel. SELECT: of each channel, row and column of the output the
-    // input's, or -1. Pools: first and end of the window of each row, then of each column.
-    // BILINEAR: the first of two rows, then of two columns
+    // CONV: the channel of each kernel, of a plain 1x1 one in its chunk, as bytes. SELECT: of each
+    // channel, row and column of the output the input's, or -1. Pools: first and end of the window
+    // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
     const int32_t* index;
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;

@@ -17,14 +17,16 @@
 
 namespace {
 
-constexpr int POINTS = 14;               // vectors of a tile
+// Vectors of a tile: few of the long ones leave room in the cache for more channels
+constexpr int POINTS = VECTOR_BYTES == 64 ? 8 : 14;
 constexpr int CHUNK_BYTES = 28 * 1024;   // of the first cache
 constexpr int SUMS_BYTES = 224 * 1024;   // of the second
 
 // Channels of a chunk
 template <class T>
 constexpr int chunk() {
-    return CHUNK_BYTES / (POINTS * Types<T>::lanes * int(sizeof(T)));
+    constexpr int channels = CHUNK_BYTES / (POINTS * Types<T>::lanes * int(sizeof(T)));
+    return channels < 256 ? channels : 256;  // as many as a byte numbers
 }
 
 // Memory of one thread for the tile and the sums
@@ -46,7 +48,8 @@ struct Points {
     int channels, filters, first, last;  // of the filters those to compute
     const Op* op;
     const int32_t* weight;
-    const int32_t *start, *index;  // by chunk, and in that by filter; the channel in the chunk
+    const int32_t* start;  // by chunk, and in that by filter
+    const uint8_t* index;  // the channel in the chunk
     const V* inside;               // of the plane: zero where the output is, or null
     T* tile;
     V* sums;

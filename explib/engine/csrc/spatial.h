@@ -323,7 +323,7 @@ class Images {
                           .channels = a.channels, .filters = o.channels, .first = 0,
                           .last = o.channels, .op = &op,
                           .weight = (const int32_t*)op.weight,
-                          .start = op.start, .index = op.index,
+                          .start = op.start, .index = (const uint8_t*)op.index,
                           .inside = (const V*)inside.at({o.height, o.width})->data};
         conv.use(own);
         const int vectors = body(o.height, o.width) / LANES;
@@ -333,19 +333,21 @@ class Images {
         }
         points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
                [&](int first, int count) {
-                   return [=, &a](int channel, int n, T* tile) {
+                   return [=, &o](int channel, int n, T* tile) {
                        const T* x = in + channel * from;
                        for (int c = 0; c < n; ++c, x += from, tile += count * LANES) {
                            if (S == 1) {
                                std::memcpy(tile, x + first * LANES, count * LANES * sizeof(T));
                                continue;
                            }
+                           // what lies between the rows and below the last is not used
                            int r = first * LANES / wide_out, q = first * LANES % wide_out;
-                           for (int i = 0; i < count * LANES; ++i) {
-                               // pixels between the rows and below the last: whatever is there
-                               tile[i] = r * S < a.height && q * S < a.width
-                                             ? x[r * S * wide + q * S] : T(0);
-                               if (++q == wide_out) q = 0, ++r;
+                           for (int i = 0; i < count * LANES; ++r, q = 0) {
+                               const int n = std::min(wide_out - q, count * LANES - i);
+                               const int live = r < o.height ? std::min(n, o.width - q) : 0;
+                               const T* row = x + r * S * wide + q * S;
+                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
+                               i += n;
                            }
                        }
                    };
