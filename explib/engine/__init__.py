@@ -7,56 +7,91 @@ loss = cross_entropy(trained(images), labels)
 """
 
 import copy
-import operator
 import warnings
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from explib import registry
-from explib.engine import build, graph
+from explib.engine import build, export, graph, plan, reference
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
 from explib.engine.tracing import line, says_the_same
 from explib.engine.training import sparse
 from explib.pruning.checkpoints import load_network
+from explib.pruning.layers import Inputs, call, described
 
 __all__ = ["Compiled", "NoCompiler", "compile", "load", "sparse"]
 
 
 class Compiled(nn.Module):
-    """A network that runs inference on (N, C, H, W) float32 tensors on the CPU, any N.
+    """A network that runs inference on float32 tensors on the CPU, such as (N, C, H, W), any N.
 
     report: `engine` (native or torch), `dtype`, `threads`, `instructions`, `kernels` and
     `kernels_dense` (K x K kernels of the native convs, left and in all), `fallbacks` (one line for
-    every node that torch runs, and why).
+    every op that torch runs, and why).
     """
 
-    def __init__(self, run: Callable, shape: tuple[int, ...], report: dict):
+    def __init__(self, run: Callable[[Inputs], Any], example_inputs: Inputs, report: dict):
         super().__init__()
-        self._run, self._shape, self.report = run, tuple(shape), report
+        self._run, self.report = run, report
+        leaves, form = tree_flatten(example_inputs)
+        self._like = [_kind(leaf) for leaf in leaves]
+        self._single = isinstance(example_inputs, torch.Tensor)
+        self._form = None if self._single else form
+        self._names = list(example_inputs) if isinstance(example_inputs, dict) else []
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args, **kwargs) -> Any:
         """The network's output. ValueError for another shape, TypeError for another type."""
-        if not isinstance(images, torch.Tensor) or images.dtype != torch.float32:
-            what = getattr(images, "dtype", type(images).__name__)
-            raise TypeError(f"input: {what}; give a torch.float32 tensor")
-        if images.device.type != "cpu":
-            raise TypeError(f"input: on {images.device}; give a tensor on the CPU")
-        if images.shape[1:] != self._shape or images.ndim != len(self._shape) + 1:
-            shape = ", ".join(map(str, self._shape))
-            raise ValueError(f"input: shape {tuple(images.shape)}; give (N, {shape})")
+        inputs: Inputs = args
+        if self._single and len(args) == 1 and not kwargs:
+            inputs = args[0]
+        elif kwargs and not args and len(kwargs) == len(self._names):
+            inputs = {name: kwargs.get(name) for name in self._names}  # in the example's order
+        leaves, form = ([inputs], None) if self._single else tree_flatten(inputs)
+        if form != self._form or (kwargs and not isinstance(inputs, dict)):
+            raise TypeError(f"input: {described(args or kwargs)}; give what the example has")
+        for leaf, like in zip(leaves, self._like, strict=True):
+            _check_like(leaf, like)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self._run(images)
+            return self._run(inputs)
+
+
+class _Like(NamedTuple):
+    dtype: torch.dtype
+    rank: int
+    shape: tuple[int, ...]
+
+
+def _kind(leaf: Any) -> Any:
+    """Type, rank and shape without batch of an input tensor; of anything else, itself."""
+    return _Like(leaf.dtype, leaf.ndim, tuple(leaf.shape[1:])) if torch.is_tensor(leaf) else leaf
+
+
+def _check_like(leaf: Any, like: Any) -> None:
+    """An error, in one line, where an input is not as the example's."""
+    if not isinstance(like, _Like):
+        if torch.is_tensor(leaf) or leaf != like:
+            raise ValueError(f"input: {described(leaf)}; give {like!r}, as the example has")
+        return
+    if not isinstance(leaf, torch.Tensor) or leaf.dtype != like.dtype:
+        what = getattr(leaf, "dtype", type(leaf).__name__)
+        raise TypeError(f"input: {what}; give a {like.dtype} tensor")
+    if leaf.device.type != "cpu":
+        raise TypeError(f"input: on {leaf.device}; give a tensor on the CPU")
+    if leaf.shape[1:] != like.shape or leaf.ndim != like.rank:
+        wanted = ", ".join(["N", *map(str, like.shape)])
+        raise ValueError(f"input: shape {tuple(leaf.shape)}; give ({wanted})")
 
 
 def compile(
     model: nn.Module,
-    example_inputs: torch.Tensor,
+    example_inputs: Inputs,
     *,
     dtype: torch.dtype = torch.float32,
     recheck: float = 0.0,
@@ -65,21 +100,24 @@ def compile(
 ) -> Compiled:
     """Make a network ready for inference with its surviving kernels (those not all zeros).
 
-    example_inputs: a float32 CPU tensor (N, C, H, W); later inputs have its shape but for N. dtype:
-    float32, or where the processor computes in them float16 (sums are float16 too) or bfloat16
-    (sums are float32, and so are batches too small to fill its vectors); elsewhere a warning says
-    why it is float32. recheck: of a classifier in 16 bits; images whose two highest scores are less
-    than this apart are computed once more in float32, so that rounding decides nothing.
+    example_inputs: a float32 CPU tensor (N, C, H, W), or a tuple or dict of what forward takes;
+    later inputs have the same shapes but for N, their common batch.
+    dtype: float32, or where the processor computes in them float16 (sums are float16 too) or
+    bfloat16 (sums are float32, and so are batches too small to fill its vectors); elsewhere a
+    warning says why it is float32.
+    recheck: of a classifier in 16 bits; images whose two highest scores are less than this apart
+    are computed once more in float32, so that rounding decides nothing.
     threads: torch's number of threads by default; fixed from here on.
-    Nodes the engine has no kernel for, and everything where there is no C++ compiler, run in torch
+    Ops the engine has no kernel for, and everything where there is no C++ compiler, run in torch
     with a warning; with fallback=False they raise NotImplementedError and NoCompiler. What was made
-    is compared with the model on two random images, and not used where it differs; in 16 bits, as
+    is compared with the model on random images, and not used where it differs; in 16 bits, as
     where values grow beyond what float16 holds, float32 is tried before torch. The model is not
     changed, and later changes of it have no effect.
     """
     if dtype not in build.TYPES:
         raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
-    if not isinstance(example_inputs, torch.Tensor) or example_inputs.dtype != torch.float32:
+    tensors = [leaf for leaf in tree_flatten(example_inputs)[0] if isinstance(leaf, torch.Tensor)]
+    if not any(tensor.dtype == torch.float32 for tensor in tensors):
         raise TypeError("example_inputs: give a torch.float32 tensor (N, C, H, W)")
     threads = threads or torch.get_num_threads()
     if recheck:
@@ -98,37 +136,41 @@ def compile(
 
 
 def _native(
-    model: nn.Module, example: torch.Tensor, dtype: torch.dtype, threads: int, fallback: bool
+    model: nn.Module, example: Inputs, dtype: torch.dtype, threads: int, fallback: bool
 ) -> Compiled:
     """The network in the engine. NotImplementedError or NoCompiler where that is not possible."""
-    traced, library = graph.trace(model, example), build.library()
-    ops, alias = graph.ops(traced)
-    lacking = [op.why for op in ops if op.kind == "torch"]
-    if lacking and not fallback:
-        raise NotImplementedError(f"{lacking[0]}; compile with fallback=True to run it in torch")
+    (traced, plain), library = export.trace(model, example), build.library()
+    results = graph.names(traced.results)
+    ops = graph.fuse(traced.ops, results, traced.shapes, plan.native)
+    shapes = traced.shapes | {op.name: op.shape for op in ops}
+    lacking = {op.name: why for op in ops if (why := _lacking(op, shapes)) is not None}
+    named = [why for why in lacking.values() if why]
+    if named and not fallback:
+        raise NotImplementedError(f"{named[0]}; compile with fallback=True to run it in torch")
     if not build.computes(library, dtype):
         warnings.warn(
             f"this processor does not compute in {_name(dtype)}; using float32", stacklevel=3
         )
         dtype = torch.float32
-    for why in lacking:
+    for why in named:
         warnings.warn(f"{why}; it runs in torch", stacklevel=3)
-    convs = [op.module.weight.detach() for op in ops if op.kind == "conv"]
+    weights = [op.weight for op in ops if op.kind == "conv" and op.name not in lacking]
     report = {
         "engine": "native",
         "dtype": _name(dtype),
         "threads": threads,
         "instructions": build.instructions(library),
-        "kernels": sum(int(weight.any(-1).any(-1).sum()) for weight in convs),
-        "kernels_dense": sum(weight[:, :, 0, 0].numel() for weight in convs),
-        "fallbacks": lacking,
+        "kernels": sum(int(w.flatten(2).any(2).sum()) for w in weights if w is not None),
+        "kernels_dense": sum(w[:, :, 0, 0].numel() for w in weights if w is not None),
+        "fallbacks": named,
     }
     tolerance = 0.01 if dtype == torch.float32 else 0.5  # of the largest value: no more than sound
     try:
-        run = _assemble(traced, ops, alias, dtype, threads)
-        made = Compiled(run, example.shape[1:], report)
-        same = says_the_same(made, traced, example, tolerance=tolerance)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        run = _assemble(traced, ops, set(lacking), dtype, threads)
+        made = Compiled(run, example, report)
+        # one image, too: torch.export does not see what a network does with that alone
+        same = all(says_the_same(made, plain, example, count, tolerance) for count in (2, 1))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
     if same:
         return made
@@ -139,20 +181,31 @@ def _native(
     return _native(model, example, torch.float32, threads, fallback)
 
 
-def _in_torch(model: nn.Module, example: torch.Tensor, threads: int, why: str) -> Compiled:
+def _lacking(op: graph.Op, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Why torch runs an op ("" for what belongs to one that is named); None where it does not."""
+    if op.kind == "torch":
+        return op.why
+    known = plan.native(op, [shapes[name] for name in op.inputs])
+    what = f"{op.kind}, {op.act}" if op.act and op.kind != "act" else op.kind
+    return None if known else f"{op.label}: no kernel for this {what}"
+
+
+def _in_torch(model: nn.Module, example: Inputs, threads: int, why: str) -> Compiled:
     """The network as it is, dense, with a report that says why."""
     report = {"engine": "torch", "dtype": "float32", "threads": threads, "fallbacks": [why]}
     dense = copy.deepcopy(model).cpu().float().eval()
     # no submodule, whose mode somebody could change
-    return Compiled(lambda images: dense(images), example.shape[1:], report)
+    return Compiled(lambda inputs: call(dense, inputs), example, report)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: float) -> Compiled:
+def _rechecked(short: Compiled, full: Compiled, example: Inputs, margin: float) -> Compiled:
     """The network `short`, with the scores of `full` for images that it finds hard to tell."""
+    if not isinstance(example, torch.Tensor):
+        raise ValueError("recheck: only of networks that take one tensor; leave it out")
     scores = full(example)
     if (
         margin < 0
@@ -174,7 +227,7 @@ def _rechecked(short: Compiled, full: Compiled, example: torch.Tensor, margin: f
             scores[close] = full(images[close])
         return scores
 
-    return Compiled(run, example.shape[1:], short.report | {"recheck": margin})
+    return Compiled(run, example, short.report | {"recheck": margin})
 
 
 def load(path: str | Path, **options) -> Compiled:
@@ -189,67 +242,47 @@ def load(path: str | Path, **options) -> Compiled:
 
 
 def _assemble(
-    traced: fx.GraphModule,
-    ops: list[graph.Op],
-    alias: dict[str, str],
-    dtype: torch.dtype,
-    threads: int,
-) -> Callable:
+    traced: graph.Graph, ops: list[graph.Op], lacking: set[str], dtype: torch.dtype, threads: int
+) -> Callable[[Inputs], Any]:
     """Native networks of consecutive ops, and torch between them, as one function."""
-
-    def value_of(values: dict, argument):
-        return fx.node.map_arg(argument, lambda node: values[alias.get(node.name, node.name)])
-
-    nodes = list(traced.graph.nodes)
-    shapes = {node.name: graph.shape(node) for node in nodes}
-    entry, output = (next(n for n in nodes if n.op == op) for op in ("placeholder", "output"))
-    result = {alias.get(node.name, node.name) for node in output.all_input_nodes}
-    own = {n.name: operator.attrgetter(n.target)(traced) for n in nodes if n.op == "get_attr"}
-    # of other arguments of `forward` their defaults
-    own |= {n.name: n.args[0] for n in nodes if n.op == "placeholder" and n.args}
-    groups = [list(group) for _, group in groupby(ops, key=lambda op: op.kind == "torch")]
-    steps: list[Callable] = []
+    results = graph.names(traced.results)
+    shapes = traced.shapes | {op.name: op.shape for op in ops}
+    groups = [list(group) for _, group in groupby(ops, key=lambda op: op.name in lacking)]
+    steps: list[Callable[[dict, int], None]] = []
     for i, group in enumerate(groups):
-        if group[0].kind == "torch":
-            steps += [_torch_step(traced, op.node, value_of) for op in group if op.node]
+        if group[0].name in lacking:
+            steps += [_torch_step(op) for op in group]
             continue
         later = {name for rest in groups[i + 1 :] for op in rest for name in op.inputs}
         names = {op.name for op in group}
-        outputs = [op.name for op in group if op.name in later | result]
+        outputs = [op.name for op in group if op.name in later | results]
         inputs = {name: shapes[name] for op in group for name in op.inputs if name not in names}
-        fused = graph.fuse(group, set(outputs))
-        steps.append(_native_step(Network(fused, inputs, outputs, dtype=dtype, threads=threads)))
+        steps.append(_native_step(Network(group, inputs, outputs, dtype=dtype, threads=threads)))
 
-    def run(images: torch.Tensor):
-        values = own | {entry.name: images}
+    def run(inputs: Inputs) -> Any:
+        values = dict(zip(traced.inputs, tree_flatten(inputs)[0], strict=True))
+        batch = len(values[next(iter(traced.shapes))])
         for step in steps:
-            step(values)
-        return value_of(values, output.args[0])
+            step(values, batch)
+        return tree_unflatten(reference.resolved(traced.results, values, batch), traced.form)
 
     return run
 
 
-def _native_step(network: Network) -> Callable[[dict], None]:
+def _native_step(network: Network) -> Callable[[dict, int], None]:
     """What a native network makes of the values it reads, put among the values."""
 
-    def step(values):
+    def step(values: dict, batch: int) -> None:
         results = network(*(values[name] for name in network.inputs))
         values.update(zip(network.outputs, results, strict=True))
 
     return step
 
 
-def _torch_step(traced: fx.GraphModule, node: fx.Node, value_of: Callable) -> Callable:
-    """What torch makes of a node, put among the values."""
+def _torch_step(op: graph.Op) -> Callable[[dict, int], None]:
+    """What torch makes of an op, put among the values."""
 
-    def step(values):
-        args, kwargs = value_of(values, node.args), value_of(values, node.kwargs)
-        target: Any = node.target
-        if node.op == "call_module":
-            values[node.name] = traced.get_submodule(target)(*args, **kwargs)
-        elif node.op == "call_method":
-            values[node.name] = getattr(args[0], target)(*args[1:], **kwargs)
-        else:
-            values[node.name] = target(*args, **kwargs)
+    def step(values: dict, batch: int) -> None:
+        values[op.name] = reference.run(op, values, batch)
 
     return step

@@ -48,6 +48,11 @@ def computes(lib: ctypes.CDLL, dtype: torch.dtype) -> bool:
     return bool(lib.explib_computes(TYPES.index(dtype)))
 
 
+def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
+    """Of a 1x1 convolution the number of channels whose kernels stand together."""
+    return lib.explib_chunk(TYPES.index(dtype), pairs)
+
+
 def instructions(lib: ctypes.CDLL) -> str:
     """The library's vectors, for reports."""
     more = [str(t).removeprefix("torch.") for t in TYPES[1:] if computes(lib, t)]

@@ -1,18 +1,51 @@
 """Ops in, a native network out: which memory each value has, and the kernels that survive."""
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from explib.engine.build import TYPES, library
+from explib.engine import geometry
+from explib.engine.build import TYPES, chunk, library
+from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
 KINDS = (
-    "load", "store", "conv", "linear", "maxpool", "avgpool", "subsample", "add", "relu", "copy",
-    "flatten",
+    "load", "store", "conv", "linear", "maxpool", "avgpool", "add", "sub", "mul", "div", "affine",
+    "scalar", "act", "copy", "layernorm", "select", "bilinear", "flatten",
 )  # fmt: skip
+"""What the C++ calls its ops."""
+_KIND = dict.fromkeys(("gather", "slice", "pad", "stretch", "upsample_nearest"), "select") | {
+    "adaptive_avg": "avgpool", "adaptive_max": "maxpool", "upsample_bilinear": "bilinear"
+}  # fmt: skip
+ACTS = (
+    "", "relu", "clamp", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "gelu_tanh",
+    "leaky", "prelu", "elu", "tanh",
+)  # fmt: skip
+_PAIRWISE = ("add", "sub", "mul", "div")
+
+
+def native(op: Op, sources: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the C++ has this op, of inputs of these shapes without batch."""
+    if any(len(shape) not in (1, 3) for shape in (op.shape, *sources)):
+        return False
+    kind, made, first, *others = (
+        _KIND.get(op.kind, op.kind),
+        *map(geometry.chw, (op.shape, *sources)),
+    )
+    if kind == "cat":
+        return True
+    if kind in _PAIRWISE:
+        channels, height, width = made
+        beside = {made, (channels, 1, 1), (1, height, width), (1, 1, 1)}
+        return first == made and {*others} <= beside
+    if kind in ("maxpool", "avgpool"):
+        return all((end > begin).all() for begin, end, _ in geometry.both_windows(op, first))
+    if kind == "linear":
+        return first[1:] == (1, 1)
+    return kind in KINDS and {*others} <= {made}
 
 
 class _Slot(ctypes.Structure):
@@ -23,11 +56,21 @@ class _Tensor(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("slot", "first", "channels", "height", "width")]
 
 
+_AXIS = ("kernel", "stride", "pad", "dilation")
+
+
 class _Op(ctypes.Structure):
-    _numbers = ("kind", "input", "other", "output", "kernel", "stride", "pad", "relu", "before")
-    _arrays = ("bias", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
-               "weight_by_channel", "start_by_channel", "index_by_channel", "share")  # fmt: skip
-    _fields_ = [(n, ctypes.c_int32) for n in _numbers] + [(n, ctypes.c_void_p) for n in _arrays]
+    _axes = tuple(f"{name}_{axis}" for axis in "hw" for name in _AXIS)
+    _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups")
+    _arrays = (
+        "bias", "slope", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
+        "weight_by_channel", "start_by_channel", "index_by_channel", "share",
+    )  # fmt: skip
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in _numbers],
+        *[(name, ctypes.c_float) for name in ("alpha", "beta")],
+        *[(name, ctypes.c_void_p) for name in _arrays],
+    ]
 
 
 @dataclass(frozen=True)
@@ -39,11 +82,6 @@ class Place:
     shape: tuple[int, int, int]
 
 
-def _chw(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    return shape if len(shape) == 3 else (shape[0], 1, 1)
-
-
-Shape = tuple[int, int, int]
 Part = tuple[str, int]
 """A value's place in another one: that one's name, and the value's first channel there."""
 
@@ -56,9 +94,9 @@ def places(
     A slot serves values of one shape, one after another: one of another shape would write where
     they keep their zeros. What is concatenated is made in its place at once, or copied there.
     """
-    shapes = {name: _chw(shape) for name, shape in inputs.items()}
-    shapes |= {op.name: _chw(op.shape) for op in ops}
-    listed, parts = _without_cat(ops, shapes, {*inputs, *outputs})
+    shapes = {name: geometry.chw(shape) for name, shape in inputs.items()}
+    shapes |= {op.name: geometry.chw(op.shape) for op in ops}
+    listed, parts = _without_parts(ops, shapes, {*inputs, *outputs})
     found = {name: _whole(name, parts) for name in shapes}
     root = {name: whole for name, (whole, _) in found.items()}
     slot, slots = _slots(listed, shapes, root, list(inputs), _ends(listed, root, outputs))
@@ -68,16 +106,21 @@ def places(
     return placed, slots, listed
 
 
-def _without_cat(
+def _without_parts(
     ops: list[Op], shapes: dict[str, Shape], kept: set[str]
 ) -> tuple[list[Op], dict[str, Part]]:
-    """The ops but concatenations, with the copies that those need, and each value that is a part.
+    """The ops but concatenations and what only names channels of another value.
 
-    kept: values that have a place of their own, and so are copied. Adds the copies' shapes.
+    With the copies that concatenations need, and each value that is a part of another. kept: values
+    that have a place of their own, and so are copied. Adds the copies' shapes.
     """
     listed: list[Op] = []
     parts: dict[str, Part] = {}
     for op in ops:
+        first = _first_channel(op, shapes)
+        if first is not None:
+            parts[op.name] = (op.inputs[0], first)
+            continue
         if op.kind != "cat":
             listed.append(op)
             continue
@@ -91,6 +134,15 @@ def _without_cat(
             parts[part] = (op.name, first)
             first += shapes[name][0]
     return listed, parts
+
+
+def _first_channel(op: Op, shapes: dict[str, Shape]) -> int | None:
+    """Of an op whose result is consecutive channels of its input, the first of them."""
+    if op.kind == "flatten" and shapes[op.inputs[0]] == shapes[op.name]:
+        return 0
+    first, last = (op.index[0], op.index[-1] + 1) if op.index else (0, 0)
+    alike = op.kind == "gather" and op.index and op.index == tuple(range(first, last))
+    return first if alike else None
 
 
 def _whole(name: str, parts: dict[str, Part]) -> Part:
@@ -136,23 +188,34 @@ def _slots(
     for now, op in enumerate(listed):
         done = {root[name] for name in (op.name, *op.inputs)}
         done = {name for name in done if end[name] == now}
-        # what it reads may be a part of what is added to it, as of a concatenation
-        apart = op.kind == "conv" and root[op.inputs[0]] not in op.inputs[1:]
-        if apart and _in_place(op, shapes) and op.inputs[1] in done:
-            slot[op.name] = slot[op.inputs[1]]
-            done.remove(op.inputs[1])
+        over = _overwritten(op, shapes, root)
+        if over in done:
+            slot[op.name] = slot[over]
+            done.remove(over)
         take(root[op.name])
         for name in done:
             free.setdefault(shapes[name], []).append(slot[name])
     return slot, slots
 
 
-def _in_place(op: Op, shapes: dict[str, tuple[int, int, int]]) -> bool:
-    """Whether a conv may write where its residual is read: its tiles must not overlap."""
-    if len(op.inputs) < 2:
-        return False
-    _, height, width = shapes[op.name]
-    return height % 4 == width % 4 == 0
+def _overwritten(op: Op, shapes: dict[str, Shape], root: dict[str, str]) -> str:
+    """The value whose place the op's result may take, if nothing reads it later; or "".
+
+    Of a conv its residual, unless its tiles overlap; of what goes pixel by pixel its first input.
+    What else it reads must be no part of that.
+    """
+    if op.kind == "conv" and len(op.inputs) > 1:
+        _, height, width = shapes[op.name]
+        (read, over), fits = op.inputs, height % 4 == width % 4 == 0
+    elif op.kind in ("act", "affine", "scalar", *_PAIRWISE):
+        over, read = op.inputs[0], op.inputs[-1]
+        fits = read == over or root[read] != over
+    else:
+        return ""
+    if op.kind == "conv":
+        fits &= root[read] != over
+    whole = root[over] == over and root[op.name] == op.name and shapes[over] == shapes[op.name]
+    return over if fits and whole else ""
 
 
 class Network:
@@ -166,6 +229,7 @@ class Network:
         self.shapes = {op.name: op.shape for op in ops} | inputs
         self._library = library()
         self._keep: list[np.ndarray] = []
+        ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
         found, slots, listed = places(ops, inputs, outputs)
         index = {name: i for i, name in enumerate(found)}
         made = [self._op("load", -1, i, index[name]) for i, name in enumerate(inputs)]
@@ -182,7 +246,9 @@ class Network:
             for i, name in enumerate(outputs)
             if name not in last
         ]
-        halo = max((_halo(op) for op in ops if op.kind == "conv"), default=0)
+        halo = max(
+            (geometry.halo(op, self._source(op)) for op in ops if op.kind == "conv"), default=0
+        )
         tensors = [_Tensor(p.slot, p.first, *p.shape) for p in found.values()]
         self._handle = self._library.explib_new(
             (_Op * len(made))(*made), len(made),
@@ -226,24 +292,47 @@ class Network:
     def _op(self, kind: str, source: int, other: int, output: int, **more) -> _Op:
         return _Op(KINDS.index(kind), source, other, output, **more)
 
+    def _source(self, op: Op) -> Shape:
+        return geometry.chw(self.shapes[op.inputs[0]])
+
     def _native(self, op: Op, index: dict[str, int], result: int) -> _Op:
         """result: the argument that the value goes to, or -1."""
-        source, other = index[op.inputs[0]], index[op.inputs[1]] if len(op.inputs) > 1 else result
-        more = dict(kernel=op.kernel, stride=op.stride, pad=op.pad, relu=op.relu, before=op.before)
-        if op.kind in ("conv", "linear"):
-            layer, features = op.module, op.module.weight.shape[0]
-            bias = (
-                torch.zeros(features, dtype=torch.float32)
-                if layer.bias is None
-                else layer.bias.detach().float()
-            )
-            more["bias"] = self._held(bias.numpy())
-            weight = layer.weight.detach().float().numpy()
-            arrays = (
-                self._kernels(weight) if op.kind == "conv" else {"weight": self._scalars(weight)}
-            )
-            more |= {name: self._held(array) for name, array in arrays.items()}
-        return self._op(op.kind, source, other, index[op.name], **more)
+        binary = len(op.inputs) > 1 or op.kind in _PAIRWISE
+        source, other = index[op.inputs[0]], index[op.inputs[-1]] if binary else result
+        alpha, beta = (0.0, 6.0) if op.act == "relu6" else (op.alpha, op.beta)
+        act = ACTS.index("clamp" if op.act == "relu6" else op.act)
+        more = dict(act=act, groups=op.groups, alpha=alpha, beta=beta)
+        for name in _AXIS:
+            more |= dict(zip((f"{name}_h", f"{name}_w"), getattr(op, name), strict=True))
+        arrays = {name: self._held(array) for name, array in self._arrays(op).items()}
+        return self._op(_KIND.get(op.kind, op.kind), source, other, index[op.name], **more | arrays)
+
+    def _arrays(self, op: Op) -> dict[str, np.ndarray]:
+        """What the C++ reads beside the numbers of an op."""
+        arrays, kind, source = {}, _KIND.get(op.kind, op.kind), self._source(op)
+        if op.slope is not None:
+            arrays["slope"] = _floats(op.slope)
+        if op.weight is not None:
+            bias = torch.zeros(len(op.weight)) if op.bias is None else op.bias
+            weight = _floats(op.weight)
+            arrays |= {"bias": _floats(bias), "weight": weight}
+            if kind == "conv":
+                arrays |= self._kernels(weight, op, source)
+            elif kind == "linear":
+                arrays["weight"] = self._scalars(weight)
+        if kind == "select":
+            arrays["index"] = np.concatenate(geometry.selected(op, source))
+        elif kind == "bilinear":
+            arrays["index"], arrays["bias"] = geometry.between(op, source)
+        elif kind in ("maxpool", "avgpool"):
+            both = geometry.both_windows(op, source)
+            pairs = [np.stack([begin, end], 1).ravel() for begin, end, _ in both]
+            arrays["index"] = np.concatenate(pairs)
+            arrays["bias"] = 1 / np.concatenate([count for *_, count in both])
+        for name, type in (("index", np.int32), ("bias", np.float32)):
+            if name in arrays and kind != "conv":
+                arrays[name] = arrays[name].astype(type)
+        return arrays
 
     def _scalars(self, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # what is infinite then shows in the results, too
@@ -254,31 +343,92 @@ class Network:
         values = self._scalars(values)
         return np.repeat(values, 2, axis=-1) if values.dtype == np.float16 else values
 
-    def _kernels(self, weight: np.ndarray) -> dict[str, np.ndarray]:
-        """The kernels (F, C, K, K) that are not all zeros, by filter and by channel."""
-        filters, channels = weight.shape[:2]
+    def _kernels(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, np.ndarray]:
+        """The kernels (F, C / groups, KH, KW) that are not all zeros, by filter and by channel."""
+        channels, plain = source[0], geometry.plain(op, source)
+        by_chunk = plain and op.kernel == (1, 1)
+        if by_chunk and op.groups > 1:
+            weight = _ungrouped(weight, op.groups)
+        filters, local = weight.shape[:2]
         keep = np.asarray(weight.any((2, 3)))
+        flat = weight.reshape(filters, local, -1)
+        # of each filter, the first channel that it may read
+        offset = np.arange(filters) // (filters // (channels // local)) * local
         f, c = keep.nonzero()
         # each thread's share of the filters holds about the same number of kernels
         total = np.concatenate([[0], keep.sum(1).cumsum()])
         wanted = total[-1] * np.arange(self.threads + 1) / self.threads
         share = np.searchsorted(total, wanted)
         share[0], share[-1] = 0, filters
+        lists = {"share": share.astype(np.int32)}
+        if self.dtype == torch.bfloat16:
+            size = chunk(self._library, self.dtype, True) if by_chunk else channels
+            lists |= _by_chunk(_pairs, flat, keep, size)
+            if op.groups > 1 and not by_chunk:
+                own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
+                lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
+        if by_chunk:
+            lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
+            lists["weight"] = self._words(lists["weight"])
+            small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
+            return lists | small
+        c += offset[f]
+        lists |= {
+            "weight": self._words(flat[f, c - offset[f]]),
+            "start": total.astype(np.int32),
+            "index": c.astype(np.int32),
+        }
+        if not plain:
+            return lists
         thread = np.searchsorted(share, f, side="right") - 1
         order = np.lexsort((f, c, thread))
         counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
         starts = np.concatenate([[0], counts.cumsum()])
-        flat = weight.reshape(filters, channels, -1)
-        pairs = _pairs(flat, keep) if self.dtype == torch.bfloat16 else {}
-        return pairs | {
-            "weight": self._words(flat[f, c]),
-            "start": total.astype(np.int32),
-            "index": c.astype(np.int32),
-            "weight_by_channel": self._words(flat[f, c][order]),
+        return lists | {
+            "weight_by_channel": self._words(flat[f, c - offset[f]][order]),
             "start_by_channel": starts.astype(np.int32),
             "index_by_channel": f[order].astype(np.int32),
-            "share": share.astype(np.int32),
         }
+
+
+def _floats(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().numpy()
+
+
+def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
+    """Weights (F, C / groups, ...) as (F, C, ...), zero for the channels of other groups."""
+    filters, local = weight.shape[0] // groups, weight.shape[1]
+    whole = np.zeros((len(weight), local * groups, *weight.shape[2:]), weight.dtype)
+    for g in range(groups):
+        rows = slice(g * filters, (g + 1) * filters)
+        whole[rows, g * local : (g + 1) * local] = weight[rows]
+    return whole
+
+
+def _by_chunk(
+    lists: Callable[[np.ndarray, np.ndarray], dict], weight: np.ndarray, keep: np.ndarray, size: int
+) -> dict[str, np.ndarray]:
+    """The lists of `size` channels after those of the `size` channels before, as one."""
+    parts = [
+        lists(weight[:, first : first + size], keep[:, first : first + size])
+        for first in range(0, weight.shape[1], size)
+    ]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name in joined:
+        if name.endswith("start"):
+            counts = [np.diff(part[name]) for part in parts]
+            joined[name] = np.concatenate([[0], np.concatenate(counts).cumsum()]).astype(np.int32)
+    return joined
+
+
+def _singles(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """The kernels of `keep` by filter, of weight (F, C, taps)."""
+    f, c = keep.nonzero()
+    return {
+        "weight": weight[f, c],
+        "start": np.concatenate([[0], keep.sum(1).cumsum()]).astype(np.int32),
+        "index": c.astype(np.int32),
+    }
 
 
 def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -301,10 +451,3 @@ def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
         "pair_start": np.array(starts, np.int32),
         "pair_index": np.concatenate(channels).astype(np.int32),
     }
-
-
-def _halo(op: Op) -> int:
-    """How far, in outputs, a conv looks beyond its plane."""
-    if op.stride == 1:
-        return op.pad
-    return max(-(-op.pad // op.stride), (op.kernel - 1 - op.pad) // op.stride)

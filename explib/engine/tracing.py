@@ -5,10 +5,10 @@ import operator
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from explib.pruning.holding import Held
-from explib.pruning.layers import modes_kept
+from explib.pruning.layers import Inputs, call, modes_kept
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 RELUS = (nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -21,12 +21,7 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     like: images as it takes them, of whatever content. It shares the model's modules. Raises
     NotImplementedError where torch.fx cannot trace it, or traces something else.
     """
-    for name, module in model.named_modules():
-        hooks = [hook for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks").values()]
-        if not all(isinstance(hook, Held) for hook in hooks):  # those go with their convs
-            raise NotImplementedError(
-                f"{name or 'the network'} has hooks, which tracing would lose"
-            )
+    refuse_hooks(model)
     try:
         traced = fx.GraphModule(model, fx.Tracer().trace(model))
     except Exception as error:  # control flow that depends on the data: any error can come of it
@@ -41,6 +36,16 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     if not faithful:
         raise NotImplementedError("torch.fx traces another network than the one that runs")
     return traced
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """NotImplementedError where a network has hooks other than those that hold masks."""
+    for name, module in model.named_modules():
+        hooks = [hook for kind in _HOOKS for hook in getattr(module, f"_{kind}_hooks").values()]
+        if not all(isinstance(hook, Held) for hook in hooks):  # those go with their convs
+            raise NotImplementedError(
+                f"{name or 'the network'} has hooks, which tracing would lose"
+            )
 
 
 _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
@@ -87,22 +92,34 @@ def line(error: Exception) -> str:
 
 
 def says_the_same(
-    built: nn.Module, model: nn.Module, like: torch.Tensor, count: int = 2, tolerance: float = 1e-3
+    built: nn.Module, model: nn.Module, like: Inputs, count: int = 2, tolerance: float = 1e-3
 ) -> bool:
-    """Whether both make the same of `count` random images, in evaluation mode.
+    """Whether both make the same of `count` random images like these, in evaluation mode.
 
     tolerance: of the largest value. torch.fx takes `a += b` for `a = a + b`, which is something
     else where the old `a` is still read; of Python's own branches it sees the one that was taken;
     and what is built from a graph may lack something that nobody has thought of.
     """
-    images = torch.randn(count, *like.shape[1:], generator=torch.Generator().manual_seed(0))
-    images = images.to(like)
     with modes_kept(model), modes_kept(built), torch.no_grad():
-        wanted, form = tree_flatten(model.eval()(images.clone()))
-        found, found_form = tree_flatten(built.eval()(images.clone()))
+        wanted, form = tree_flatten(call(model.eval(), _random(like, count)))
+        found, found_form = tree_flatten(call(built.eval(), _random(like, count)))
     return form == found_form and all(
         _close(a, b, tolerance) for a, b in zip(found, wanted, strict=True)
     )
+
+
+def _random(like: Inputs, count: int) -> Inputs:
+    """As many random inputs of the same shapes; of other than floats, the first again and again."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.ndim:
+            return tensor
+        if not tensor.is_floating_point():
+            return tensor[:1].repeat(count, *[1] * (tensor.ndim - 1))
+        return torch.randn(count, *tensor.shape[1:], generator=generator).to(tensor)
+
+    return tree_map_only(torch.Tensor, leaf, like)
 
 
 def _close(found, wanted, tolerance: float) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from explib import engine
 from explib.engine import training
+from tests.engine.cases import PLANES, sweep_ops
 
 SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
 BATCHES = (1, 2, 7, 8, 15, 17, 33)
@@ -91,4 +92,5 @@ def training_sweep() -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     print(training_sweep(), "compared in training")
+    print(sweep_ops((1, 33), PLANES[1:]), "ops compared")
     print(sweep(tuple(map(int, sys.argv[1:])) or BATCHES), "compared")

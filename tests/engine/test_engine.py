@@ -15,7 +15,7 @@ from torch import nn
 
 from explib import engine, models, registry
 from explib.data import eval_batches, load_data
-from explib.engine import build, fused, graph, plan
+from explib.engine import build, export, fused, graph, plan
 from explib.params import Params
 from explib.pruning import checkpoints, criteria
 from explib.pruning import masks as masking
@@ -254,13 +254,15 @@ class Strange(nn.Module):
 
 def test_what_has_no_kernel_runs_in_torch_and_is_named():
     model, images = lively(Strange()), torch.randn(5, 3, 9, 9)
-    with pytest.warns(UserWarning, match=r"depth \(Conv2d\): grouped"):
+    with pytest.warns(UserWarning, match=r"depth \(conv2d\): no kernel for this conv"):
         fast = engine.compile(model, images)
-    assert [why.split(" ")[0] for why in fast.report["fallbacks"]] == ["norm", "sigmoid", "depth"]
+    assert [why.split(" ")[0] for why in fast.report["fallbacks"]] == ["norm", "depth"]
     with torch.no_grad():
         for found, wanted in zip(fast(images), model(images), strict=True):
             assert torch.allclose(found, wanted, atol=1e-5)
-    with pytest.raises(NotImplementedError, match=r"norm \(BatchNorm2d\): no kernel for it"):
+    with pytest.raises(
+        NotImplementedError, match=r"norm \(batch_norm\): no kernel for this affine"
+    ):
         engine.compile(model, images, fallback=False)
 
 
@@ -358,17 +360,16 @@ def test_a_truncated_or_foreign_file_is_a_clear_error(tmp_path):
 
 
 def test_fusing_makes_one_op_of_a_conv_its_norm_its_residual_and_its_relu():
-    traced = graph.trace(masked("resnet_56"), torch.zeros(1, 3, 32, 32))
-    made, _ = graph.ops(traced)
-    kinds = [op.kind for op in graph.fuse(made, set())]
+    traced, _ = export.trace(masked("resnet_56"), torch.zeros(1, 3, 32, 32))
+    kinds = [op.kind for op in graph.fuse(traced.ops, set(), traced.shapes, plan.native)]
     # 55 convs, two shortcuts of option A, the mean and the linear layer; no add, no relu
-    assert len(kinds) == 59 and kinds.count("conv") == 55 and kinds.count("subsample") == 2
-    assert set(kinds) == {"conv", "subsample", "avgpool", "linear"}
+    assert len(kinds) == 59 and kinds.count("conv") == 55 and kinds.count("pad") == 2
+    assert set(kinds) == {"conv", "pad", "adaptive_avg", "linear"}
 
 
 def test_a_slot_serves_one_value_at_a_time():
-    traced = graph.trace(masked("googlenet"), torch.zeros(1, 3, 32, 32))
-    made = graph.fuse(graph.ops(traced)[0], set())
+    traced, _ = export.trace(masked("googlenet"), torch.zeros(1, 3, 32, 32))
+    made = graph.fuse(traced.ops, set(), traced.shapes, plan.native)
     found, slots, listed = plan.places(made, {"x": (3, 32, 32)}, [made[-1].name])
     parts_of = {op.name: set(op.inputs) for op in made if op.kind == "cat"}
 
@@ -433,7 +434,7 @@ def test_what_is_overwritten_in_place_is_read_as_it_is_then(write):
     assert trained is not model and error(model, trained, images) < 1e-5
 
 
-def test_where_tracing_loses_that_it_is_in_place_the_network_runs_in_torch():
+def test_what_is_added_in_place_is_read_as_it_is_then():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -441,17 +442,16 @@ def test_where_tracing_loses_that_it_is_in_place_the_network_runs_in_torch():
 
         def forward(self, x):
             y = z = self.conv(x)
-            y += 1  # to torch.fx: y = y + 1
+            y += 1  # to torch.fx, with which training is traced: y = y + 1
             return torch.relu(y) + z
 
     model, images = Net().eval(), torch.randn(2, 3, 8, 8)
-    with pytest.warns(UserWarning, match="traces another network than the one that runs"):
-        fast = engine.compile(model, torch.zeros(1, 3, 8, 8))
-    assert error(model, fast, images) == 0
+    fast = engine.compile(model, torch.zeros(1, 3, 8, 8))
+    assert error(model, fast, images) < 1e-5 and fast.report["engine"] == "native"
     assert fused.fuse(model, images) is model
 
 
-def test_a_view_of_what_is_overwritten_runs_in_torch():
+def test_a_view_of_what_is_overwritten_is_overwritten_too():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -465,9 +465,8 @@ def test_a_view_of_what_is_overwritten_runs_in_torch():
 
     torch.manual_seed(0)
     model, images = Net().eval(), torch.randn(2, 3, 8, 8)
-    with pytest.warns(UserWarning, match="relu_ overwrites what .* reads; .* runs dense, in torch"):
-        fast = engine.compile(model, torch.zeros(1, 3, 8, 8))
-    assert error(model, fast, images) == 0
+    fast = engine.compile(model, torch.zeros(1, 3, 8, 8), fallback=False)
+    assert error(model, fast, images) < 1e-5
 
 
 def test_what_outgrows_float16_is_computed_in_float32():

@@ -4,7 +4,10 @@
 #include <cstring>
 #include <memory>
 
+#include "general.h"
+#include "ops.h"
 #include "plan.h"
+#include "pointwise.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -22,10 +25,12 @@ struct ConvBlock {
     const T* in;
     const T* other;  // added to the outputs, or null
     T* out;
-    int filters, height, width, out_height, out_width, kernel, stride, pad, relu;
+    int first, last;  // the filters to compute
+    int height, width, out_height, out_width;
+    const Op& op;
     const int32_t* weight;
-    const float* bias;
-    const int32_t *start, *index;
+    const int32_t* start;
+    const void* index;  // int32_t, of a 1x1 conv uint8_t
 };
 
 template <class V, int TH, int TW>
@@ -47,14 +52,11 @@ FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
     };
     if (a.other)
         each([&](V& sum, int64_t row, int at) FORCED { sum += load(a.other + row + at); });
-    if (a.relu)
-        each([&](V& sum, int64_t row, int at)
-                 FORCED { store(a.out + row + at, rectified(sum)); });
-    else
-        each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
+    repeat<TH>([&](auto r) FORCED { activate<TW>(a.op, f, acc[r]); });
+    each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
 }
 
-// One tile of every filter; K is 1 or 3 and the padding K / 2. The input pixels of a tile are
+// One tile of every filter; K is 3 and the padding K / 2. The input pixels of a tile are
 // loaded once per kernel and go to all outputs they belong to; those outside the image are left
 // out.
 template <class T, int K, int S, int TH, int TW>
@@ -67,12 +69,13 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const bool first_col = left >= 0, last_col = left + IW <= a.width;
     const int64_t plane = block_plane(a.height, a.width);
     const int64_t origin = int64_t(top) * a.width + left;
-    for (int f = 0; f < a.filters; ++f) {
+    const int32_t* index = (const int32_t*)a.index;
+    for (int f = a.first; f < a.last; ++f) {
         V acc[SETS][TH][TW] = {};
-        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc[0]);
+        start_from(splat(typename Types<T>::Scalar(a.op.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
-            const Source<T> source(a.in, a.index + k * Source<T>::channels, plane * LANES);
+            const Source<T> source(a.in, index + k * Source<T>::channels, plane * LANES);
             repeat<IH>([&](auto i) FORCED {
                 if ((i < P && !first_row) || (i >= IH - P && !last_row)) return;
                 const auto row = source.from((origin + int64_t(i) * a.width) * LANES);
@@ -107,74 +110,61 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     }
 }
 
-// Any kernel, stride and padding: the same tile with its borders tested pixel by pixel
-template <class T, int TH, int TW>
-void conv_tile_any(const ConvBlock<T> a, int y, int x) {
-    USE_TYPES;
-    const int K = a.kernel;
-    for (int f = 0; f < a.filters; ++f) {
-        V acc[TH][TW];
-        start_from(splat(typename Types<T>::Scalar(a.bias[f])), acc);
-        for (int k = a.start[f]; k < a.start[f + 1]; ++k) {
-            const Source<T> source(a.in, a.index + k * Source<T>::channels,
-                                   block_plane(a.height, a.width) * LANES);
-            for (int tap = 0; tap < K * K; ++tap) {
-                const int32_t* w = a.weight + int64_t(k) * K * K + tap;
-                const int top = y * a.stride - a.pad + tap / K,
-                          left = x * a.stride - a.pad + tap % K;
-                repeat<TH>([&](auto r) FORCED {
-                    const int row = top + r * a.stride;
-                    if (row < 0 || row >= a.height) return;
-                    repeat<TW>([&](auto c) FORCED {
-                        const int col = left + c * a.stride;
-                        if (col >= 0 && col < a.width)
-                            acc[r][c] = add_product<T>(
-                                acc[r][c], source[(int64_t(row) * a.width + col) * LANES], w);
-                    });
-                });
-            }
-        }
-        finish<T, TH, TW>(a, f, y, x, acc);
-    }
-}
-
-// The last tile of a row or column ends with it and may overlap the one before
+// The tiles of one of `parts` threads. The last one of a row or column ends with it and may overlap
+// the one before, of the same thread: where the outputs are also the residual it must not
 template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>, int, int)>
-void tiles(const ConvBlock<T>& a) {
-    for (int y = 0; y < a.out_height; y += TH)
+void tiles(const ConvBlock<T>& a, int part, int parts) {
+    const int rows = (a.out_height + TH - 1) / TH;
+    for (int r = (int)split(rows, part, parts); r < (int)split(rows, part + 1, parts); ++r)
         for (int x = 0; x < a.out_width; x += TW)
-            TILE(a, std::min(y, a.out_height - TH), std::min(x, a.out_width - TW));
+            TILE(a, std::min(r * TH, a.out_height - TH), std::min(x, a.out_width - TW));
 }
 
 template <class T, int TH, int TW>
-void conv_sized(const ConvBlock<T>& a) {
-    const bool same = a.pad == a.kernel / 2;
-    if (same && a.kernel == 3 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a);
-    if (same && a.kernel == 3 && a.stride == 2)
-        return tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a);
-    if (same && a.kernel == 1 && a.stride == 1)
-        return tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a);
-    tiles<T, TH, TW, conv_tile_any<T, TH, TW>>(a);
+void conv_sized(const ConvBlock<T>& a, int part, int parts) {
+    if (a.op.rows.kernel == 1)
+        tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a, part, parts);
+    else if (a.op.rows.stride == 1)
+        tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
+    else
+        tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
 }
 
+// A conv with lists of kernels by filter. Threads share the rows of tiles where there are many, else
+// the filters
 template <class T>
-void conv_block(const ConvBlock<T>& a) {
+void conv_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, const T* other, T* y,
+                int part, int parts) {
+    const int kernel = op.rows.kernel, stride = op.rows.stride;
+    if (!is_plain(op, in, out) || stride > (kernel == 3 ? 2 : 1))
+        return general_block<T>({op, in, out, x, other, y, block_plane(in.height, in.width) *
+                                 Types<T>::lanes, block_plane(out.height, out.width) *
+                                 Types<T>::lanes}, part, parts);
+    constexpr bool PAIRS = Source<T>::channels == 2;
+    ConvBlock<T> a = {x, other, y, 0, out.channels, in.height, in.width, out.height, out.width, op,
+                      (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
+                      PAIRS ? op.pair_start : op.start, PAIRS ? op.pair_index : op.index};
+    if (a.out_height < 4 * TILE_H * parts) {
+        if (parts > 1) a.first = op.share[part], a.last = op.share[part + 1];
+        part = 0, parts = 1;
+    }
     const int side = std::min(a.out_height, a.out_width);
-    if (side >= 4) return conv_sized<T, TILE_H, TILE_W>(a);
-    if (side >= 2) return conv_sized<T, 2, 2>(a);
-    conv_sized<T, 1, 1>(a);
+    if (side >= 4) return conv_sized<T, TILE_H, TILE_W>(a, part, parts);
+    if (side >= 2) return conv_sized<T, 2, 2>(a, part, parts);
+    conv_sized<T, 1, 1>(a, part, parts);
 }
 
 // scores: where the result goes, unrounded, if the network ends here; (live images, features)
 template <class T>
 void linear_block(const T* in, T* out, const Op& op, int channels, int features, float* scores,
-                  int live) {
+                  int live, int part, int parts) {
     USE_TYPES;
     constexpr int GROUP = 8;
     using Scalar = typename Types<T>::Scalar;
     const Scalar* weight = (const Scalar*)op.weight;
-    for (int f = 0; f < features; f += GROUP) {
+    const int groups = (features + GROUP - 1) / GROUP;
+    const int last = (int)split(groups, part + 1, parts) * GROUP;
+    for (int f = (int)split(groups, part, parts) * GROUP; f < last; f += GROUP) {
         V acc[GROUP];
         const Scalar* rows[GROUP];
         for (int g = 0; g < GROUP; ++g) {
@@ -187,7 +177,8 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
             repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
         }
         for (int g = 0; g < GROUP && f + g < features; ++g) {
-            const V value = op.relu ? rectified(acc[g]) : acc[g];
+            V value = acc[g];
+            activate<1>(op, f + g, &value);
             if (!scores) store(out + int64_t(f + g) * LANES, value);
             for (int lane = 0; scores && lane < live; ++lane)
                 scores[int64_t(lane) * features + f + g] = float(value[lane]);
@@ -195,7 +186,49 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
     }
 }
 
-// The whole network on one block at a time; each worker has memory of its own
+// A 1x1 conv with lists by chunk. Threads share the pixels where there are many, else the filters
+template <class T>
+void point_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, const T* other,
+                 T* y, const PointScratch& scratch, int part, int parts) {
+    USE_TYPES;
+    constexpr bool PAIRS = Source<T>::channels == 2;
+    const int64_t plane = block_plane(in.height, in.width) * LANES;
+    Points<T> points_of = {.in = x, .other = other, .out = y,
+                           .out_plane = block_plane(out.height, out.width) * LANES,
+                           .channels = in.channels, .filters = out.channels, .first = 0,
+                           .last = out.channels, .op = &op,
+                           .weight = (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
+                           .start = PAIRS ? op.pair_start : op.start,
+                           .index = (const uint8_t*)(PAIRS ? op.pair_index : op.index)};
+    points_of.use(scratch);
+    const int pixels = out.height * out.width;
+    if (parts > 1 && pixels < 8 * POINTS * parts) {
+        points_of.first = op.share[part], points_of.last = op.share[part + 1];
+        part = 0, parts = 1;
+    }
+    points(points_of, (int)split(pixels, part, parts), (int)split(pixels, part + 1, parts),
+           [&](int first, int count) {
+               return [=, &op, &in, &out](int channel, int n, T* tile) {
+                   const T* from = x + channel * plane;
+                   for (int c = 0; c < n; ++c, from += plane, tile += count * LANES) {
+                       if (op.rows.stride == 1) {
+                           std::memcpy(tile, from + int64_t(first) * LANES,
+                                       count * LANES * sizeof(T));
+                           continue;
+                       }
+                       int y = first / out.width, x = first % out.width;
+                       for (int i = 0; i < count; ++i) {
+                           const int64_t at = (int64_t(y) * in.width + x) * op.rows.stride;
+                           std::memcpy(tile + i * LANES, from + at * LANES, LANES * sizeof(T));
+                           if (++x == out.width) x = 0, ++y;
+                       }
+                   }
+               };
+           });
+}
+
+// The whole network on one block at a time; each worker has memory of its own, on which one thread
+// or, where there are fewer blocks than threads, all of them work
 template <class T>
 class Blocks {
     using V = typename Types<T>::V;
@@ -205,6 +238,7 @@ class Blocks {
     std::vector<int64_t> starts;  // of the slots, in scalars
     int64_t size = 0;
     std::vector<std::unique_ptr<Memory>> memories;
+    std::vector<std::unique_ptr<PointScratch>> scratch;
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
@@ -212,49 +246,67 @@ class Blocks {
     }
 
   public:
-    explicit Blocks(const Plan& plan) : plan(plan), memories(plan.threads) {
+    explicit Blocks(const Plan& plan)
+        : plan(plan), memories(plan.threads), scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             size += s.channels * block_plane(s.height, s.width) * LANES;
         }
     }
 
+    // Bytes of the largest value
+    int64_t largest() const {
+        int64_t most = 0;
+        for (const Slot& s : plan.slots)
+            most = std::max(most, int64_t(s.channels) * s.height * s.width);
+        return most * LANES * int64_t(sizeof(T));
+    }
+
     void prepare() {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
+        PointScratch::prepare(scratch);
     }
 
-    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block) {
+    // One of `parts` threads that run this at once on the same worker's memory
+    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block,
+             int part, int parts, Barrier& barrier) {
         T* memory = (T*)memories[worker]->data;
         const int64_t first = block * LANES;
         const int live = (int)std::min<int64_t>(LANES, images - first);
-        for (const Op& op : plan.ops) run_op(op, memory, in, out, first, live);
+        for (const Op& op : plan.ops) {
+            run_op(op, worker, memory, in, out, first, live, part, parts);
+            barrier.wait(parts);
+        }
     }
 
   private:
-    void run_op(const Op& op, T* memory, const float* const* ins, float* const* outs, int64_t first,
-                int live) {
+    void run_op(const Op& op, int worker, T* memory, const float* const* ins, float* const* outs,
+                int64_t first, int live, int part, int parts) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
+        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         if (op.kind == CONV) {
-            constexpr bool pairs = Source<T>::channels == 2;
-            return conv_block<T>({in, op.other >= 0 ? data(memory, op.other) : nullptr, out,
-                                  o.channels, a.height, a.width, o.height, o.width, op.kernel,
-                                  op.stride, op.pad, op.relu,
-                                  (const int32_t*)(pairs ? op.pair_weight : op.weight), op.bias,
-                                  pairs ? op.pair_start : op.start,
-                                  pairs ? op.pair_index : op.index});
+            const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
+            if (is_plain(op, a, o) && op.rows.kernel == 1)
+                return point_block<T>(op, a, o, in, other, out,
+                                      *scratch[parts == 1 ? worker : part], part, parts);
+            return conv_block<T>(op, a, o, in, other, out, part, parts);
         }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;
-            return linear_block<T>(in, out, op, a.channels, o.channels, scores, live);
+            return linear_block<T>(in, out, op, a.channels, o.channels, scores, live, part, parts);
         }
-        const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         const int pixels = a.height * a.width;
-        const int channels = op.kind == SUBSAMPLE ? o.channels : a.channels;
-        for (int c = 0; c < channels; ++c) {
+        if (op.kind == LAYERNORM)
+            return layernorm<T>(op, in, out, from * LANES, a.channels, nullptr,
+                                split(pixels, part, parts), split(pixels, part + 1, parts));
+        const BlockPixels<T> layout{a.width, o.width};
+        const int channels = op.kind == FLATTEN ? a.channels : o.channels;
+        const int last = (int)split(channels, part + 1, parts);
+        for (int c = (int)split(channels, part, parts); c < last; ++c) {
             const T* x = in + c * from * LANES;
             T* y = out + c * to * LANES;
             switch (op.kind) {
@@ -276,50 +328,59 @@ class Blocks {
                     break;
                 case MAXPOOL:
                 case AVGPOOL:
-                    for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q, y += LANES) {
-                            const auto [r0, r1] = window(op, r, a.height);
-                            const auto [c0, c1] = window(op, q, a.width);
-                            const bool most = op.kind == MAXPOOL;
-                            V value = most ? load(x + (r0 * a.width + c0) * LANES) : V{};
-                            for (int i = r0; i < r1; ++i)
-                                for (int j = c0; j < c1; ++j) {
-                                    const V pixel = load(x + (i * a.width + j) * LANES);
-                                    value = most ? larger(value, pixel) : value + pixel;
-                                }
-                            const Scalar scale(pool_scale(op, r1 - r0, c1 - c0));
-                            store(y, most ? value : value * scale);
-                        }
+                    pool_plane(op, a, o, x, y);
                     break;
-                case SUBSAMPLE: {
-                    const int source = c - op.before;
-                    const bool padded = source < 0 || source >= a.channels;
-                    x = in + source * from * LANES;
-                    for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q, y += LANES) {
-                            const int64_t at = (r * a.width + q) * op.stride * LANES;
-                            store(y, padded ? V{} : load(x + at));
-                        }
+                case SELECT: {
+                    const int source = op.index[c];
+                    select_plane(op, layout, o, source < 0 ? nullptr : in + source * from * LANES,
+                                 y);
                     break;
                 }
-                case ADD:
-                case RELU: {
-                    const T* z =
-                        op.kind == ADD ? data(memory, op.other) + c * from * LANES : nullptr;
-                    for (int64_t i = 0; i < int64_t(pixels) * LANES; i += LANES) {
-                        const V value = z ? load(x + i) + load(z + i) : load(x + i);
-                        store(y + i, op.relu ? rectified(value) : value);
+                case BILINEAR:
+                    bilinear_plane(op, layout, a, o, x, y);
+                    break;
+                default: {
+                    const T* z = nullptr;
+                    V point = {};
+                    if (op.other >= 0) {
+                        const Tensor& b = plan.tensors[op.other];
+                        z = data(memory, op.other) +
+                            (b.channels == 1 ? 0 : c) * block_plane(b.height, b.width) * LANES;
+                        if (b.height * b.width < pixels) point = load(z), z = nullptr;
                     }
+                    elementwise(op, c, x, z, point, y, (const V*)nullptr, pixels);
                     break;
                 }
-                case COPY:
-                    std::memcpy(y, x, pixels * LANES * sizeof(T));
-                    break;
                 case FLATTEN:
                     std::memcpy(out + int64_t(c) * pixels * LANES, x, pixels * LANES * sizeof(T));
                     break;
             }
         }
+    }
+
+    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y) const {
+        using Wide = decltype(widened(V{}));
+        const int32_t *rows = op.index, *columns = rows + 2 * o.height;
+        if (op.kind == AVGPOOL && is_whole(op, a, o))
+            return store(y, narrowed<V>(plane_sum(x, a.height * a.width) * op.bias[0] * op.bias[1]));
+        for (int r = 0; r < o.height; ++r)
+            for (int q = 0; q < o.width; ++q, y += LANES) {
+                const int r0 = rows[2 * r], r1 = rows[2 * r + 1];
+                const int c0 = columns[2 * q], c1 = columns[2 * q + 1];
+                if (op.kind == MAXPOOL) {
+                    V most = load(x + (r0 * a.width + c0) * LANES);
+                    for (int i = r0; i < r1; i += op.rows.dilation)
+                        for (int j = c0; j < c1; j += op.columns.dilation)
+                            most = larger(most, load(x + (i * a.width + j) * LANES));
+                    store(y, most);
+                } else {
+                    Wide sum = {};
+                    for (int i = r0; i < r1; ++i)
+                        for (int j = c0; j < c1; ++j)
+                            sum += widened(load(x + (i * a.width + j) * LANES));
+                    store(y, narrowed<V>(sum * op.bias[r] * op.bias[o.height + q]));
+                }
+            }
     }
 };
 

@@ -10,6 +10,8 @@
 
 namespace {
 
+constexpr int64_t LARGEST_BLOCK = 16 << 20;  // bytes of a value
+
 enum Type { FLOAT32, FLOAT16, BFLOAT16 };
 
 struct Network {
@@ -18,7 +20,7 @@ struct Network {
     virtual void prepare(bool interleaved) = 0;
     virtual int64_t blocks(int64_t images) const = 0;
     virtual void run_block(int worker, const float* const* in, float* const* out, int64_t images,
-                           int64_t block) = 0;
+                           int64_t block, int part, int parts, Barrier& barrier) = 0;
     virtual void run_image(int worker, const float* const* in, float* const* out, int64_t image,
                            int part, int parts, Barrier& barrier) = 0;
     int threads = 1;
@@ -35,11 +37,12 @@ class Planned : public Network {
         threads = plan.threads;
     }
 
-    // Blocks fill their lanes from so many images on; below it, images go one by one
+    // Blocks fill their lanes from so many images on; below it, and where the maps of a block are so
+    // large that no cache holds them, images go one by one (which bfloat16 would not compute in)
     bool interleave(int64_t images) const override {
-        const int64_t rounds = (blocks(images) + threads - 1) / threads;
-        return images >= Types<T>::lanes / 2 &&
-               rounds * Types<T>::lanes <= 2 * ((images + threads - 1) / threads);
+        if (sizeof(T) == sizeof(typename Types<T>::Scalar) && by_block.largest() > LARGEST_BLOCK)
+            return false;
+        return images >= Types<T>::lanes / 2 && blocks(images) * Types<T>::lanes <= 2 * images;
     }
     int64_t blocks(int64_t images) const override {
         return (images + Types<T>::lanes - 1) / Types<T>::lanes;
@@ -50,8 +53,8 @@ class Planned : public Network {
     }
 
     void run_block(int worker, const float* const* in, float* const* out, int64_t images,
-                   int64_t block) override {
-        by_block.run(worker, in, out, images, block);
+                   int64_t block, int part, int parts, Barrier& barrier) override {
+        by_block.run(worker, in, out, images, block, part, parts, barrier);
     }
 
     void run_image(int worker, const float* const* in, float* const* out, int64_t image, int part,
@@ -74,9 +77,14 @@ void run_part(void* argument, int worker) {
     Call& call = *(Call*)argument;
     Network& network = *call.network;
     if (call.interleaved) {
-        const int64_t blocks = network.blocks(call.images);
-        for (int64_t b; (b = call.next.fetch_add(1)) < blocks;)
-            network.run_block(worker, call.in, call.out, call.images, b);
+        // a block each while there is one for every thread, then all threads on each
+        const int64_t blocks = network.blocks(call.images), alone = blocks - blocks % network.threads;
+        for (int64_t b; (b = call.next.fetch_add(1)) < alone;)
+            network.run_block(worker, call.in, call.out, call.images, b, 0, 1, call.barrier);
+        call.barrier.wait(network.threads);
+        for (int64_t b = alone; b < blocks; ++b)
+            network.run_block(0, call.in, call.out, call.images, b, worker, network.threads,
+                              call.barrier);
     } else if (call.images == 1) {
         network.run_image(0, call.in, call.out, 0, worker, network.threads, call.barrier);
     } else {
@@ -90,6 +98,11 @@ void run_part(void* argument, int worker) {
 extern "C" {
 
 int explib_vector_bytes() { return VECTOR_BYTES; }
+// Channels of a chunk of a 1x1 conv whose kernels are in `weight`, or in `pair_weight`
+int explib_chunk(int type, int pairs) {
+    if (type == FLOAT16) return chunk<float>() * 2;
+    return chunk<float>() * (pairs ? 2 : 1);
+}
 int explib_computes(int type) {
     return type == FLOAT32 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
 }

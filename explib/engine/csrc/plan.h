@@ -12,15 +12,24 @@ struct Slot {  // memory of one size; spatial planes keep their zeros since only
 struct Tensor {  // `channels` of a slot from `first` on
     int32_t slot, first, channels, height, width;
 };
+struct Axis {  // a window along rows or columns
+    int32_t kernel, stride, pad, dilation;
+};
 struct Op {
     // tensors; -1: none. LOAD, STORE, LINEAR: `other` is an argument, a LINEAR's that of its result
     int32_t kind, in, other, out;
-    int32_t kernel, stride, pad, relu;
-    int32_t before;        // SUBSAMPLE: zero channels in front. AVGPOOL: whether padding counts
-    const float* bias;     // (F,)
-    const void* weight;    // kernels by filter, each K * K words; LINEAR: scalars (F, C)
+    Axis rows, columns;
+    int32_t act, groups;
+    float alpha, beta;  // of the activation, SCALAR and LAYERNORM (eps); SELECT: alpha is outside
+    // CONV, LINEAR, AFFINE, LAYERNORM: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
+    const float *bias, *slope;  // slope: of PRELU, (F,)
+    // CONV: kernels by filter, each KH * KW words; LINEAR: scalars (F, C); AFFINE, LAYERNORM: floats
+    const void* weight;
     const int32_t* start;  // (F + 1,) where a filter's kernels start
-    const int32_t* index;  // the channel of each kernel
+    // CONV: the channel of each kernel, of a plain 1x1 one in its chunk, as bytes. SELECT: of each
+    // channel, row and column of the output the input's, or -1. Pools: first and end of the window
+    // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
+    const int32_t* index;
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
     const int32_t *pair_start, *pair_index;
@@ -34,7 +43,12 @@ struct Op {
 
 namespace {
 
-enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, SUBSAMPLE, ADD, RELU, COPY, FLATTEN };
+// clang-format off
+enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, ADD, SUB, MUL, DIV, AFFINE, SCALAR, ACT,
+            COPY, LAYERNORM, SELECT, BILINEAR, FLATTEN };
+enum Activation { NONE, RELU, CLAMP, SILU, HARDSWISH, HARDSIGMOID, SIGMOID, GELU, GELU_TANH, LEAKY,
+                  PRELU, ELU, TANH };
+// clang-format on
 
 struct Plan {
     std::vector<Op> ops;
@@ -44,14 +58,20 @@ struct Plan {
     int threads;
 };
 
-// The rows or columns of a pooling window, without those outside
-inline std::pair<int, int> window(const Op& op, int at, int size) {
-    const int start = at * op.stride - op.pad;
-    return {std::max(start, 0), std::min(start + op.kernel, size)};
+// Whether a conv has a filter of one channel for each output: weights by filter, no sums of channels
+inline bool is_depthwise(const Op& op, const Tensor& in) {
+    return op.groups > 1 && op.groups == in.channels;
 }
 
-inline float pool_scale(const Op& op, int rows, int columns) {
-    return 1.0f / (op.before ? op.kernel * op.kernel : rows * columns);
+// Whether a conv is square, of size 1 or 3, padded by half of it, undilated, of one stride
+inline bool is_plain(const Op& op, const Tensor& in, const Tensor& out) {
+    const auto same = [&](const Axis& axis, int size, int made) {
+        return axis.pad == axis.kernel / 2 && axis.dilation == 1 &&
+               made == (size - 1) / axis.stride + 1;
+    };
+    return (op.rows.kernel == 1 || op.rows.kernel == 3) && op.rows.kernel == op.columns.kernel &&
+           op.rows.stride == op.columns.stride && same(op.rows, in.height, out.height) &&
+           same(op.columns, in.width, out.width) && !is_depthwise(op, in);
 }
 
 inline int round_up(int value, int to) { return (value + to - 1) / to * to; }

@@ -5,13 +5,16 @@
 #include <map>
 #include <memory>
 
+#include "general.h"
+#include "ops.h"
 #include "plan.h"
+#include "pointwise.h"
 #include "threads.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int MAX_TAPS = 49;
+constexpr int FLAT = 2048;  // about so many outputs of a filter at once, of convs of any kind
 constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
 
 // Kernels of NT taps by channel: the shifted planes stay in registers while all filters that use
@@ -54,7 +57,7 @@ template <class T, int N>
 void conv_filter(const Op& op, const T* in, int64_t plane, const int* shift, int f, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
-    const int taps = op.kernel * op.kernel;
+    const int taps = op.rows.kernel * op.columns.kernel;
     V acc[N];
     repeat<N>([&](auto n) FORCED { acc[n] = splat<T>(T(op.bias[f])); });
     for (int k = op.start[f]; k < op.start[f + 1]; ++k) {
@@ -78,6 +81,8 @@ class Images {
     std::vector<int64_t> starts;  // of the slots, in scalars
     int64_t size = 0, scratch_size = 0;
     std::vector<std::unique_ptr<Memory>> memories, scratch;
+    std::vector<std::unique_ptr<PointScratch>> point_scratch;
+    std::map<const Op*, Phases> phases;  // of convs that are not plain
     // of the pixels of a body: 1 inside the image, 0 between its rows
     std::map<std::pair<int, int>, std::unique_ptr<Memory>> inside;
 
@@ -93,23 +98,17 @@ class Images {
     }
 
   public:
-    explicit Images(const Plan& plan) : plan(plan), memories(plan.threads), scratch(plan.threads) {
+    explicit Images(const Plan& plan)
+        : plan(plan), memories(plan.threads), scratch(plan.threads), point_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             // two margins more: before the first plane, and for loads that begin near the end
             size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
         }
         for (const Op& o : plan.ops) {
-            if (o.in < 0 || o.out < 0) continue;
-            const Tensor &in = plan.tensors[o.in], &out = plan.tensors[o.out];
-            const int each = o.kind == CONV     ? out.channels * PAIR * LANES
-                             : o.kind == LINEAR ? round_up(in.channels, LANES)
-                                                : round_up(pitch(in.width), LANES);
-            int64_t need = int64_t(each) * plan.threads;
-            if (o.kind == CONV && o.stride > 1)
-                need += int64_t(o.stride) * o.stride * in.channels * plane(out.height, out.width) +
-                        2 * margin(out.width) + 2 * PAIR * LANES;
-            scratch_size = std::max(scratch_size, need);
+            if (o.out < 0) continue;
+            const Tensor& out = plan.tensors[o.out];
+            if (o.in >= 0) scratch_size = std::max(scratch_size, need(o, plan.tensors[o.in], out));
             auto& mask = inside[{out.height, out.width}];
             if (mask) continue;
             mask = std::make_unique<Memory>(body(out.height, out.width) * sizeof(T));
@@ -123,6 +122,7 @@ class Images {
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         for (auto& memory : scratch)
             if (!memory) memory = std::make_unique<Memory>(scratch_size * sizeof(T));
+        PointScratch::prepare(point_scratch);
     }
 
     // One of `parts` threads that run this at once on the same worker's memory
@@ -131,41 +131,92 @@ class Images {
         T* memory = (T*)memories[worker]->data;
         T* extra = (T*)scratch[worker]->data;
         for (const Op& op : plan.ops) {
-            run_op(op, memory, extra, in, out, image, part, parts, barrier);
+            run_op(op, worker, memory, extra, in, out, image, part, parts, barrier);
             barrier.wait(parts);
         }
     }
 
   private:
+    // What an op needs of scratch memory, in scalars
+    int64_t need(const Op& op, const Tensor& in, const Tensor& out) {
+        if (op.kind == CONV && !is_plain(op, in, out)) {
+            const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
+            const Phases& own = phases.try_emplace(&op, op, in, out, LANES, wide).first->second;
+            const int64_t planes = wide ? 0
+                                   : is_depthwise(op, in) ? own.count * plan.threads
+                                                          : own.count * int64_t(in.channels);
+            return flat(own) * plan.threads + planes * own.plane;
+        }
+        const int each = op.kind == CONV     ? out.channels * PAIR * LANES
+                         : op.kind == LINEAR ? round_up(in.channels, LANES)
+                                             : 2 * round_up(pitch(in.width), LANES);
+        int64_t size = int64_t(each) * plan.threads;
+        if (op.kind == CONV && op.rows.kernel == 3 && op.rows.stride > 1)
+            size += int64_t(op.rows.stride) * op.rows.stride * in.channels *
+                        plane(out.height, out.width) +
+                    2 * margin(out.width) + 2 * PAIR * LANES;
+        return size;
+    }
+
+    // Rows of a filter's outputs at once, in scalars: at least one row and what vectors add
+    int64_t flat(const Phases& own) const {
+        return round_up(std::max(FLAT, own.pitch), LANES) + LANES;
+    }
+
+    // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
+    bool in_halo(const Op& op, const Tensor& in, const Tensor& out) const {
+        const auto reach = [](const Axis& axis) {
+            return std::max(axis.pad, (axis.kernel - 1) * axis.dilation - axis.pad);
+        };
+        return op.rows.stride * op.columns.stride == 1 && in.height == out.height &&
+               in.width == out.width && op.rows.pad >= 0 && op.columns.pad >= 0 &&
+               std::max(reach(op.rows), reach(op.columns)) <= plan.halo;
+    }
+
     // First over rows, whole vectors at a time, then over columns
     void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out,
-                    T* row) const {
+                    float* row) const {
         const int wide = pitch(a.width), wide_out = pitch(o.width);
         const bool most = op.kind == MAXPOOL;
+        const int32_t *rows = op.index, *columns = rows + 2 * o.height;
+        if (!most && is_whole(op, a, o)) {
+            const auto lanes = plane_sum(in, body(a.height, a.width) / LANES);
+            float sum = 0;
+            for (int i = 0; i < LANES; ++i) sum += lanes[i];
+            out[0] = T(sum * op.bias[0] * op.bias[1]);
+            return;
+        }
         for (int r = 0; r < o.height; ++r) {
-            const auto [r0, r1] = window(op, r, a.height);
-            std::copy_n(in + r0 * wide, a.width, row);
-            for (int i = r0 + 1; i < r1; ++i)
+            const int first = rows[2 * r], last = rows[2 * r + 1];
+            const int down = most ? op.rows.dilation : 1, along = most ? op.columns.dilation : 1;
+            std::copy_n(in + first * wide, a.width, row);
+            for (int i = first + down; i < last; i += down)
                 for (int q = 0; q < a.width; ++q) {
-                    const T x = in[i * wide + q];
+                    const float x(in[i * wide + q]);
                     row[q] = most ? larger(row[q], x) : row[q] + x;
                 }
             for (int q = 0; q < o.width; ++q) {
-                const auto [c0, c1] = window(op, q, a.width);
-                T value = row[c0];
-                for (int c = c0 + 1; c < c1; ++c)
+                const int from = columns[2 * q], to = columns[2 * q + 1];
+                float value = row[from];
+                for (int c = from + along; c < to; c += along)
                     value = most ? larger(value, row[c]) : value + row[c];
-                out[r * wide_out + q] = most ? value : value * T(pool_scale(op, r1 - r0, c1 - c0));
+                out[r * wide_out + q] =
+                    T(most ? value : value * op.bias[r] * op.bias[o.height + q]);
             }
         }
     }
 
-    void run_op(const Op& op, T* memory, T* extra, const float* const* ins, float* const* outs,
+    void run_op(const Op& op, int worker, T* memory, T* extra, const float* const* ins, float* const* outs,
                 int64_t image, int part, int parts, Barrier& barrier) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
+        if (op.kind == CONV && !is_plain(op, a, o))
+            return general(op, a, o, memory, extra, part, parts, barrier);
+        if (op.kind == CONV && op.rows.kernel == 1)
+            return pointwise(op, a, o, memory, *point_scratch[parts == 1 ? worker : part], part,
+                             parts);
         if (op.kind == CONV) return conv(op, a, o, memory, extra, part, parts, barrier);
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + image * o.channels : nullptr;
@@ -173,6 +224,12 @@ class Images {
         }
         const int64_t from = plane(a.height, a.width), to = plane(o.height, o.width);
         const int wide = pitch(a.width), wide_out = pitch(o.width);
+        const V* mask = op.out >= 0 ? (const V*)inside.at({o.height, o.width})->data : nullptr;
+        const int vectors = body(o.height, o.width) / LANES;
+        if (op.kind == LAYERNORM)
+            return layernorm<T>(op, in, out, to, a.channels, mask, split(vectors, part, parts),
+                                split(vectors, part + 1, parts));
+        const ImagePixels<T> layout{wide, wide_out};
         const int channels = op.kind == FLATTEN ? a.channels : o.channels;
         const int last = (int)split(channels, part + 1, parts);
         for (int c = (int)split(channels, part, parts); c < last; ++c) {
@@ -193,32 +250,32 @@ class Images {
                     break;
                 case MAXPOOL:
                 case AVGPOOL:
-                    pool_plane(op, a, o, x, y, extra + int64_t(part) * round_up(wide, LANES));
+                    pool_plane(op, a, o, x, y,
+                               (float*)(extra + int64_t(part) * 2 * round_up(wide, LANES)));
                     break;
-                case SUBSAMPLE: {
-                    const int source = c - op.before;
-                    const bool padded = source < 0 || source >= a.channels;
-                    for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q)
-                            y[r * wide_out + q] =
-                                padded ? T(0)
-                                       : in[source * from + (r * op.stride) * wide + q * op.stride];
+                case SELECT: {
+                    const int source = op.index[c];
+                    select_plane(op, layout, o, source < 0 ? nullptr : in + source * from, y);
                     break;
                 }
+                case BILINEAR:
+                    bilinear_plane(op, layout, a, o, x, y);
+                    break;
                 case FLATTEN:
                     for (int r = 0; r < a.height; ++r)
                         for (int q = 0; q < a.width; ++q)
                             y[(r * a.width + q) * to] = x[r * wide + q];
                     break;
-                case ADD:
-                case RELU:
-                case COPY: {
-                    const T* z = op.kind == ADD ? data(memory, op.other) + c * from : nullptr;
-                    for (int i = 0; i < body(a.height, a.width); i += LANES) {
-                        V value = *(const V*)(x + i);
-                        if (z) value += *(const V*)(z + i);
-                        *(V*)(y + i) = op.relu ? rectified(value) : value;
+                default: {
+                    const T* z = nullptr;
+                    V point = {};
+                    if (op.other >= 0) {
+                        const Tensor& b = plan.tensors[op.other];
+                        z = data(memory, op.other) +
+                            (b.channels == 1 ? 0 : c) * plane(b.height, b.width);
+                        if (b.height * b.width < o.height * o.width) point = splat(*z), z = nullptr;
                     }
+                    elementwise(op, c, x, z, point, y, mask, vectors);
                     break;
                 }
             }
@@ -241,7 +298,11 @@ class Images {
             float sum = op.bias[f];
             for (; c < a.channels; ++c) sum += float(row[c]) * float(x[c]);
             for (int i = 0; i < LANES; ++i) sum += float(sums[i]);
-            if (op.relu && sum < 0) sum = 0;
+            if (op.act) {
+                Types<float>::V value = splat(sum);
+                activate<1>(op, f, &value);
+                sum = value[0];
+            }
             if (scores)
                 scores[f] = sum;
             else
@@ -249,10 +310,54 @@ class Images {
         }
     }
 
+    // A 1x1 conv. Threads share the plane where it is large, else the filters
+    void pointwise(const Op& op, const Tensor& a, const Tensor& o, T* memory,
+                   const PointScratch& own, int part, int parts) {
+        const int S = op.rows.stride, wide = pitch(a.width), wide_out = pitch(o.width);
+        const int64_t from = plane(a.height, a.width);
+        const T* in = data(memory, op.in);
+        Points<T> conv = {.in = in,
+                          .other = op.other >= 0 ? data(memory, op.other) : nullptr,
+                          .out = data(memory, op.out),
+                          .out_plane = plane(o.height, o.width),
+                          .channels = a.channels, .filters = o.channels, .first = 0,
+                          .last = o.channels, .op = &op,
+                          .weight = (const int32_t*)op.weight,
+                          .start = op.start, .index = (const uint8_t*)op.index,
+                          .inside = (const V*)inside.at({o.height, o.width})->data};
+        conv.use(own);
+        const int vectors = body(o.height, o.width) / LANES;
+        if (parts > 1 && vectors < 10 * parts) {
+            conv.first = op.share[part], conv.last = op.share[part + 1];
+            part = 0, parts = 1;
+        }
+        points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
+               [&](int first, int count) {
+                   return [=, &o](int channel, int n, T* tile) {
+                       const T* x = in + channel * from;
+                       for (int c = 0; c < n; ++c, x += from, tile += count * LANES) {
+                           if (S == 1) {
+                               std::memcpy(tile, x + first * LANES, count * LANES * sizeof(T));
+                               continue;
+                           }
+                           // what lies between the rows and below the last is not used
+                           int r = first * LANES / wide_out, q = first * LANES % wide_out;
+                           for (int i = 0; i < count * LANES; ++r, q = 0) {
+                               const int n = std::min(wide_out - q, count * LANES - i);
+                               const int live = r < o.height ? std::min(n, o.width - q) : 0;
+                               const T* row = x + r * S * wide + q * S;
+                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
+                               i += n;
+                           }
+                       }
+                   };
+               });
+    }
+
     void conv(const Op& op, const Tensor& a, const Tensor& o, T* memory, T* extra, int part,
               int parts, Barrier& barrier) {
         const T* in = data(memory, op.in);
-        const int K = op.kernel, S = op.stride, wide = pitch(o.width);
+        const int K = op.rows.kernel, S = op.rows.stride, wide = pitch(o.width);
         const int64_t to = plane(o.height, o.width);
         int64_t from = plane(a.height, a.width);
         const int32_t* share = op.share;
@@ -272,9 +377,9 @@ class Images {
             in = phases;
             from = int64_t(S) * S * to;
         }
-        int shift[MAX_TAPS];
+        int shift[9];
         for (int t = 0; t < K * K; ++t) {
-            const int dy = t / K - op.pad, dx = t % K - op.pad;
+            const int dy = t / K - K / 2, dx = t % K - K / 2;
             const int ky = dy >= 0 ? dy / S : -((S - 1 - dy) / S),
                       kx = dx >= 0 ? dx / S : -((S - 1 - dx) / S);
             const int64_t phase = (dy - ky * S) * S + dx - kx * S;
@@ -303,19 +408,101 @@ class Images {
                                       f1, sums);
                 finish<1>(op, o, mask, memory, sums + int64_t(f0) * LANES, f0, f1, v);
             }
+        }
+    }
+
+    // Vectors v0 to v1 of the outputs of a filter, from planes of the output's shape
+    void filter(const Op& op, const Tensor& o, T* memory, const T* in, int64_t from,
+                const int* shift, int f, int v0, int v1) {
+        const V* mask = (const V*)inside.at({o.height, o.width})->data;
+        alignas(64) T one[4 * LANES];
+        int v = v0;
+        for (; v + 4 <= v1; v += 4) {
+            conv_filter<T, 4>(op, in + v * LANES, from, shift, f, one);
+            finish<4>(op, o, mask, memory, one, f, f + 1, v);
+        }
+        for (; v < v1; ++v) {
+            conv_filter<T, 1>(op, in + v * LANES, from, shift, f, one);
+            finish<1>(op, o, mask, memory, one, f, f + 1, v);
+        }
+    }
+
+    // A conv of any kind: from the input where its halo is wide enough, else from phases of it.
+    // Threads share the channels of depthwise ones, else the rows where there are many, else filters
+    void general(const Op& op, const Tensor& a, const Tensor& o, T* memory, T* extra, int part,
+                 int parts, Barrier& barrier) {
+        const Phases& own = phases.at(&op);
+        const bool halo = in_halo(op, a, o), depthwise = is_depthwise(op, a);
+        const bool by_row = !depthwise && o.height >= 4 * parts;
+        const int f0 = depthwise ? (int)split(o.channels, part, parts)
+                       : by_row || parts == 1 ? 0 : op.share[part];
+        const int f1 = depthwise ? (int)split(o.channels, part + 1, parts)
+                       : by_row || parts == 1 ? o.channels : op.share[part + 1];
+        const int64_t from = plane(a.height, a.width);
+        const T* in = data(memory, op.in);
+        if (halo) {
+            const int vectors = body(o.height, o.width) / LANES;
+            const int v0 = by_row ? (int)split(vectors, part, parts) : 0;
+            const int v1 = by_row ? (int)split(vectors, part + 1, parts) : vectors;
+            for (int f = f0; f < f1; ++f)
+                filter(op, o, memory, in, from, own.shift.data(), f, v0, v1);
             return;
         }
-        for (int f = f0; f < f1; ++f) {
-            int v = v0;
-            alignas(64) T one[4 * LANES];
-            for (; v + 4 <= v1; v += 4) {
-                conv_filter<T, 4>(op, in + v * LANES, from, shift, f, one);
-                finish<4>(op, o, mask, memory, one, f, f + 1, v);
+        T* sums = extra + part * flat(own);
+        T* planes = extra + plan.threads * flat(own);
+        if (depthwise) {
+            planes += int64_t(part) * own.count * own.plane;
+            for (int f = f0; f < f1; ++f) {
+                for (int k = op.start[f]; k < op.start[f + 1]; ++k)
+                    split_phases(op, own, a, in + op.index[k] * from, pitch(a.width), planes);
+                flat_rows(op, o, own, memory, planes, 0, f, f + 1, 0, o.height, sums);
             }
-            for (; v < v1; ++v) {
-                conv_filter<T, 1>(op, in + v * LANES, from, shift, f, one);
-                finish<1>(op, o, mask, memory, one, f, f + 1, v);
+            return;
+        }
+        const int64_t step = own.count * own.plane;
+        const int last = (int)split(a.channels, part + 1, parts);
+        for (int c = (int)split(a.channels, part, parts); c < last; ++c)
+            split_phases(op, own, a, in + c * from, pitch(a.width), planes + c * step);
+        barrier.wait(parts);
+        const int r0 = by_row ? (int)split(o.height, part, parts) : 0;
+        const int r1 = by_row ? (int)split(o.height, part + 1, parts) : o.height;
+        flat_rows(op, o, own, memory, planes, step, f0, f1, r0, r1, sums);
+    }
+
+    // Rows r0 to r1 of filters f0 to f1, from phases: a few rows of every filter, then the next
+    void flat_rows(const Op& op, const Tensor& o, const Phases& own, T* memory, const T* in,
+                   int64_t step, int f0, int f1, int r0, int r1, T* sums) {
+        const int rows = std::max(1, FLAT / own.pitch);
+        for (int r = r0; r < r1; r += rows) {
+            const int count = std::min(rows, r1 - r);
+            const int vectors = round_up((count - 1) * own.pitch + o.width, LANES) / LANES;
+            const T* x = in + own.origin + int64_t(r) * own.pitch;
+            for (int f = f0; f < f1; ++f) {
+                int v = 0;
+                for (; v + 4 <= vectors; v += 4)
+                    conv_filter<T, 4>(op, x + v * LANES, step, own.shift.data(), f, sums + v * LANES);
+                for (; v < vectors; ++v)
+                    conv_filter<T, 1>(op, x + v * LANES, step, own.shift.data(), f, sums + v * LANES);
+                for (int i = 0; i < count; ++i)
+                    finish_row(op, o, memory, sums + i * own.pitch, f, r + i);
             }
+        }
+    }
+
+    void finish_row(const Op& op, const Tensor& o, T* memory, const T* sums, int f, int row) {
+        using Loose = typename Types<T>::Loose;
+        const int64_t at = f * plane(o.height, o.width) + int64_t(row) * pitch(o.width);
+        const T* other = op.other >= 0 ? data(memory, op.other) + at : nullptr;
+        T* out = data(memory, op.out) + at;
+        for (int q = 0; q < o.width; q += CHUNK * LANES) {
+            const int scalars = std::min(CHUNK * LANES, o.width - q);
+            V values[CHUNK] = {};
+            for (int i = 0; i * LANES < scalars; ++i) {
+                values[i] = *(const Loose*)(sums + q + i * LANES);
+                if (other) values[i] += *(const Loose*)(other + q + i * LANES);
+            }
+            activate<CHUNK>(op, f, values);
+            std::memcpy(out + q, values, scalars * sizeof(T));
         }
     }
 
@@ -339,7 +526,7 @@ class Images {
             repeat<N>([&](auto n) FORCED {
                 V value = ((const V*)sums)[(f - f0) * N + n];
                 if (other) value += *(const V*)(other + f * to + n * LANES);
-                if (op.relu) value = rectified(value);
+                activate<1>(op, f, &value);
                 *(V*)(out + f * to + n * LANES) = mask[v + n] == V{} ? V{} : value;
             });
     }

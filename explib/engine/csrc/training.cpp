@@ -42,9 +42,15 @@ void conv(const T* in, T* out, const Planes& a, const Planes& o, int kernel, int
         const int b = task / groups, part = task % groups;
         const int f0 = (int)split(o.channels, part, groups);
         const int f1 = (int)split(o.channels, part + 1, groups);
-        conv_block<T>({in + b * from, nullptr, out + (int64_t(b) * o.channels + f0) * plane,
-                       f1 - f0, a.height, a.width, o.height, o.width, kernel, stride, kernel / 2,
-                       0, weight, bias + f0, start + f0, index});
+        const Axis axis = {kernel, stride, kernel / 2, 1};
+        Op op = {.kind = CONV, .rows = axis, .columns = axis, .groups = 1, .bias = bias + f0};
+        (Source<T>::channels == 2 ? op.pair_weight : op.weight) = weight;
+        (Source<T>::channels == 2 ? op.pair_start : op.start) = start + f0;
+        (Source<T>::channels == 2 ? op.pair_index : op.index) = index;
+        const Tensor x = {0, 0, a.channels, a.height, a.width};
+        const Tensor y = {0, 0, f1 - f0, o.height, o.width};
+        conv_block<T>(op, x, y, in + b * from, nullptr,
+                      out + (int64_t(b) * o.channels + f0) * plane, 0, 1);
     }
 }
 

@@ -113,7 +113,8 @@ template <class T>
 struct Source {
     static constexpr int channels = 1;
     const T* first;
-    Source(const T* in, const int32_t* at, int64_t plane) : first(in + at[0] * plane) {}
+    template <class Index>
+    Source(const T* in, const Index* at, int64_t plane) : first(in + at[0] * plane) {}
     explicit Source(const T* first) : first(first) {}
     FORCED Source from(int64_t at) const { return Source(first + at); }
     FORCED typename Types<T>::V operator[](int64_t at) const { return load(first + at); }
@@ -174,7 +175,8 @@ template <>
 struct Source<Brain> {
     static constexpr int channels = 2;
     const Brain *first, *second;
-    Source(const Brain* in, const int32_t* at, int64_t plane)
+    template <class Index>
+    Source(const Brain* in, const Index* at, int64_t plane)
         : first(in + at[0] * plane), second(in + at[1] * plane) {}
     Source(const Brain* first, const Brain* second) : first(first), second(second) {}
     FORCED Source from(int64_t at) const { return Source(first + at, second + at); }

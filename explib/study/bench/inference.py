@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import config as inductor
+from torch.fx.experimental import optimization
 
 from explib import engine, models
 from explib.data import data_root, eval_batches, load_data
-from explib.engine import build, graph, native
+from explib.engine import build, native
 from explib.engine.fused import keep_memory
 from explib.files import resolve
 from explib.params import Params
@@ -86,7 +87,7 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list
     """
     forwards = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        folded = graph.trace(model, images).to(dtype).to(memory_format=layout)
+        folded = optimization.fuse(model).to(dtype).to(memory_format=layout)
         with inductor.patch(freezing=True), torch.no_grad():
             fast = torch.compile(folded)
             fast(images.to(dtype=dtype, memory_format=layout))  # compiled here, under the setting

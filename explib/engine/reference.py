@@ -1,0 +1,170 @@
+"""Every op of the engine in torch: what runs an op without a kernel, and what kernels are held to.
+
+Values are float32 tensors (N, *shape) by name.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+from explib.engine.graph import Call, Op, Other, Size
+from explib.engine.views import View
+
+
+def run(op: Op, values: dict[str, Any], batch: int) -> Any:
+    """The result of an op on these values; of kind torch, whatever its call returns."""
+    if op.call is not None:
+        args, kwargs = resolved((op.call.args, op.call.kwargs), values, batch)
+        return op.call.function(*args, **kwargs)
+    inputs = [_planes(values[name]) for name in op.inputs]
+    found = _KINDS[op.kind](op, *inputs)
+    if op.kind in _ACTIVE and op.act:
+        found = _act(op, found)
+    return found.reshape(batch, *op.shape)
+
+
+def resolved(arguments: Any, values: dict[str, Any], batch: int) -> Any:
+    """Arguments or results with tensors and numbers for what stands for them."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, View):
+            return value.of(values[value.base])
+        if isinstance(value, Other):
+            return values[value.name]
+        return value.of(batch) if isinstance(value, Size) else value
+
+    return tree_map(leaf, arguments, is_leaf=lambda v: isinstance(v, (View, Other, Size, Call)))
+
+
+def _planes(x: torch.Tensor) -> torch.Tensor:
+    """(N, C) as (N, C, 1, 1)."""
+    return x[:, :, None, None] if x.ndim == 2 else x
+
+
+def _channels(value: torch.Tensor | None) -> torch.Tensor:
+    assert value is not None
+    return value.reshape(1, -1, 1, 1)
+
+
+def _surrounded(op: Op, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """The part of the plane that the windows of an op cover, `value` where that is outside."""
+    sides: list[int] = []
+    for i in (1, 0):
+        reach = (op.shape[1 + i] - 1) * op.stride[i] + op.dilation[i] * (op.kernel[i] - 1) + 1
+        sides += [op.pad[i], reach - op.pad[i] - x.shape[2 + i]]
+    return F.pad(x, sides, value=value)
+
+
+def _conv(op: Op, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    assert op.weight is not None
+    x = _surrounded(op, x)
+    y = F.conv2d(x, op.weight, op.bias, op.stride, 0, op.dilation, op.groups)
+    return y if other is None else y + other
+
+
+def _linear(op: Op, x: torch.Tensor) -> torch.Tensor:
+    assert op.weight is not None
+    return F.linear(x.flatten(1), op.weight, op.bias)[:, :, None, None]
+
+
+def _maxpool(op: Op, x: torch.Tensor) -> torch.Tensor:
+    x = _surrounded(op, x, -torch.inf)
+    return F.max_pool2d(x, op.kernel, op.stride, 0, op.dilation)
+
+
+def _avgpool(op: Op, x: torch.Tensor) -> torch.Tensor:
+    """The sum over each window, over how many pixels it has: padding counts up to its own edge."""
+    one = torch.ones_like(x[:1, :1])
+    if op.before:
+        one = F.pad(one, (op.pad[1], op.pad[1], op.pad[0], op.pad[0]), value=1.0)
+        counted = _surrounded(_unpadded(op), one)
+    else:
+        counted = _surrounded(op, one)
+    total, size = (
+        F.avg_pool2d(v, op.kernel, op.stride, divisor_override=1)
+        for v in (_surrounded(op, x), counted)
+    )
+    return total / size
+
+
+def _unpadded(op: Op) -> Op:
+    return Op(op.kind, "", (), op.shape, kernel=op.kernel, stride=op.stride)
+
+
+def _affine(op: Op, x: torch.Tensor) -> torch.Tensor:
+    return x * _channels(op.weight) + _channels(op.bias)
+
+
+def _layernorm(op: Op, x: torch.Tensor) -> torch.Tensor:
+    y = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], op.weight, op.bias, op.alpha)
+    return y.permute(0, 3, 1, 2)
+
+
+def _upsampled(op: Op, x: torch.Tensor) -> torch.Tensor:
+    factors = (op.alpha or None, op.beta or None)
+    if op.kind == "upsample_nearest":
+        return torch.ops.aten.upsample_nearest2d(x, op.shape[1:], *factors)
+    return torch.ops.aten.upsample_bilinear2d(x, op.shape[1:], bool(op.before), *factors)
+
+
+def _windowed(op: Op, x: torch.Tensor) -> torch.Tensor:
+    """Of slice and pad."""
+    back = op.shape[0] - op.before - x.shape[1]
+    inside = _surrounded(op, x, op.alpha)[:, :, :: op.stride[0], :: op.stride[1]]
+    return F.pad(inside, (0, 0, 0, 0, op.before, back), value=op.alpha)
+
+
+def _stretched(op: Op, x: torch.Tensor) -> torch.Tensor:
+    y = x.new_zeros(len(x), *op.shape)
+    y[:, :, :: op.stride[0], :: op.stride[1]] = x
+    return y
+
+
+_KINDS: dict[str, Callable[..., torch.Tensor]] = {
+    "conv": _conv,
+    "linear": _linear,
+    "maxpool": _maxpool,
+    "avgpool": _avgpool,
+    "adaptive_avg": lambda op, x: F.adaptive_avg_pool2d(x, op.shape[1:]),
+    "adaptive_max": lambda op, x: F.adaptive_max_pool2d(x, op.shape[1:]),
+    "affine": _affine,
+    "add": lambda op, x, y=None: x + (x if y is None else y),
+    "mul": lambda op, x, y=None: x * (x if y is None else y),
+    "sub": lambda op, x, y: x - y,
+    "div": lambda op, x, y: x / y,
+    "scalar": lambda op, x: op.alpha * x + op.beta,
+    "act": lambda op, x: x,
+    "layernorm": _layernorm,
+    "upsample_nearest": _upsampled,
+    "upsample_bilinear": _upsampled,
+    "gather": lambda op, x: x[:, list(op.index)],
+    "slice": _windowed,
+    "pad": _windowed,
+    "stretch": _stretched,
+    "cat": lambda op, *parts: torch.cat(parts, 1),
+    "flatten": lambda op, x: x.flatten(1),
+}
+_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "act")
+
+_ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
+    "relu": lambda op, x: F.relu(x),
+    "relu6": lambda op, x: F.relu6(x),
+    "silu": lambda op, x: F.silu(x),
+    "hardswish": lambda op, x: F.hardswish(x),
+    "hardsigmoid": lambda op, x: F.hardsigmoid(x),
+    "sigmoid": lambda op, x: x.sigmoid(),
+    "gelu": lambda op, x: F.gelu(x),
+    "gelu_tanh": lambda op, x: F.gelu(x, approximate="tanh"),
+    "leaky": lambda op, x: F.leaky_relu(x, op.alpha),
+    "prelu": lambda op, x: x.where(x > 0, x * _channels(op.slope)),
+    "elu": lambda op, x: F.elu(x, op.alpha),
+    "tanh": lambda op, x: x.tanh(),
+    "clamp": lambda op, x: x.clamp(op.alpha, op.beta),
+}
+
+
+def _act(op: Op, x: torch.Tensor) -> torch.Tensor:
+    return _ACTS[op.act](op, x)

@@ -1,0 +1,199 @@
+"""Every op that the engine has a kernel for, on planes that fit no tile, against torch."""
+
+from collections.abc import Iterator
+
+import torch
+
+from explib.engine import build, plan, reference
+from explib.engine.graph import Op
+
+PLANES = ((13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
+BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03}
+Shape = tuple[int, ...]
+Case = tuple[str, Op, list[Shape]]
+
+
+def made(size: int, kernel: int, stride: int, pad: int, dilation: int = 1) -> int:
+    return (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def windowed(kind: str, shape: Shape, filters: int, kernel, stride, pad, dilation=(1, 1), **more):
+    """An op whose output has the size that torch gives it."""
+    sides = zip(shape[1:], kernel, stride, pad, dilation, strict=True)
+    plane = tuple(made(*side) for side in sides)
+    fields = dict(kernel=kernel, stride=stride, pad=pad, dilation=dilation, **more)
+    return Op(kind, "y", ("x",), (filters, *plane), **fields) if min(plane) > 0 else None
+
+
+def convs(shape: Shape) -> Iterator[Case]:
+    """Convs of every kind, with and without a second input and an activation."""
+    channels, random = shape[0], torch.Generator().manual_seed(1)
+    one, two, none, depth = (1, 1), (2, 2), (0, 0), channels
+    for kernel, stride, pad, dilation, groups, each in (
+        ((1, 1), one, none, one, 1, 5), ((1, 1), two, none, one, 1, 5),
+        ((1, 1), one, one, one, 1, 5), ((1, 1), one, none, one, 2, 3),
+        ((1, 1), one, none, one, depth, 1), ((1, 1), (3, 1), none, one, 1, 5),
+        ((3, 3), one, one, one, 1, 7), ((3, 3), two, one, one, 1, 7),
+        ((3, 3), (3, 3), one, one, 1, 7), ((3, 3), one, none, one, 1, 7),
+        ((3, 3), two, none, one, 1, 7), ((3, 3), one, two, two, 1, 5),
+        ((3, 3), one, (6, 6), (6, 6), 1, 5), ((3, 3), two, two, two, 1, 5),
+        ((3, 3), one, one, one, 2, 3), ((3, 3), two, one, one, 2, 3),
+        ((5, 5), one, two, one, 1, 5), ((7, 7), two, (3, 3), one, 1, 5),
+        ((9, 9), one, (4, 4), one, 1, 3), ((1, 7), one, (0, 3), one, 1, 5),
+        ((7, 1), one, (3, 0), one, 1, 5), ((2, 2), two, none, one, 1, 5),
+        ((4, 4), (4, 4), none, one, 1, 5), ((2, 3), (1, 2), (1, 0), one, 2, 2),
+        ((3, 3), one, one, one, depth, 1), ((3, 3), two, one, one, depth, 1),
+        ((3, 3), one, none, one, depth, 2), ((3, 3), two, none, one, depth, 1),
+        ((5, 5), one, two, one, depth, 1), ((5, 5), two, two, one, depth, 2),
+        ((7, 7), one, (3, 3), one, depth, 1), ((3, 5), (1, 2), (1, 2), one, depth, 1),
+        ((3, 3), one, two, two, depth, 1), ((3, 3), (3, 3), one, one, depth, 1),
+    ):  # fmt: skip
+        filters = each * groups
+        weight = torch.randn(filters, channels // groups, *kernel, generator=random)
+        weight *= torch.rand(filters, channels // groups, 1, 1, generator=random) < 0.7
+        bias = torch.randn(filters, generator=random)
+        more = dict(weight=weight, bias=bias, groups=groups)
+        op = windowed("conv", shape, filters, kernel, stride, pad, dilation, **more)
+        if op is None:
+            continue
+        name = f"{kernel} stride {stride} pad {pad} dilation {dilation} groups {groups}"
+        yield f"conv {name}", op, [shape]
+        both = dict(vars(op), inputs=("x", "z"), act="silu")
+        yield f"conv {name} + z, silu", Op(**both), [shape, op.shape]
+
+
+ACTS = {
+    "relu": {}, "relu6": {}, "silu": {}, "hardswish": {}, "hardsigmoid": {}, "sigmoid": {},
+    "gelu": {}, "gelu_tanh": {}, "leaky": {"alpha": 0.1}, "elu": {"alpha": 0.7}, "tanh": {},
+    "clamp": {"alpha": -0.3, "beta": 0.4}, "prelu": {"slope": torch.linspace(-0.5, 0.5, 6)},
+}  # fmt: skip
+
+
+def pixelwise(shape: Shape) -> Iterator[Case]:
+    """Ops that make each pixel of one, or of one a value, and every activation."""
+    channels = shape[0]
+    vector, other = torch.linspace(-1, 2, channels), torch.linspace(3, -1, channels)
+    weight = 0.1 * torch.randn(6, channels, 3, 3, generator=torch.Generator().manual_seed(2))
+    for act, more in ACTS.items():
+        yield f"act {act}", Op("act", "y", ("x",), shape, act=act, **more), [shape]
+        pad = dict(kernel=(3, 3), pad=(1, 1))
+        op = Op("conv", "y", ("x",), (6, *shape[1:]), weight=weight, act=act, **pad, **more)
+        yield f"conv, {act}", op, [shape]
+        linear = Op("linear", "y", ("x",), (6,), weight=weight[:, :, 0, 0], act=act, **more)
+        yield f"linear, {act}", linear, [shape[:1]]
+    affine = dict(weight=vector, bias=other)
+    for act in ("", "silu", "sigmoid"):
+        yield f"affine, {act}", Op("affine", "y", ("x",), shape, act=act, **affine), [shape]
+        for kind in ("add", "sub", "mul", "div"):
+            for beside in dict.fromkeys((shape, (channels, 1, 1), (1, *shape[1:]), (1, 1, 1))):
+                op = Op(kind, "y", ("x", "z"), shape, act=act)
+                yield f"{kind} {beside}, {act}", op, [shape, beside]
+    yield "x + x", Op("add", "y", ("x", "x"), shape), [shape]
+    yield "scalar", Op("scalar", "y", ("x",), shape, alpha=-0.7, beta=1.3), [shape]
+    yield "layernorm", Op("layernorm", "y", ("x",), shape, alpha=1e-6, **affine), [shape]
+
+
+def pools(shape: Shape) -> Iterator[Case]:
+    for kernel, stride, pad, dilation in (
+        ((2, 2), (2, 2), (0, 0), (1, 1)), ((3, 3), (2, 2), (1, 1), (1, 1)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 1), (0, 1), (1, 1)),
+        ((3, 3), (1, 1), (1, 1), (2, 2)), ((5, 5), (3, 3), (2, 2), (1, 1)),
+    ):  # fmt: skip
+        for kind in ("maxpool", "avgpool"):
+            for before in (0, 1) if kind == "avgpool" and dilation == (1, 1) else (0,):
+                if kind == "avgpool" and dilation != (1, 1):
+                    continue
+                op = windowed(kind, shape, shape[0], kernel, stride, pad, dilation, before=before)
+                if op is None:
+                    continue
+                name = f"{kind} {kernel} {stride} {pad} {dilation} {before}"
+                yield name, op, [shape]
+                sides = zip(shape[1:], kernel, stride, pad, dilation, op.shape[1:], strict=True)
+                # one more where it begins within the input or the padding before it
+                more = [n + ((s + p - 1) // st >= n) for s, _, st, p, _, n in sides]
+                if tuple(more) != op.shape[1:]:
+                    larger = Op(**dict(vars(op), shape=(shape[0], *more)))
+                    yield f"{name} ceil_mode", larger, [shape]
+    for size in ((1, 1), (2, 3), (3, 1), (7, 7)):
+        for kind in ("adaptive_avg", "adaptive_max"):
+            yield f"{kind} {size}", Op(kind, "y", ("x",), (shape[0], *size)), [shape]
+
+
+def moved(shape: Shape) -> Iterator[Case]:
+    """Ops that put pixels elsewhere."""
+    channels, height, width = shape
+    for size in ((2 * height, 2 * width), (3 * height, width + 2), (height, max(width - 2, 1))):
+        op = Op("upsample_nearest", "y", ("x",), (channels, *size))
+        yield f"nearest {size}", op, [shape]
+        for corners in (0, 1):
+            op = Op("upsample_bilinear", "y", ("x",), (channels, *size), before=corners)
+            yield f"bilinear {size} {corners}", op, [shape]
+    for kind in ("upsample_nearest", "upsample_bilinear"):
+        size = int(height * 1.7), int(width * 2.5)
+        op = Op(kind, "y", ("x",), (channels, *size), alpha=1.7, beta=2.5)
+        yield f"{kind} by a factor", op, [shape]
+    for index in ((2, 0, 5, 5), (1, 2, 3), (4,), tuple(range(channels))[::-1]):
+        op = Op("gather", "y", ("x",), (len(index), height, width), index=index)
+        yield f"gather {index}", op, [shape]
+    wide = (channels + 3, height + 3, width + 1)
+    yield "pad", Op("pad", "y", ("x",), wide, pad=(1, 0), before=2, alpha=0.7), [shape]
+    yield "pad below", Op("pad", "y", ("x",), (channels, height + 1, width + 2)), [shape]
+    stretched = (channels, 2 * height - 1, 3 * width - 2)
+    yield "stretch", Op("stretch", "y", ("x",), stretched, stride=(2, 3)), [shape]
+    if height > 2 and width > 2:
+        half = (channels, (height + 1) // 2, (width - 1 + 1) // 2)
+        yield "slice", Op("slice", "y", ("x",), half, stride=(2, 2), pad=(0, -1)), [shape]
+        part = (channels, height - 2, width - 1)
+        yield "slice of neighbours", Op("slice", "y", ("x",), part, pad=(-1, -1)), [shape]
+    flat = Op("flatten", "y", ("x",), (channels * height * width,))
+    yield "flatten", flat, [shape]
+
+
+def cases(plane: tuple[int, int]) -> Iterator[Case]:
+    shape = (6, *plane)
+    for some in (convs, pixelwise, pools, moved):
+        yield from some(shape)
+
+
+def network(op: Op, shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:
+    """The op, and a conv that also reads what lies around the op's result."""
+    assert plan.native(op, shapes), op
+    inputs = dict(zip(dict.fromkeys(op.inputs), shapes, strict=True))
+    ops = [op]
+    if len(op.shape) == 3:
+        weight = torch.ones(1, op.shape[0], 3, 3)
+        around = dict(weight=weight, kernel=(3, 3), pad=(1, 1))
+        ops.append(Op("conv", "sum", ("y",), (1, *op.shape[1:]), **around))
+    outputs = [made.name for made in ops]
+    return plan.Network(ops, inputs, outputs, dtype=dtype, threads=threads)
+
+
+@torch.no_grad()
+def error(fast: plan.Network, op: Op, count: int) -> float:
+    """By how much the op and the conv behind it miss torch's, of the largest value."""
+    random = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(count, *s, generator=random) for s in fast.inputs.values()]
+    if op.kind == "div":
+        tensors[1] = tensors[1].sign() * (tensors[1].abs() + 0.5)
+    values = dict(zip(fast.inputs, tensors, strict=True))
+    wanted = [values.setdefault("y", reference.run(op, values, count))]
+    if len(op.shape) == 3:
+        weight = torch.ones(1, op.shape[0], 3, 3)
+        wanted.append(torch.nn.functional.conv2d(wanted[0], weight, padding=1))
+    pairs = zip(fast(*tensors), wanted, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-3)) for a, b in pairs)
+
+
+def sweep_ops(batches: tuple[int, ...], planes=PLANES) -> int:
+    """Compare every op with torch, in both layouts; returns the number of comparisons."""
+    compared, lib = 0, build.library()
+    for dtype in (t for t in build.TYPES if build.computes(lib, t)):
+        for plane in planes:
+            for name, op, shapes in cases(plane):
+                for threads in (1, 3):
+                    fast = network(op, shapes, dtype, threads)
+                    for count in batches:
+                        off = error(fast, op, count)
+                        assert off < BOUNDS[dtype], (name, shapes, dtype, threads, count, off)
+                        compared += 1
+    return compared

@@ -1,0 +1,114 @@
+"""The engine's kernels against torch, op by op and for every classification CNN of torchvision."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from explib import engine
+from explib.engine import build, plan, reference
+from explib.engine.graph import Op
+from tests.conftest import needs_compiler
+from tests.engine.cases import PLANES, sweep_ops
+from tests.engine.test_engine import error, lively
+
+pytestmark = needs_compiler
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_every_op_gives_torch_its_result_in_both_layouts(plane):
+    assert sweep_ops((1, 3, 33), [plane]) > 1000
+
+
+def run(op: Op, x: torch.Tensor) -> torch.Tensor:
+    return plan.Network([op], {"x": tuple(x.shape[1:])}, ["y"], dtype=torch.float32, threads=1)(x)[
+        0
+    ]
+
+
+@pytest.mark.parametrize(
+    ("act", "exact", "bound"),
+    [
+        ("sigmoid", torch.sigmoid, 4e-7),
+        ("silu", nn.functional.silu, 4e-7),
+        ("elu", torch.expm1, 4e-7),
+        ("tanh", torch.tanh, 5e-7),
+    ],
+)
+def test_activations_are_as_exact_as_floats_allow(act, exact, bound):
+    """Relative to the value itself, from the smallest floats to where it is constant."""
+    x = torch.cat([torch.linspace(-87, 87, 100_000), torch.logspace(-30, 0, 999)])
+    x = torch.cat([x, -x])
+    x = x[x < 0] if act == "elu" else x
+    found = run(Op("act", "y", ("x",), (1, 1, len(x)), act=act, alpha=1.0), x[None, None, None])
+    wanted = exact(x.double())
+    assert ((found.flatten().double() - wanted) / wanted).abs().max() < bound
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_gelu_is_exact_to_its_argument(act):
+    x = torch.linspace(-12, 12, 100_000)
+    found = run(Op("act", "y", ("x",), (1, 1, len(x)), act=act), x[None, None, None]).flatten()
+    approximate = "tanh" if act == "gelu_tanh" else "none"
+    wanted = nn.functional.gelu(x.double(), approximate=approximate)
+    assert ((found.double() - wanted) / x.double().abs().clamp(min=1)).abs().max() < 3e-7
+
+
+# of gelu torch itself makes NaN of infinity
+@pytest.mark.parametrize("act", [a for a in plan.ACTS if a not in ("", "prelu", "gelu")])
+@pytest.mark.parametrize("count", [1, 16])
+def test_activations_keep_nan_and_infinity_as_torch_does(act, count):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 0.0])
+    op = Op("act", "y", ("x",), (1, 2, 3), act=act, alpha=0.5, beta=2.0)
+    values = {"x": x.reshape(1, 1, 2, 3).expand(count, -1, -1, -1)}
+    torch.testing.assert_close(
+        run(op, values["x"]), reference.run(op, values, count), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("dtype", build.TYPES)
+def test_consecutive_channels_are_read_where_they_lie(dtype):
+    if not build.computes(build.library(), dtype):
+        pytest.skip(f"this processor does not compute in {dtype}")
+    half = dict(shape=(3, 5, 7), kind="gather", inputs=("x",))
+    ops = [
+        Op(name="a", index=(0, 1, 2), **half),
+        Op(name="b", index=(3, 4, 5), **half),
+        Op("act", "c", ("b",), (3, 5, 7), act="silu"),
+        Op("cat", "y", ("a", "c", "b"), (9, 5, 7)),
+    ]
+    shapes = {"x": (6, 5, 7)}
+    _, _, listed = plan.places(ops, shapes, ["y", "b"])
+    assert [op.kind for op in listed] == ["act", "copy", "copy"]  # of a and b into y
+    fast = plan.Network(ops, shapes, ["y", "b"], dtype=dtype, threads=2)
+    for count in (1, 33):
+        x = torch.randn(count, 6, 5, 7)
+        found, b = fast(x)
+        wanted = torch.cat([x[:, :3], nn.functional.silu(x[:, 3:]), x[:, 3:]], 1)
+        bound = 1e-6 if dtype == torch.float32 else 0.03
+        assert (found - wanted).abs().max() < bound and (b - x[:, 3:]).abs().max() < bound
+
+
+CHEAP = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
+TRANSFORMERS = ("vit", "swin", "maxvit")
+CNNS = [
+    name
+    for name in torchvision.models.list_models(module=torchvision.models)
+    if not name.startswith(TRANSFORMERS)
+]
+LARGE = {"inception_v3": 75}  # the smallest images that it takes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in CHEAP else pytest.mark.zoo) for n in CNNS],
+)
+def test_torchvisions_classifiers_run_without_torch(name):
+    torch.manual_seed(0)
+    more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = lively(torchvision.models.get_model(name, num_classes=10, **more))
+    side = LARGE.get(name, 64)
+    fast = engine.compile(model, torch.zeros(1, 3, side, side), fallback=False)
+    assert fast.report["engine"] == "native" and fast.report["fallbacks"] == []
+    for count in (1, 17):
+        assert error(model, fast, torch.randn(count, 3, side, side)) < 1e-4
