@@ -239,39 +239,52 @@ class SmallConv(nn.Module):
 def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
     """A network that computes what `model` does, faster on a CPU, with the same weights and modes.
 
-    like: images as it takes them, of whatever content. The model itself where it cannot be traced,
-    where training mode changes more than its layers do, or where nothing could be compiled.
+    like: images as it takes them, of whatever content. The model itself, with a warning that says
+    why, where it cannot be traced, where training mode changes more than its layers do, or where
+    nothing could be compiled.
     """
-    graph = _traced(model, like)
-    if graph is None or library() is None:
+    try:
+        return fused(model, like)
+    except NotImplementedError as error:
+        warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
         return model
+    except native.NoCompiler:  # which `library` has said
+        return model
+
+
+def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
+    """The network of `fuse`. NotImplementedError or NoCompiler, saying why, where there is none."""
+    graph = _traced(model, like)
+    if library() is None:
+        raise native.NoCompiler("its C++ could not be compiled")
     modules = dict(model.named_modules())
-    fused = fx.GraphModule(model, graph)
+    made = fx.GraphModule(model, graph)
     for node in list(graph.nodes):
         module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is nn.BatchNorm2d and node.args:
-            _fuse_norm(fused, node, module, modules)
+            _fuse_norm(made, node, module, modules)
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
-            _replace(fused, node, [node], SmallConv(module), node.args)
+            _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):
-            _replace(fused, node, [node], strided.Strided(module), node.args)
+            _replace(made, node, [node], strided.Strided(module), node.args)
         elif node.op == "call_function" and node.target is torch.conv2d:
             node.target = strided.conv2d
     graph.eliminate_dead_code()
-    fused.recompile()
-    return fused if says_the_same(fused, model, like) else model
+    made.recompile()
+    if not says_the_same(made, model, like):
+        raise NotImplementedError("its fused passes make something else of it")
+    return made
 
 
-def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph | None:
-    """The model's graph if it has one, the same for training and evaluation."""
+def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph:
+    """The model's graph, the same for training and evaluation; NotImplementedError without one."""
     graphs = []
-    try:
-        with modes_kept(model):
-            for mode in (True, False):
-                graphs.append(trace(model.train(mode), like).graph)
-    except NotImplementedError:
-        return None
-    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+    with modes_kept(model):
+        for mode in (True, False):
+            graphs.append(trace(model.train(mode), like).graph)
+    if str(graphs[0]) != str(graphs[1]):
+        raise NotImplementedError("training mode changes more than its layers do")
+    return graphs[0]
 
 
 def _fuse_norm(fused, norm, module, modules) -> None:
