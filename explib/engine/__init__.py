@@ -21,7 +21,7 @@ from explib import registry
 from explib.engine import build, graph
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
-from explib.engine.tracing import line, says_the_same
+from explib.engine.tracing import line, outputs_match
 from explib.engine.training import sparse
 from explib.pruning.checkpoints import load_network
 
@@ -127,7 +127,7 @@ def _native(
     try:
         run = _assemble(traced, ops, alias, dtype, threads)
         made = Compiled(run, example.shape[1:], report)
-        same = says_the_same(made, traced, example, tolerance=tolerance)
+        same = outputs_match(made, traced, example, tolerance=tolerance)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
     if same:

@@ -321,9 +321,9 @@ def test_what_it_cannot_do_says_why(monkeypatch):
     model, mask = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), {"0": ones}
     assert training.sparse(model, mask, image(8)) is not None
     with monkeypatch.context() as patch:
-        patch.setattr(training, "says_the_same", lambda *_: False)
+        patch.setattr(training, "outputs_match", lambda *_: False)
         refused(model, mask, "the engine makes something else of it$")
-        patch.setattr(training, "says_the_same", lambda *_: 1 / 0)
+        patch.setattr(training, "outputs_match", lambda *_: 1 / 0)
         refused(model, mask, r"the engine does not run it \(division by zero\)$")
     with monkeypatch.context() as patch:
         patch.setattr(fused, "library", lambda: None)
