@@ -26,7 +26,7 @@ from explib.engine import native
 from explib.engine.fused import NormAct, SmallConv, fused, norm_act, scale_and_shift, sound
 from explib.engine.native import pointer
 from explib.engine.strided import Strided
-from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, line, says_the_same
+from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, line, outputs_match
 from explib.pruning import masks as masking
 from explib.pruning.layers import modes_kept
 from explib.pruning.masks import Masks
@@ -386,7 +386,7 @@ def _sparse(model: nn.Module, masks: Masks, example: torch.Tensor) -> Sparse:
         made = Sparse(dense, network, (example.shape[2], example.shape[3]))
         masked = copy.deepcopy(model)
         masking.apply(masked, masks)
-        same = says_the_same(made, masked, example, library().training_lanes(), 0.01)
+        same = outputs_match(made, masked, example, library().training_lanes(), 0.01)
     except (
         Exception
     ) as error:  # whatever a network does that nobody thought of: torch does it right

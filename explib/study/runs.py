@@ -29,17 +29,17 @@ from explib.study.networks import (
 from explib.training import backend, distributed, evaluation, inference, loop, soft_labels
 
 
-def _alone(run):
+def _one_at_a_time(run):
     """`run(params, folder)` once at a time: the second one waits, and finds the finished record."""
 
     @functools.wraps(run)
-    def alone(params: Params) -> dict:
+    def locked(params: Params) -> dict:
         distributed.start(backend.device_of(params))
         folder = Folder(params)
-        with folder.alone():
+        with folder.lock():
             return run(params, folder)
 
-    return alone
+    return locked
 
 
 def baseline(params: Params) -> dict:
@@ -53,7 +53,7 @@ def baseline(params: Params) -> dict:
     return _baseline(params.replace(name=name, distill=0.0))  # there is none to learn from
 
 
-@_alone
+@_one_at_a_time
 def _baseline(params: Params, folder: Folder) -> dict:
     path = dense_path(params.replace(resume=""))
     own = folder.path / "model.safetensors"
@@ -75,7 +75,7 @@ def _baseline(params: Params, folder: Folder) -> dict:
     return folder.publish(_record(params, network, data, run, device, "baseline"))
 
 
-@_alone
+@_one_at_a_time
 def finetune(params: Params, folder: Folder) -> dict:
     """Prune and fine-tune one configuration; returns the record.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.ops import StochasticDepth
 
 from explib import engine, models
 from explib.engine import fused, training
@@ -313,14 +314,16 @@ def test_what_it_cannot_do_says_why(monkeypatch):
     norm = nn.BatchNorm2d(4, affine=False)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm)
     refused(model, {"0": ones}, "1 has no scale or no running statistics$")
-    refused(Unlike(False), {"conv": ones}, "training mode changes more than its layers do$")
+    refused(Unlike(False), {"conv": ones}, "torch.fx traces another network than the one that runs")
+    model[1] = StochasticDepth(0.0, "row")
+    refused(model, {"0": ones}, "training mode changes more than its layers do$")
     refused(Unlike(True), {"conv": ones}, "torch.fx cannot trace it ")
     model, mask = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), {"0": ones}
     assert training.sparse(model, mask, image(8)) is not None
     with monkeypatch.context() as patch:
-        patch.setattr(training, "says_the_same", lambda *_: False)
+        patch.setattr(training, "outputs_match", lambda *_: False)
         refused(model, mask, "the engine makes something else of it$")
-        patch.setattr(training, "says_the_same", lambda *_: 1 / 0)
+        patch.setattr(training, "outputs_match", lambda *_: 1 / 0)
         refused(model, mask, r"the engine does not run it \(division by zero\)$")
     with monkeypatch.context() as patch:
         patch.setattr(fused, "library", lambda: None)
