@@ -219,7 +219,7 @@ def _rechecked(short: Compiled, full: Compiled, example: Inputs, margin: float) 
     if short.report["dtype"] == "float32":
         return full
 
-    def run(images: torch.Tensor) -> torch.Tensor:
+    def run(images: Any) -> torch.Tensor:
         scores = short(images)
         first, second = scores.topk(2, 1).values.unbind(1)
         close = ~(first - second >= margin)  # NaN, too

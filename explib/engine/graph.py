@@ -159,15 +159,18 @@ def _together(host: Op, op: Op, others: list[tuple]) -> Op | None:
     """`op` done by `host`, whose only user it is; others: shapes of what else it reads."""
     plain = not host.act and len(host.inputs) == 1
     if op.kind == "act" and not host.act and host.kind in _ACTIVE:
-        act = dict(act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
-        return replace(host, **act)
+        return _acting(host, op)
     if op.kind == "add" and host.kind == "conv" and plain and others == [op.shape] == [host.shape]:
-        return replace(host, act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
+        return _acting(host, op)
     if op.kind in ("affine", "scalar") and host.kind in ("conv", "linear", "affine") and plain:
         return _scaled(host, op)
     if op.kind in ("slice", "pad") and host.kind == "slice":
         return _sliced(host, op)
     return None
+
+
+def _acting(host: Op, op: Op) -> Op:
+    return replace(host, act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
 
 
 _ACTIVE = ("conv", "linear", "affine", "add", "mul")
@@ -184,11 +187,8 @@ def _scaled(host: Op, op: Op) -> Op | None:
         scale, shift = op.weight, op.bias
     column = scale.reshape(-1, *[1] * (weight.ndim - 1))
     bias = shift.expand(len(weight)) if host.bias is None else host.bias * scale + shift
-    return replace(
-        host, weight=weight * column, bias=bias,
-        act=op.act, slope=op.slope,
-        **({} if op.kind == "scalar" else dict(alpha=op.alpha, beta=op.beta)),
-    )  # fmt: skip
+    scaled = replace(host, weight=weight * column, bias=bias)
+    return scaled if op.kind == "scalar" else _acting(scaled, op)
 
 
 def _sliced(host: Op, op: Op) -> Op | None:
@@ -201,7 +201,10 @@ def _sliced(host: Op, op: Op) -> Op | None:
         kind=op.kind,
         shape=op.shape,
         stride=(host.stride[0] * op.stride[0], host.stride[1] * op.stride[1]),
-        pad=tuple(h + p * s for h, p, s in zip(host.pad, op.pad, host.stride, strict=True)),
+        pad=(
+            host.pad[0] + op.pad[0] * host.stride[0],
+            host.pad[1] + op.pad[1] * host.stride[1],
+        ),
         before=op.before,
         alpha=op.alpha,
     )

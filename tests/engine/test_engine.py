@@ -32,8 +32,9 @@ def lively(model: nn.Module) -> nn.Module:
     """The model in evaluation mode, its BatchNorms no identities."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.uniform_(module.weight, 0.4, 0.9)
-            nn.init.normal_(module.bias, std=0.1)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.4, 0.9)
+                nn.init.normal_(module.bias, std=0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
