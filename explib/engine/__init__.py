@@ -127,7 +127,8 @@ def compile(
         )
         return _rechecked(short, full, example_inputs, recheck)
     try:
-        return _native(model, example_inputs, dtype, threads, fallback)
+        with torch.autocast("cpu", enabled=False):
+            return _native(model, example_inputs, dtype, threads, fallback)
     except (NoCompiler, NotImplementedError) as error:
         if not fallback:
             raise

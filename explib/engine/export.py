@@ -6,18 +6,20 @@ functional by torch first, which takes longer than all the rest.
 """
 
 import copy
+import io
 import logging
 import operator
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from explib.engine.graph import Call, Graph, Other, Size, living, names
 from explib.engine.nodes import Made, Node
@@ -59,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> tuple[Graph, nn.Module]:
     try:
         return _graph(program), model
     except _Shared:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad():
             return _graph(program.run_decompositions({})), model
 
 
@@ -69,12 +71,13 @@ def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args = args if isinstance(args, tuple) else (args,)
     # of one image torch.export would take that for a fixed number
     args, kwargs = tree_map_only(torch.Tensor, _pair, (args, kwargs))
-    free = tree_map(_free, (args, kwargs))
+    free = ShapesCollection()  # which sizes may vary: the batch
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            free[leaf] = {0: Dim.AUTO}
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=free[1] or free[0], strict=False
-            )
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
     except Exception as error:  # control flow that depends on the data: any error can come of it
         raise NotImplementedError(f"torch.export cannot trace it ({line(error)})") from None
     return program
@@ -84,26 +87,18 @@ def _pair(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor[:1]] * 2) if tensor.ndim and len(tensor) else tensor
 
 
-def _free(leaf: Any) -> dict | None:
-    """Which sizes of an input may vary: its batch."""
-    return {0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.ndim else None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from printing, beside the error, the graph as far as it came."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
+    """Keep torch from printing, beside its error, the graph as far as it came."""
+    logger, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-_LOUD = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+        logger.setLevel(level)
 
 
 def _graph(program: ExportedProgram) -> Graph:
