@@ -15,10 +15,12 @@ def affine(node: Node, value: Any, axis: int, scale, shift) -> View | None:
 
 
 def scalar(node: Node, value: Any, alpha: float, beta: float) -> View | None:
+    """alpha * x + beta."""
     return node.like(value, "scalar", alpha=alpha, beta=beta) if isinstance(value, View) else None
 
 
 def add(node: Node) -> View | None:
+    """x + alpha * y."""
     one, other, factor = node["self"], node["other"], node["alpha"]
     factor = 1 if factor is None else factor
     if not isinstance(one, View):
@@ -44,6 +46,7 @@ def subtract_from(node: Node) -> View | None:
 
 
 def multiply(node: Node) -> View | None:
+    """x * y."""
     one, other = node["self"], node["other"]
     one, other = (one, other) if isinstance(one, View) else (other, one)
     if isinstance(other, View):
@@ -52,13 +55,15 @@ def multiply(node: Node) -> View | None:
 
 
 def divide(node: Node) -> View | None:
+    """x by what is known."""
     by = node["other"]
     if node["rounding_mode"] is not None or isinstance(by, View) or not _known(by):
         return None
-    return _with_known(node, node["self"], 1 / by if by is not None else None, None)
+    return _with_known(node, node["self"], 1 / by, None)
 
 
 def _known(value: Any) -> bool:
+    """Whether a divisor is known, and nowhere zero."""
     if isinstance(value, torch.Tensor):
         return bool((value != 0).all())
     return isinstance(value, (int, float)) and value != 0

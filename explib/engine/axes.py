@@ -10,9 +10,13 @@ from explib.engine.views import View
 
 
 def _gather(node: Node, x: View, index: list[int]) -> View:
-    """Channels of a value that is settled."""
-    shape = (len(index), *x.shape[1:])
-    return formed(node.add("gather", (x.base,), shape, index=tuple(index)), form_of(x))
+    """Channels of a value that is settled; of those of another value, at once."""
+    shape, source = (len(index), *x.shape[1:]), node.made.of.get(x.base)
+    if source is not None and source.kind == "gather":
+        index, inputs = [source.index[i] for i in index], source.inputs
+    else:
+        inputs = (x.base,)
+    return formed(node.add("gather", inputs, shape, index=tuple(index)), form_of(x))
 
 
 def _taken(node: Node, value: Any, axis: int, index: range) -> View | None:

@@ -129,6 +129,8 @@ Native = Callable[[Op, list[tuple[int, ...]]], bool]
 def fuse(made: Sequence[Op], kept: set[str], shapes: dict[str, tuple], native: Native) -> list[Op]:
     """Scale and shift, a residual, an activation, and slices as parts of the op before them.
 
+    And zeros around a plane as part of the conv behind them.
+
     kept: values that are needed outside the list, and so cannot vanish. shapes: of the values that
     come from outside. Ops with a kernel are not fused into one without. A fused op has the name of
     the last value it makes.
@@ -146,27 +148,40 @@ def fuse(made: Sequence[Op], kept: set[str], shapes: dict[str, tuple], native: N
             if name not in fused or name in kept or uses[name] > 1:
                 continue
             rest = tuple(n for n in op.inputs if n != name)
-            one = _together(fused[name], op, [shapes[n] for n in rest])
-            if one is not None and (runs(one) or not runs(fused[name])):
+            host = fused[name]
+            one = _together(host, op, shapes)
+            if one is not None and (runs(one) or not runs(op if host.kind == "pad" else host)):
                 # it moves here, where its other input is there too; nothing between used it
-                both = replace(one, name=op.name, inputs=fused.pop(name).inputs + rest)
+                both = replace(one, name=op.name, inputs=host.inputs + rest)
+                del fused[name]
                 break
         fused[op.name] = both
     return list(fused.values())
 
 
-def _together(host: Op, op: Op, others: list[tuple]) -> Op | None:
-    """`op` done by `host`, whose only user it is; others: shapes of what else it reads."""
+def _together(host: Op, op: Op, shapes: dict[str, tuple]) -> Op | None:
+    """`op` and `host`, whose only user it is, as one."""
     plain = not host.act and len(host.inputs) == 1
     if op.kind == "act" and not host.act and host.kind in _ACTIVE:
         return _acting(host, op)
-    if op.kind == "add" and host.kind == "conv" and plain and others == [op.shape] == [host.shape]:
+    alike = all(shapes[name] == op.shape for name in (host.name, *op.inputs))
+    if op.kind == "add" and host.kind == "conv" and plain and alike:
         return _acting(host, op)
     if op.kind in ("affine", "scalar") and host.kind in ("conv", "linear", "affine") and plain:
         return _scaled(host, op)
     if op.kind in ("slice", "pad") and host.kind == "slice":
         return _sliced(host, op)
+    if op.kind == "conv" and host.kind == "pad" and _is_rim(host, shapes[host.inputs[0]]):
+        return replace(op, pad=(op.pad[0] + host.pad[0], op.pad[1] + host.pad[1]))
     return None
+
+
+def _is_rim(pad: Op, source: tuple) -> bool:
+    """Whether it puts zeros around a plane, and cuts nothing off."""
+    plain = pad.stride == (1, 1) and pad.alpha == 0 and pad.shape[0] == source[0]
+    ends = [size + p for size, p in zip(source[1:], pad.pad, strict=True)]
+    inside = all(end <= size for end, size in zip(ends, pad.shape[1:], strict=True))
+    return plain and pad.before == 0 and min(pad.pad) >= 0 and inside
 
 
 def _acting(host: Op, op: Op) -> Op:

@@ -14,16 +14,16 @@ class Made:
 
     def __init__(self):
         self.ops: list[Op] = []
+        self.of: dict[str, Op] = {}  # by the name of its value
         self._settled: dict[View, View] = {}
-        self._names: set[str] = set()
 
     def add(self, kind: str, name: str, inputs: tuple[str, ...], shape: tuple, **fields) -> View:
         """One more op, and its value."""
         own, count = name, 0
-        while own in self._names:
+        while own in self.of:
             own, count = f"{name}.{count + 1}", count + 1
-        self._names.add(own)
-        self.ops.append(Op(kind, own, inputs, tuple(shape), **fields))
+        self.of[own] = Op(kind, own, inputs, tuple(shape), **fields)
+        self.ops.append(self.of[own])
         return whole(own, shape)
 
     def settled(self, view: View, label: str) -> View | None:

@@ -129,6 +129,13 @@ def test_a_detector_is_ops_of_the_engine():
     assert {"gather", "upsample_nearest", "cat"} <= {op.kind for op in ops}
 
 
+def test_zeros_around_a_plane_are_the_next_convs_and_channels_are_gathered_once():
+    kinds = [op.kind for op in traced(BODIES["padded as elsewhere"], torch.randn(1, 3, 9, 10))[0]]
+    assert kinds == ["conv", "conv", "pad", "conv"]  # what is cut off stays a step of its own
+    twice = Body(lambda net, y: torch.cat([*shuffled(net, y).chunk(2, 1)], 1))
+    assert [op.kind for op in traced(twice, torch.randn(1, 3, 9, 10))[0]].count("gather") == 2
+
+
 def test_every_rule_is_of_an_op_that_torch_has():
     assert [name for name in rules.RULES if not hasattr(torch.ops.aten, name)] == []
 
@@ -242,6 +249,10 @@ BODIES = {
     "picked": Body(lambda net, y: (y[:, 2], y[:, [3, 1, 1]], y.flip(1), y[..., 1])),
     "narrowed": Body(lambda net, y: (y.narrow(1, 2, 3), y.narrow(3, -4, 2), y[:, -1])),
     "padded": one(nn.ZeroPad2d((1, 2, 0, 3)), nn.ConstantPad2d((-1, 1, 1, -2), 0.5)),
+    "padded as elsewhere": one(
+        nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.ZeroPad2d((1, -1, 0, 2)),
+        nn.Conv2d(8, 4, 3),
+    ),
     "padded slices": Body(lambda net, y: F.pad(y[:, :, ::2, ::2], (1, 1, 1, 1))),
     "scalars": Body(lambda net, y: 1 - 2 * y + y / 4 - (y - 3) + torch.add(y, y, alpha=0.5) - -y),
     "known": Body(lambda net, y: (y - net.channel) / net.channel + y * net.channel.view(8, 1, 1)),
