@@ -35,6 +35,10 @@ def add(node: Node) -> View | None:
 
 def subtract(node: Node) -> View | None:
     """x - alpha * y."""
+    if node["alpha"] in (None, 1):
+        found = _both(node, "sub", node["self"], node["other"])
+        if found is not None:
+            return found
     node.args["alpha"] = -(1 if node["alpha"] is None else node["alpha"])
     return add(node)
 
@@ -55,9 +59,13 @@ def multiply(node: Node) -> View | None:
 
 
 def divide(node: Node) -> View | None:
-    """x by what is known."""
+    """x / y."""
     by = node["other"]
-    if node["rounding_mode"] is not None or isinstance(by, View) or not _known(by):
+    if node["rounding_mode"] is not None:
+        return None
+    if isinstance(by, View):
+        return _both(node, "div", node["self"], by)
+    if not _known(by):
         return None
     return _with_known(node, node["self"], 1 / by, None)
 
@@ -91,7 +99,10 @@ def _with_known(node: Node, x: Any, scale: Any, shift: Any, factor: float = 1) -
 
 
 def _both(node: Node, kind: str, one: Any, other: Any) -> View | None:
-    """An op on two values; one of them may be repeated over the other's channels or plane."""
+    """An op on two values; of the second, one value may be all of a channel's, a pixel's or all.
+
+    Of sums and products, either is the second.
+    """
     if not isinstance(one, View) or not isinstance(other, View) or node.size is None:
         return None
     if one.dims == other.dims and one.shape == other.shape:
@@ -99,15 +110,14 @@ def _both(node: Node, kind: str, one: Any, other: Any) -> View | None:
     one, other = (node.settled(value.unexpanded()) for value in (one, other))
     if one is None or other is None:
         return None
-    if one.sizes != node.size:
+    if one.sizes != node.size and kind in ("add", "mul"):
         one, other = other, one
     if one.sizes != node.size or len(one.dims) != len(other.dims):
         return None
     form = form_of(one)
     if one.sizes == other.sizes and form == form_of(other):
         return node.like(one, kind, other.base)
-    channel, plane = (node.size[CHANNELS[form]], 1, 1), (1, *one.shape[1:])
-    for shape in (channel, plane):
+    for shape in ((node.size[CHANNELS[form]], 1, 1), (1, *one.shape[1:]), (1, 1, 1)):
         wanted = whole(other.base, shape, last=form == "last")
         if len(one.dims) == 3 and other.sizes == wanted.sizes and other.dims == wanted.dims:
             return node.like(one, kind, other.base)

@@ -133,6 +133,8 @@ _KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "affine": _affine,
     "add": lambda op, x, y=None: x + (x if y is None else y),
     "mul": lambda op, x, y=None: x * (x if y is None else y),
+    "sub": lambda op, x, y: x - y,
+    "div": lambda op, x, y: x / y,
     "scalar": lambda op, x: op.alpha * x + op.beta,
     "act": lambda op, x: x,
     "layernorm": _layernorm,
@@ -145,7 +147,7 @@ _KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "cat": lambda op, *parts: torch.cat(parts, 1),
     "flatten": lambda op, x: x.flatten(1),
 }
-_ACTIVE = ("conv", "linear", "affine", "add", "mul", "act")
+_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "act")
 
 _ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
     "relu": lambda op, x: F.relu(x),
