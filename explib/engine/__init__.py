@@ -127,7 +127,8 @@ def compile(
         )
         return _rechecked(short, full, example_inputs, recheck)
     try:
-        return _native(model, example_inputs, dtype, threads, fallback)
+        with torch.autocast("cpu", enabled=False):
+            return _native(model, example_inputs, dtype, threads, fallback)
     except (NoCompiler, NotImplementedError) as error:
         if not fallback:
             raise
@@ -219,7 +220,7 @@ def _rechecked(short: Compiled, full: Compiled, example: Inputs, margin: float) 
     if short.report["dtype"] == "float32":
         return full
 
-    def run(images: torch.Tensor) -> torch.Tensor:
+    def run(images: Any) -> torch.Tensor:
         scores = short(images)
         first, second = scores.topk(2, 1).values.unbind(1)
         close = ~(first - second >= margin)  # NaN, too

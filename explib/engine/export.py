@@ -6,21 +6,24 @@ functional by torch first, which takes longer than all the rest.
 """
 
 import copy
+import io
 import logging
 import operator
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from explib.engine.graph import Call, Graph, Other, Size, living, names
-from explib.engine.rules import RULES, Made, Node
+from explib.engine.nodes import Made, Node
+from explib.engine.rules import RULES
 from explib.engine.tracing import line, refuse_hooks
 from explib.engine.views import View, whole
 from explib.pruning.layers import Inputs, call
@@ -58,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> tuple[Graph, nn.Module]:
     try:
         return _graph(program), model
     except _Shared:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad():
             return _graph(program.run_decompositions({})), model
 
 
@@ -68,12 +71,13 @@ def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     args = args if isinstance(args, tuple) else (args,)
     # of one image torch.export would take that for a fixed number
     args, kwargs = tree_map_only(torch.Tensor, _pair, (args, kwargs))
-    free = tree_map(_free, (args, kwargs))
+    free = ShapesCollection()  # which sizes may vary: the batch
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            free[leaf] = {0: Dim.AUTO}
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=free[1] or free[0], strict=False
-            )
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=free, strict=False)
     except Exception as error:  # control flow that depends on the data: any error can come of it
         raise NotImplementedError(f"torch.export cannot trace it ({line(error)})") from None
     return program
@@ -83,26 +87,18 @@ def _pair(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor[:1]] * 2) if tensor.ndim and len(tensor) else tensor
 
 
-def _free(leaf: Any) -> dict | None:
-    """Which sizes of an input may vary: its batch."""
-    return {0: Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.ndim else None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from printing, beside the error, the graph as far as it came."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
+    """Keep torch from printing, beside its error, the graph as far as it came."""
+    logger, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-_LOUD = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+        logger.setLevel(level)
 
 
 def _graph(program: ExportedProgram) -> Graph:
@@ -184,8 +180,11 @@ class _Translator:
 
     def step(self, node: fx.Node) -> None:
         """Make ops of a node, and take note of its value."""
-        if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat)):
-            return
+        found = node.meta.get("val")
+        if isinstance(found, (torch.SymBool, torch.SymFloat)) and node.users:
+            raise NotImplementedError(f"it computes {node.name}, no integer, from the batch")
+        if isinstance(found, (torch.SymInt, torch.SymBool, torch.SymFloat)):
+            return  # it is worked out where it is needed
         if node.op != "call_function":
             raise NotImplementedError(f"torch.export makes a part of its own of {node.name}")
         if node.target is operator.getitem:
@@ -237,16 +236,18 @@ class _Translator:
         """What a node makes of its arguments: an op, or what is known beforehand."""
         args, kwargs = self.values(node.args), self.values(node.kwargs)
         leaves = tree_flatten((args, kwargs))[0]
-        random = torch.Tag.nondeterministic_seeded in node.target.tags
+        random = torch.Tag.nondeterministic_seeded in function.tags
         if not random and not any(isinstance(leaf, (View, Other, Size)) for leaf in leaves):
             with torch.no_grad():
                 return function(*args, **kwargs)
-        found = node.meta.get("val")
+        found: Any = node.meta.get("val")
         several = isinstance(found, (list, tuple))
         sizes = [self._size(value) for value in (found if several else [found])]
-        read = {user.args[1] for user in node.users if user.target is operator.getitem}
+        items = [user for user in node.users if user.target is operator.getitem and user.users]
+        read: set[Any] = {user.args[1] for user in items}
         label = _label(node, name)
-        rule = RULES.get(name) if any(sizes) else None
+        batch = any(size is not None for size in sizes)
+        rule = RULES.get(name) if batch else None
         # a rule takes what is alike in every image
         if rule is not None and not any(isinstance(leaf, Other) for leaf in leaves):
             known = self.values(bound)
@@ -255,7 +256,7 @@ class _Translator:
                 return value
             why = "no kernel for it with these shapes or arguments"
         else:
-            why = "no kernel for it" if any(sizes) else "its result is no batch of float tensors"
+            why = "no kernel for it" if batch else "its result is no batch of float tensors"
         return self._left(node, Call(function, args, kwargs), sizes, f"{label}: {why}", label)
 
     def _left(self, node: fx.Node, call: Call, sizes: list, why: str, label: str) -> Any:
@@ -290,7 +291,7 @@ def _own(program: ExportedProgram, spec) -> torch.Tensor:
 
 def _check_batch(program: ExportedProgram, symbols: set) -> None:
     """NotImplementedError where what was traced holds for some batches only."""
-    limits = [program.range_constraints[symbol] for symbol in symbols]
+    limits = [program.range_constraints[s] for s in symbols if s in program.range_constraints]
     fixed = [code for code in getattr(program, "_guards_code", None) or [] if re.search(_TO, code)]
     if fixed or any(limit.upper < 2**31 for limit in limits):
         why = f" ({fixed[0]})" if fixed else ""

@@ -19,21 +19,21 @@ class Op:
     pad); what lies outside is zero, and how far that goes at the bottom and at the right follows
     from the shapes.
 
-    conv: weight (F, C / groups, KH, KW); a second input is added before `act`. linear: weight
-    (F, C). maxpool; avgpool (before: whether padding counts, as torch counts it). adaptive_avg,
-    adaptive_max: to the output's plane. affine: weight * x + bias per channel, each (C,). add, mul:
-    of two inputs; the second has the output's shape, one value a channel (C, 1, 1), or one plane
-    (1, H, W). scalar: alpha * x + beta. act: `act` alone. layernorm: over the channels of each
-    pixel, with weight and bias (C,), alpha is eps. upsample_nearest, upsample_bilinear (before:
-    align_corners; alpha, beta: scale factors of rows and columns where they were given, else 0 and
-    the ratio of the sizes counts). gather: channels `index` of the input. slice, pad: input[c -
-    before, y * stride - pad, x * stride - pad], `alpha` where that is outside. stretch: zeros
-    between pixels, `stride` - 1 of them. cat: channels of the inputs, one after the other. flatten:
-    (C, H, W) to (C * H * W,). copy, load and store are of the plan.
+    conv: weight (F, C / groups, KH, KW); a second input is added before `act`. linear: weight (F,
+    C). maxpool; avgpool (before: whether padding counts, as torch counts it). adaptive_avg,
+    adaptive_max: to the output's plane. affine: weight * x + bias per channel, each (C,). add, sub,
+    mul, div: of two inputs; the second has the output's shape, one value a channel (C, 1, 1), one
+    plane (1, H, W), or one value (1, 1, 1). scalar: alpha * x + beta. act: `act` alone. layernorm:
+    over the channels of each pixel, with weight and bias (C,), alpha is eps. upsample_nearest,
+    upsample_bilinear (before: align_corners; alpha, beta: scale factors of rows and columns where
+    they were given, else 0 and the ratio of the sizes counts). gather: channels `index` of the
+    input. slice, pad: input[c - before, y * stride - pad, x * stride - pad], `alpha` where that is
+    outside. stretch: zeros between pixels, `stride` - 1 of them. cat: channels of the inputs, one
+    after the other. flatten: (C, H, W) to (C * H * W,). copy, load and store are of the plan.
 
     act: relu, relu6, silu, hardswish, hardsigmoid, sigmoid, gelu, gelu_tanh, leaky (alpha: slope),
     prelu (slope: (C,)), elu (alpha), tanh, clamp (alpha: least, beta: most), or none; as the last
-    step of conv, linear, affine, add and mul.
+    step of conv, linear, affine, add, sub, mul and div.
     """
 
     kind: str
@@ -129,6 +129,8 @@ Native = Callable[[Op, list[tuple[int, ...]]], bool]
 def fuse(made: Sequence[Op], kept: set[str], shapes: dict[str, tuple], native: Native) -> list[Op]:
     """Scale and shift, a residual, an activation, and slices as parts of the op before them.
 
+    And zeros around a plane as part of the conv behind them.
+
     kept: values that are needed outside the list, and so cannot vanish. shapes: of the values that
     come from outside. Ops with a kernel are not fused into one without. A fused op has the name of
     the last value it makes.
@@ -146,31 +148,47 @@ def fuse(made: Sequence[Op], kept: set[str], shapes: dict[str, tuple], native: N
             if name not in fused or name in kept or uses[name] > 1:
                 continue
             rest = tuple(n for n in op.inputs if n != name)
-            one = _together(fused[name], op, [shapes[n] for n in rest])
-            if one is not None and (runs(one) or not runs(fused[name])):
+            host = fused[name]
+            one = _together(host, op, shapes)
+            if one is not None and (runs(one) or not runs(op if host.kind == "pad" else host)):
                 # it moves here, where its other input is there too; nothing between used it
-                both = replace(one, name=op.name, inputs=fused.pop(name).inputs + rest)
+                both = replace(one, name=op.name, inputs=host.inputs + rest)
+                del fused[name]
                 break
         fused[op.name] = both
     return list(fused.values())
 
 
-def _together(host: Op, op: Op, others: list[tuple]) -> Op | None:
-    """`op` done by `host`, whose only user it is; others: shapes of what else it reads."""
+def _together(host: Op, op: Op, shapes: dict[str, tuple]) -> Op | None:
+    """`op` and `host`, whose only user it is, as one."""
     plain = not host.act and len(host.inputs) == 1
     if op.kind == "act" and not host.act and host.kind in _ACTIVE:
-        act = dict(act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
-        return replace(host, **act)
-    if op.kind == "add" and host.kind == "conv" and plain and others == [op.shape] == [host.shape]:
-        return replace(host, act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
+        return _acting(host, op)
+    alike = all(shapes[name] == op.shape for name in (host.name, *op.inputs))
+    if op.kind == "add" and host.kind == "conv" and plain and alike:
+        return _acting(host, op)
     if op.kind in ("affine", "scalar") and host.kind in ("conv", "linear", "affine") and plain:
         return _scaled(host, op)
     if op.kind in ("slice", "pad") and host.kind == "slice":
         return _sliced(host, op)
+    if op.kind == "conv" and host.kind == "pad" and _is_rim(host, shapes[host.inputs[0]]):
+        return replace(op, pad=(op.pad[0] + host.pad[0], op.pad[1] + host.pad[1]))
     return None
 
 
-_ACTIVE = ("conv", "linear", "affine", "add", "mul")
+def _is_rim(pad: Op, source: tuple) -> bool:
+    """Whether it puts zeros around a plane, and cuts nothing off."""
+    plain = pad.stride == (1, 1) and pad.alpha == 0 and pad.shape[0] == source[0]
+    ends = [size + p for size, p in zip(source[1:], pad.pad, strict=True)]
+    inside = all(end <= size for end, size in zip(ends, pad.shape[1:], strict=True))
+    return plain and pad.before == 0 and min(pad.pad) >= 0 and inside
+
+
+def _acting(host: Op, op: Op) -> Op:
+    return replace(host, act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
+
+
+_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div")
 
 
 def _scaled(host: Op, op: Op) -> Op | None:
@@ -184,11 +202,8 @@ def _scaled(host: Op, op: Op) -> Op | None:
         scale, shift = op.weight, op.bias
     column = scale.reshape(-1, *[1] * (weight.ndim - 1))
     bias = shift.expand(len(weight)) if host.bias is None else host.bias * scale + shift
-    return replace(
-        host, weight=weight * column, bias=bias,
-        act=op.act, slope=op.slope,
-        **({} if op.kind == "scalar" else dict(alpha=op.alpha, beta=op.beta)),
-    )  # fmt: skip
+    scaled = replace(host, weight=weight * column, bias=bias)
+    return scaled if op.kind == "scalar" else _acting(scaled, op)
 
 
 def _sliced(host: Op, op: Op) -> Op | None:
@@ -201,7 +216,10 @@ def _sliced(host: Op, op: Op) -> Op | None:
         kind=op.kind,
         shape=op.shape,
         stride=(host.stride[0] * op.stride[0], host.stride[1] * op.stride[1]),
-        pad=tuple(h + p * s for h, p, s in zip(host.pad, op.pad, host.stride, strict=True)),
+        pad=(
+            host.pad[0] + op.pad[0] * host.stride[0],
+            host.pad[1] + op.pad[1] * host.stride[1],
+        ),
         before=op.before,
         alpha=op.alpha,
     )

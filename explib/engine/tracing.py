@@ -129,7 +129,7 @@ def _close(found, wanted, tolerance: float) -> bool:
         return False
     if not wanted.is_floating_point():
         return torch.equal(found, wanted)
-    found, wanted = found.double(), wanted.double()
+    found, wanted = found.detach().double(), wanted.detach().double()
     finite = wanted[wanted.isfinite()].abs()
     most = tolerance * float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(found, wanted, rtol=0, atol=most + 1e-6, equal_nan=True)

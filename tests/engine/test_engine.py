@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from explib import engine, models, registry
 from explib.data import eval_batches, load_data
 from explib.engine import build, export, fused, graph, plan
 from explib.params import Params
-from explib.pruning import checkpoints, criteria
+from explib.pruning import checkpoints, criteria, layers
 from explib.pruning import masks as masking
 from explib.pruning.checkpoints import load_network
 from tests.conftest import ROOT, image, needs_compiler
@@ -32,8 +33,9 @@ def lively(model: nn.Module) -> nn.Module:
     """The model in evaluation mode, its BatchNorms no identities."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.uniform_(module.weight, 0.4, 0.9)
-            nn.init.normal_(module.bias, std=0.1)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.4, 0.9)
+                nn.init.normal_(module.bias, std=0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model.eval()
@@ -266,17 +268,80 @@ def test_what_has_no_kernel_runs_in_torch_and_is_named():
         engine.compile(model, images, fallback=False)
 
 
-class Branching(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
+BRANCHING = {
+    "values": (lambda x: x if x.sum() > 0 else -x, r"cannot trace it \(.*data-dependent"),
+    "some batches": (
+        lambda x: x if x.shape[0] < 3 else -x,
+        r"for some sizes of the batch \(.* < 3\)",
+    ),
+    "one image": (lambda x: x if x.shape[0] > 1 else -x, "the engine makes something else of it"),
+    "one batch": (lambda x: x.view(2, -1), r"for some sizes of the batch \(.* == 2\)"),
+    "each image": (lambda x: torch.stack([y + 1 for y in x]), "for some sizes of the batch"),
+}
 
 
-def test_a_network_that_cannot_be_traced_runs_in_torch():
-    images = torch.ones(1, 3, 4, 4)
-    with pytest.warns(UserWarning, match=r"cannot trace it .* runs dense, in torch"):
-        assert torch.equal(engine.compile(Branching(), images)(-images), images)
-    with pytest.raises(NotImplementedError, match="cannot trace"):
+@pytest.mark.parametrize(("branch", "why"), BRANCHING.values(), ids=BRANCHING)
+def test_a_network_that_branches_on_what_it_is_given_runs_in_torch(branch, why, capfd):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return branch(x)
+
+    images = torch.ones(2, 3, 4, 4)
+    with pytest.warns(UserWarning, match=f"{why}.*runs dense, in torch"):
+        fast = engine.compile(Branching(), images)
+    for some in (images, -images, images[:1], torch.cat([images] * 2)):
+        assert torch.equal(fast(some), branch(some))
+    with pytest.raises(NotImplementedError, match=why):
         engine.compile(Branching(), images, fallback=False)
+    assert capfd.readouterr() == ("", "")
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+def test_a_network_that_changes_as_it_runs_runs_in_torch():
+    with pytest.warns(UserWarning, match="it changes its b_calls when it runs"):
+        fast = engine.compile(Counting(), torch.ones(1, 3, 4, 4))
+    assert fast.report["engine"] == "torch"
+
+
+class Several(nn.Module):
+    """Two tensors and a number in, tensors by name and other things out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 4)
+
+    def forward(self, x, context, scale=2):
+        y = self.conv(x).mean((2, 3)) + self.linear(context)
+        return {"scores": torch.relu(y), "more": [scale, None, x.shape[0], (y * scale,)]}
+
+
+def test_several_inputs_and_results():
+    model = Several().eval()
+    x, context = torch.randn(3, 3, 8, 8), torch.randn(3, 5)
+    one_by_one = (x, context)
+    for example in (one_by_one, {"context": context, "x": x, "scale": 3}):
+        fast = engine.compile(model, example)
+        assert fast.report["engine"] == "native"
+        fewer = tree_map(lambda v: v[:1] if torch.is_tensor(v) else v, example)
+        for some in (fewer, example):
+            found, wanted = (layers.call(net, some) for net in (fast, model))
+            torch.testing.assert_close(found, wanted)
+    assert torch.equal(fast(x=x, scale=3, context=context)["scores"], found["scores"])
+    with pytest.raises(ValueError, match="input: int; give 3, as the example has"):
+        fast(x=x, scale=2, context=context)
+    with pytest.raises(TypeError, match=r"input: .*; give what the example has"):
+        fast(x, context)
+    with pytest.raises(ValueError, match="recheck: only of networks that take one tensor"):
+        engine.compile(model, one_by_one, recheck=1)
 
 
 def test_without_a_compiler_the_network_runs_dense(monkeypatch):

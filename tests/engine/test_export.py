@@ -7,8 +7,10 @@ import torchvision
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from explib import engine
 from explib.engine import export, graph, reference, rules
 from explib.engine.views import whole
+from tests.conftest import needs_compiler
 from tests.engine.test_engine import lively
 
 
@@ -127,6 +129,13 @@ def test_a_detector_is_ops_of_the_engine():
     assert {"gather", "upsample_nearest", "cat"} <= {op.kind for op in ops}
 
 
+def test_zeros_around_a_plane_are_the_next_convs_and_channels_are_gathered_once():
+    kinds = [op.kind for op in traced(BODIES["padded as elsewhere"], torch.randn(1, 3, 9, 10))[0]]
+    assert kinds == ["conv", "conv", "pad", "conv"]  # what is cut off stays a step of its own
+    twice = Body(lambda net, y: torch.cat([*shuffled(net, y).chunk(2, 1)], 1))
+    assert [op.kind for op in traced(twice, torch.randn(1, 3, 9, 10))[0]].count("gather") == 2
+
+
 def test_every_rule_is_of_an_op_that_torch_has():
     assert [name for name in rules.RULES if not hasattr(torch.ops.aten, name)] == []
 
@@ -145,3 +154,145 @@ def test_a_view_is_what_torch_makes_of_the_same_steps():
     expanded = one.expanded([12, 4, 6])
     assert torch.equal(expanded.of(x[:, :, :1, :1]), x[:, :, :1, :1].expand(2, 12, 4, 6))
     assert expanded.unexpanded() == one
+
+
+class Body(nn.Module):
+    """A conv, and what a test makes of its result (N, 8, H, W)."""
+
+    def __init__(self, rest, *parts: nn.Module):
+        super().__init__()
+        self.conv, self.parts, self.rest = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleList(parts), rest
+        self.register_buffer("channel", torch.rand(8, 1, 1) + 0.5)
+        self.register_buffer("plane", torch.rand(1, 9, 10))
+
+    def forward(self, x):
+        return self.rest(self, self.conv(x))
+
+
+def one(*parts: nn.Module) -> Body:
+    """A conv and these layers after it."""
+    return Body(lambda net, y: nn.Sequential(*net.parts)(y), *parts)
+
+
+def shuffled(net, y):
+    n, c, h, w = y.shape
+    return y.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def excited(net, y):
+    squeezed = y.mean((2, 3))
+    weights = torch.sigmoid(net.parts[0](squeezed)).view(y.size(0), -1, 1, 1)
+    return y * weights.expand_as(y)
+
+
+def mixed(net, y):
+    """A block of ConvNeXt, with its axes permuted and back."""
+    z = net.parts[0](y.permute(0, 2, 3, 1))
+    return y + net.channel * net.parts[2](F.gelu(net.parts[1](z))).permute(0, 3, 1, 2)
+
+
+def sequence(net, y):
+    """Pixels as a sequence, as transformers have it, and the mean of all."""
+    z = net.parts[1](net.parts[0](y.flatten(2).transpose(1, 2)))
+    return z.transpose(1, 2).reshape(y.shape), z.mean(1)
+
+
+def counted(net, y):
+    for i in range(3):
+        if i % 2 == 0 and y.shape[1] == 8:
+            y = y + i
+    return y
+
+
+def overwritten(net, y):
+    y[:, :4].mul_(2)
+    return y.add_(1)
+
+
+BODIES = {
+    "an even kernel": one(nn.Conv2d(8, 4, 2)),
+    "a flat kernel": one(nn.Conv2d(8, 4, (1, 7), padding=(0, 3)), nn.Conv2d(4, 4, (3, 1), (2, 1))),
+    "dilated": one(nn.Conv2d(8, 4, 3, dilation=2, padding=2)),
+    "padded to the same": one(nn.Conv2d(8, 4, 4, padding="same"), nn.Conv2d(4, 4, 3)),
+    "depthwise": one(nn.Conv2d(8, 16, 3, 2, 1, groups=8), nn.Conv2d(16, 4, 1, groups=4)),
+    "transposed": one(nn.ConvTranspose2d(8, 4, 3, 2, 1, output_padding=1)),
+    "transposed in groups": one(
+        nn.ConvTranspose2d(8, 12, (3, 2), (1, 3), (2, 0), groups=4, dilation=2)
+    ),
+    "norms": one(nn.BatchNorm2d(8), nn.PReLU(8), nn.BatchNorm2d(8, affine=False)),
+    "activations": one(
+        nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Hardswish(), nn.Hardsigmoid(), nn.Tanh(),
+        nn.GELU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(0.7), nn.PReLU(), nn.Sigmoid(),
+        nn.Hardtanh(0.3, 0.6),
+    ),
+    "clamps": Body(lambda net, y: y.clamp(min=0) + y.clamp(max=0.1) + torch.clamp_min(y, -0.1)),
+    "pools": one(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
+    "padded pools": one(nn.AvgPool2d(3, 2, 1), nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True)),
+    "uncounted padding": one(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)),
+    "dilated pool": one(nn.MaxPool2d((3, 2), 1, 1, dilation=(1, 2))),
+    "adaptive pools": one(
+        nn.AdaptiveAvgPool2d((4, 3)), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(32, 5)
+    ),
+    "maximum": Body(lambda net, y: y.amax((2, 3), True) + y.mean((-1, -2), keepdim=True)),
+    "upsampled": one(nn.Upsample(scale_factor=1.5), nn.Upsample((7, 9), mode="bilinear")),
+    "corners": one(nn.Upsample((17, 5), mode="bilinear", align_corners=True)),
+    "excited": Body(excited, nn.Linear(8, 8)),
+    "mixed": Body(mixed, nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)),
+    "a sequence": Body(sequence, nn.LayerNorm(8), nn.Linear(8, 8)),
+    "shuffled": Body(shuffled),
+    "shuffled by torch": one(nn.ChannelShuffle(4)),
+    "chunks": Body(lambda net, y: torch.cat([*y.chunk(3, 1)][::-1], 1)),
+    "splits": Body(lambda net, y: [part * 2 for part in y.split([1, 5, 2], 1)]),
+    "slices": Body(lambda net, y: y[:, 1:7:2, 2:, ::3] * y[:, -3:, :-2, 1::3].mean((2, 3), True)),
+    "slices of slices": Body(lambda net, y: y[:, :, 1::2, 1:][:, :, 1:, ::4]),
+    "subsampled": Body(lambda net, y: F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 2, 3))),
+    "picked": Body(lambda net, y: (y[:, 2], y[:, [3, 1, 1]], y.flip(1), y[..., 1])),
+    "narrowed": Body(lambda net, y: (y.narrow(1, 2, 3), y.narrow(3, -4, 2), y[:, -1])),
+    "padded": one(nn.ZeroPad2d((1, 2, 0, 3)), nn.ConstantPad2d((-1, 1, 1, -2), 0.5)),
+    "padded as elsewhere": one(
+        nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.ZeroPad2d((1, -1, 0, 2)),
+        nn.Conv2d(8, 4, 3),
+    ),
+    "padded slices": Body(lambda net, y: F.pad(y[:, :, ::2, ::2], (1, 1, 1, 1))),
+    "scalars": Body(lambda net, y: 1 - 2 * y + y / 4 - (y - 3) + torch.add(y, y, alpha=0.5) - -y),
+    "known": Body(lambda net, y: (y - net.channel) / net.channel + y * net.channel.view(8, 1, 1)),
+    "products": Body(lambda net, y: y * y.mean(1, keepdim=True) + y * y),
+    "quotients": Body(lambda net, y: y / (1 + y.exp()) - y.mean((2, 3), True) / (2 + y * y).sqrt()),
+    "differences": Body(
+        lambda net, y: [(y - m, m - y) for m in (y.mean((2, 3), True), y.mean((1, 2, 3), True))]
+    ),
+    "axes of one": Body(
+        lambda net, y: y.mean((2, 3), True).squeeze(-1).squeeze(-1).unsqueeze(1).flatten(1)
+    ),
+    "control flow": Body(counted),
+    "overwritten": Body(overwritten),
+}  # fmt: skip
+IN_TORCH = {
+    "products": ("(mean)",),
+    "quotients": ("(exp)", "(sqrt)"),
+    "differences": ("(mean)",),
+    "overwritten": ("(slice_scatter)",),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_whatever_is_computed_is_an_op_of_the_engine(body):
+    torch.manual_seed(0)
+    model = lively(BODIES[body])
+    ops, error = traced(model, torch.randn(3, 3, 9, 10))
+    assert error < 1e-5
+    assert all(any(op in why for op in IN_TORCH.get(body, ())) for why in left(ops)), left(ops)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*runs? in torch")
+@pytest.mark.parametrize("body", BODIES)
+def test_compiled_it_is_the_same_at_any_batch(body):
+    torch.manual_seed(0)
+    model = lively(BODIES[body])
+    fast = engine.compile(model, torch.zeros(1, 3, 9, 10))
+    assert fast.report["engine"] == "native"
+    for count in (1, 2, 17):
+        x = torch.randn(count, 3, 9, 10)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)

@@ -166,6 +166,14 @@ def test_autocast_outside_changes_nothing_inside():
     same(inside, model(x))
 
 
+def test_autocast_outside_changes_nothing_of_what_is_compiled():
+    model, x = copy.deepcopy(NETWORKS["plain"]).eval(), torch.randn(2, 3, SIDE, SIDE)
+    for around in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with around:
+            fast = engine.compile(model, x, fallback=False)
+        same(fast(x), model(x))
+
+
 def test_the_networks_of_a_fallback_stay_in_evaluation_mode():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5)).eval()
     model[0].register_forward_hook(lambda *_: None)
