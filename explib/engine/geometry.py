@@ -53,7 +53,7 @@ def cropped(op: Op, source: Shape) -> Op:
     for axis in _axes(op, source):
         taps, made = np.arange(axis.kernel)[:, None], np.arange(axis.made)
         at = taps * axis.dilation - axis.pad + made * axis.stride
-        alive = ((at >= 0) & (at < axis.size)).any(1).nonzero()[0]
+        alive = np.flatnonzero(((at >= 0) & (at < axis.size)).any(1))
         first, last = (int(alive[0]), int(alive[-1])) if len(alive) else (0, 0)
         kept.append(slice(first, last + 1))
         pads.append(axis.pad - first * axis.dilation)
