@@ -7,13 +7,14 @@ from explib.models import build as build
 from explib.params import Params as Params
 from explib.params import from_notebook as from_notebook
 from explib.params import from_yaml as from_yaml
-from explib.pruning.checkpoints import load_compact as load_compact
+from explib.pruning.checkpoints import load as load
 from explib.pruning.checkpoints import load_network as load_network
-from explib.pruning.checkpoints import save_compact as save_compact
+from explib.pruning.checkpoints import save as save
 from explib.pruning.counting import macs as macs
 from explib.pruning.counting import weights as weights
 from explib.pruning.criteria import Layer as Layer
 from explib.pruning.criteria import prune as prune
+from explib.pruning.criteria import score as score
 from explib.pruning.holding import hold as hold
 from explib.pruning.holding import release as release
 from explib.pruning.layers import find_convs as find_convs
@@ -26,7 +27,7 @@ from explib.registry import register_criterion as register_criterion
 from explib.registry import register_dataset as register_dataset
 from explib.registry import register_network as register_network
 from explib.training.evaluation import evaluate as evaluate
-from explib.training.evaluation import reestimate_bn as reestimate_bn
-from explib.training.loop import train as train
+from explib.training.evaluation import recalibrate_bn as recalibrate_bn
+from explib.training.finetuning import finetune as finetune
 
 __version__: str

@@ -105,11 +105,6 @@ class Params:
         return parse_rates(self.compress_rate)
 
     @property
-    def side(self) -> int:
-        """Height and width of the inputs in pixels."""
-        return (self.image_size or 224) if self.dataset == "imagenet" else 32
-
-    @property
     def digest(self) -> str:
         """Six hexadecimal digits, equal for runs that compute the same wherever their files are.
 

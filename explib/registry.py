@@ -34,6 +34,7 @@ class Criterion:
     colour: str
     redundant_sets: bool = False  # whose survivors are chosen: by chance, or by their L1 norm
     whole_network: bool = False  # a function of all convs at once, not of one after another
+    score: Function | None = None  # of a layer; where `function` returns masks made of scores
 
     def named(self, survivors: str = "") -> str:
         """The label, with who survives where the criterion has redundant sets."""
@@ -71,9 +72,10 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY = (
 _OTHERS = (SKY, "#332288", "#882255", "#999933", "#44AA99", "#B8860B")  # of what users add
 
 _WAYS = "explib.pruning.ways"
+_DELTA_E = f"{_WAYS}:scaling_factors"
 CRITERIA: dict[str, Criterion] = {
-    "A": Criterion(f"{_WAYS}:way_a", "A", BLUE, redundant_sets=True),
-    "B": Criterion(f"{_WAYS}:way_b", "B", RED, redundant_sets=True),
+    "A": Criterion(f"{_WAYS}:way_a", "A", BLUE, redundant_sets=True, score=_DELTA_E),
+    "B": Criterion(f"{_WAYS}:way_b", "B", RED, redundant_sets=True, score=_DELTA_E),
     "random": Criterion(f"{_WAYS}:random", "random kernels", GREY),
     "l1": Criterion(f"{_WAYS}:l1", "L1 kernels", GREEN),
     "bn": Criterion(f"{_WAYS}:bn", "lowest-γ filters", ORANGE),
@@ -172,13 +174,13 @@ def load(function: Function, field: str) -> Callable[..., Any]:
 
 
 def register_criterion(
-    name: str, function: Function, *, label: str = "", colour: str = "", **facts: bool
+    name: str, function: Function, *, label: str = "", colour: str = "", **facts: Any
 ) -> None:
     """Add a criterion under a name, which may then stand wherever `B` may.
 
     function: as `explib.pruning.criteria` describes, or package.module:function, imported on first
     use. label, colour: in tables and figures; by default the name, and a colour of the palette that
-    follows from it. facts: redundant_sets, whole_network, see Criterion. ParamError if
+    follows from it. facts: redundant_sets, whole_network, score, see Criterion. ParamError if
     the name or the label stands for another function.
     """
     _add(CRITERIA, name, Criterion(function, label or name, colour or _colour(name), **facts))

@@ -168,7 +168,7 @@ class TestOptions:
         images = make_folders(tmp_path / "images", {"a": 4, "b": 4})
         model = models.build("resnet_56", 2)
         meta = {"arch": "resnet_56", "num_classes": 2}
-        dense = checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+        dense = checkpoints.save(tmp_path / "dense.safetensors", model, {}, meta)
         of_folders = {"dataset": "imagenet", "data_dir": images, "image_size": 32}
         of_folders |= {"results_dir": tmp_path, "resume": dense}
         sizes = {"batch_size": 2, "lr_schedule": "step", "limit_train": 0, "limit_test": 0}
@@ -189,7 +189,7 @@ class TestOptions:
 def test_the_whole_way(folder):
     rows = json.loads(call(*tiny("score", results_dir=folder), "--json"))
     assert len(rows) == 7 and rows[0]["kernels"] == 48
-    weights, _, _ = checkpoints.load_compact(folder / "checkpoints/digits/resnet_56.safetensors")
+    weights, _, _ = checkpoints.load(folder / "checkpoints/digits/resnet_56.safetensors")
     sums = weights[f"{rows[1]['layer']}.weight"].sum((2, 3))
     assert (rows[1]["delta_e_min"], rows[1]["delta_e_max"]) == pytest.approx(
         (float(sums.min()), float(sums.max())), abs=1e-5

@@ -89,7 +89,7 @@ def test_the_readme_examples_run(tmp_path, code):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pruned.safetensors").is_file() == ("save_compact" in code)
+    assert (tmp_path / "pruned.safetensors").is_file() == ("explib.save(" in code)
 
 
 def test_every_file_the_readme_names_exists():

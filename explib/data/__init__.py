@@ -248,7 +248,7 @@ def size_of(params: Params) -> tuple[int | None, tuple[int, int, int]]:
 def _seen(params: Params) -> tuple[int, tuple[int, int, int]]:
     data = _loaded(params)
     if isinstance(data.train, Folders):
-        return len(data.classes), (3, data.train.side, data.train.side)
+        return len(data.classes), (3, data.train.size, data.train.size)
     _, channels, height, width = data.train.images.shape
     return len(data.classes), (channels, height, width)
 

@@ -80,16 +80,16 @@ def augment(
 
 @dataclass(frozen=True)
 class Folders:
-    """JPEG or PNG files, their labels, int64 (N,), and the side of the square they are brought to.
+    """JPEG or PNG files, their labels, int64 (N,), and the size of the square they are brought to.
 
     Decoded by worker processes with torchvision's transforms: for training RandomResizedCrop and
-    RandomHorizontalFlip, for evaluation Resize (256 / 224 of the side) and CenterCrop. What an
+    RandomHorizontalFlip, for evaluation Resize (256 / 224 of the size) and CenterCrop. What an
     image becomes depends on its plan alone, not on the worker or the order.
     """
 
     files: list[str]
     labels: torch.Tensor
-    side: int
+    size: int
     choices = 2**31 - 1  # seeds of an image's crop and mirroring
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Folders:
     def take(self, which: slice | torch.Tensor) -> "Folders":
         """The images of some indices."""
         indices = range(len(self))[which] if isinstance(which, slice) else which.tolist()
-        return Folders([self.files[i] for i in indices], self.labels[which], self.side)
+        return Folders([self.files[i] for i in indices], self.labels[which], self.size)
 
     def first(self, count: int) -> "Folders":
         """The first `count` images; 0 is all."""
@@ -106,7 +106,7 @@ class Folders:
 
     def to(self, device: str) -> "Folders":
         """The same, whose batches come on a device."""
-        return Folders(self.files, self.labels.to(device), self.side)
+        return Folders(self.files, self.labels.to(device), self.size)
 
     def inputs(self, plans: torch.Tensor, workers: int = 0) -> Iterator[tuple]:
         """For each plan of (batches, 4, N), its augmented uint8 images (N, 3, S, S) and labels."""
@@ -132,7 +132,7 @@ class Folders:
         workers = min(workers or os.cpu_count() or 1, len(batches))
         on_gpu = self.labels.is_cuda
         loader = DataLoader(
-            _Files(self.files, self.side),
+            _Files(self.files, self.size),
             batch_sampler=batches,
             num_workers=workers if workers > 1 else 0,  # one would only add the way between two
             pin_memory=on_gpu,
@@ -149,12 +149,12 @@ class Folders:
 class _Files(Dataset):
     """One decoded image for (index, seed): augmented by that seed, or as for evaluation if None."""
 
-    def __init__(self, files: list[str], side: int):
+    def __init__(self, files: list[str], size: int):
         with extra():
             from torchvision.transforms import v2  # brings the compiler of torch: seconds
         self.files = files
-        cropped = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
-        whole = [v2.Resize(side * 256 // 224, antialias=True), v2.CenterCrop(side)]
+        cropped = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        whole = [v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size)]
         self.train = v2.Compose([*cropped, v2.PILToTensor()])
         self.eval = v2.Compose([*whole, v2.PILToTensor()])
 
@@ -187,7 +187,7 @@ def _eight_bits(image):
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def find(folder: Path, side: int, classes: list[str] | None = None) -> tuple[Folders, list[str]]:
+def find(folder: Path, size: int, classes: list[str] | None = None) -> tuple[Folders, list[str]]:
     """The images below folder/CLASS/ and the names of the classes, in the order of their labels.
 
     classes: those there have to be, no more and no fewer. The images come in a fixed random order,
@@ -222,5 +222,5 @@ def find(folder: Path, side: int, classes: list[str] | None = None) -> tuple[Fol
         files += own
         labels += [label] * len(own)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(2023)).tolist()
-    shuffled = Folders([files[i] for i in order], torch.tensor(labels)[order], side)
+    shuffled = Folders([files[i] for i in order], torch.tensor(labels)[order], size)
     return shuffled, found

@@ -21,7 +21,7 @@ from explib import registry
 from explib.engine import build, export, graph, plan, reference
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
-from explib.engine.tracing import line, says_the_same
+from explib.engine.tracing import line, outputs_match
 from explib.engine.training import sparse
 from explib.pruning.checkpoints import load_network
 from explib.pruning.layers import Inputs, call, described
@@ -170,7 +170,7 @@ def _native(
         run = _assemble(traced, ops, set(lacking), dtype, threads)
         made = Compiled(run, example, report)
         # one image, too: torch.export does not see what a network does with that alone
-        same = all(says_the_same(made, plain, example, count, tolerance) for count in (2, 1))
+        same = all(outputs_match(made, plain, example, count, tolerance) for count in (2, 1))
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
     if same:
@@ -232,7 +232,7 @@ def _rechecked(short: Compiled, full: Compiled, example: Inputs, margin: float) 
 
 
 def load(path: str | Path, **options) -> Compiled:
-    """A compact file of `masks.save_compact`, ready for inference; options as of `compile`.
+    """A compact file of `explib.save`, ready for inference; options as of `compile`.
 
     ValueError or FileNotFoundError, in one line, for a file that is missing, truncated, or not of
     one of the study's networks.

@@ -9,6 +9,7 @@ direction; the arithmetic is that of the plain network, up to rounding. Also, a 
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from explib.engine import native, strided
 from explib.engine.native import pointer
-from explib.engine.tracing import is_addition, is_plain_conv, is_relu, says_the_same, trace
+from explib.engine.tracing import is_addition, is_plain_conv, is_relu, outputs_match, trace
 from explib.pruning.layers import modes_kept
 
 _INT64 = ctypes.c_int64
@@ -134,16 +135,22 @@ def track(norm: nn.BatchNorm2d, mean: torch.Tensor, var: torch.Tensor, pixels: i
     running_var.lerp_((var * (pixels / max(pixels - 1, 1))).to(running_var), share)
 
 
+def normalize(x, weight, bias, add, eps: float, relu: bool) -> tuple[torch.Tensor, ...]:
+    """relu(batch_norm(x) + add) with batch statistics; its mean, biased variance, 1 / deviation."""
+    mean, var = batch_moments(x)
+    invstd = (var + eps).rsqrt()
+    scale = weight * invstd
+    return affine(x, scale, bias - mean * scale, add, relu), mean, var, invstd
+
+
 class _NormAct(torch.autograd.Function):
-    """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
+    """What `normalize` returns, and its gradients by `gradients`; of one layout of activations."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, add, eps, relu):
-        mean, var = batch_moments(x)
-        invstd = (var + eps).rsqrt()
-        scale = weight * invstd
-        y = affine(x, scale, bias - mean * scale, add, relu)
+    def forward(ctx, x, weight, bias, add, eps, relu, normalize, gradients):
+        y, mean, var, invstd = normalize(x, weight, bias, add, eps, relu)
         ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
@@ -151,9 +158,21 @@ class _NormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, y, weight, mean, invstd = ctx.saved_tensors
-        adds = ctx.needs_input_grad[3]
-        dx, dadd, dweight, dbias = backward(dy, x, y, weight, mean, invstd, adds)
-        return dx, dweight, dbias, dadd, None, None
+        wants_add = ctx.needs_input_grad[3]
+        dx, dadd, dweight, dbias = ctx.gradients(dy, x, y, weight, mean, invstd, wants_add)
+        return dx, dweight, dbias, dadd, *[None] * 4
+
+
+def norm_act(
+    norm: nn.BatchNorm2d, x, add, relu: bool, values: int, passes: tuple[Callable, Callable]
+) -> torch.Tensor:
+    """relu(norm(x) + add) in training mode; updates running statistics.
+
+    values: of each channel of x. passes: `normalize` and `backward` of the layout of x.
+    """
+    y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, relu, *passes)
+    track(norm, mean, var, values)
+    return y
 
 
 def sound(norm: nn.BatchNorm2d) -> bool:
@@ -188,9 +207,8 @@ class NormAct(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         add = _like(x, add)
         if norm.training:
-            y, mean, var = _NormAct.apply(x, norm.weight, norm.bias, add, norm.eps, self.relu)
-            track(norm, mean, var, x.numel() // x.shape[1])
-            return y
+            count = x.numel() // x.shape[1]
+            return norm_act(norm, x, add, self.relu, count, (normalize, backward))
         return affine(x, *scale_and_shift(norm), add, self.relu)
 
 
@@ -221,39 +239,52 @@ class SmallConv(nn.Module):
 def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
     """A network that computes what `model` does, faster on a CPU, with the same weights and modes.
 
-    like: images as it takes them, of whatever content. The model itself where it cannot be traced,
-    where training mode changes more than its layers do, or where nothing could be compiled.
+    like: images as it takes them, of whatever content. The model itself, with a warning that says
+    why, where it cannot be traced, where training mode changes more than its layers do, or where
+    nothing could be compiled.
     """
-    graph = _traced(model, like)
-    if graph is None or library() is None:
+    try:
+        return fused(model, like)
+    except NotImplementedError as error:
+        warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
         return model
+    except native.NoCompiler:  # which `library` has said
+        return model
+
+
+def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
+    """The network of `fuse`. NotImplementedError or NoCompiler, saying why, where there is none."""
+    graph = _traced(model, like)
+    if library() is None:
+        raise native.NoCompiler("its C++ could not be compiled")
     modules = dict(model.named_modules())
-    fused = fx.GraphModule(model, graph)
+    made = fx.GraphModule(model, graph)
     for node in list(graph.nodes):
         module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is nn.BatchNorm2d and node.args:
-            _fuse_norm(fused, node, module, modules)
+            _fuse_norm(made, node, module, modules)
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
-            _replace(fused, node, [node], SmallConv(module), node.args)
+            _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):
-            _replace(fused, node, [node], strided.Strided(module), node.args)
+            _replace(made, node, [node], strided.Strided(module), node.args)
         elif node.op == "call_function" and node.target is torch.conv2d:
             node.target = strided.conv2d
     graph.eliminate_dead_code()
-    fused.recompile()
-    return fused if says_the_same(fused, model, like) else model
+    made.recompile()
+    if not outputs_match(made, model, like):
+        raise NotImplementedError("its fused passes make something else of it")
+    return made
 
 
-def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph | None:
-    """The model's graph if it has one, the same for training and evaluation."""
+def _traced(model: nn.Module, like: torch.Tensor) -> fx.Graph:
+    """The model's graph, the same for training and evaluation; NotImplementedError without one."""
     graphs = []
-    try:
-        with modes_kept(model):
-            for mode in (True, False):
-                graphs.append(trace(model.train(mode), like).graph)
-    except NotImplementedError:
-        return None
-    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+    with modes_kept(model):
+        for mode in (True, False):
+            graphs.append(trace(model.train(mode), like).graph)
+    if str(graphs[0]) != str(graphs[1]):
+        raise NotImplementedError("training mode changes more than its layers do")
+    return graphs[0]
 
 
 def _fuse_norm(fused, norm, module, modules) -> None:

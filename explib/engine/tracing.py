@@ -28,7 +28,7 @@ def trace(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
         raise NotImplementedError(f"torch.fx cannot trace it ({line(error)})") from None
     try:
         _follow_writes(traced, like)
-        faithful = says_the_same(traced, model, like)
+        faithful = outputs_match(traced, model, like)
     except NotImplementedError:
         raise
     except Exception as error:
@@ -91,7 +91,7 @@ def line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def says_the_same(
+def outputs_match(
     built: nn.Module, model: nn.Module, like: Inputs, count: int = 2, tolerance: float = 1e-3
 ) -> bool:
     """Whether both make the same of `count` random images like these, in evaluation mode.

@@ -23,10 +23,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_map
 
 from explib.engine import native
-from explib.engine.fused import NormAct, SmallConv, fuse, scale_and_shift, sound, track
+from explib.engine.fused import NormAct, SmallConv, fused, norm_act, scale_and_shift, sound
 from explib.engine.native import pointer
 from explib.engine.strided import Strided
-from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, says_the_same
+from explib.engine.tracing import ADDITIONS, RELUS, is_plain_conv, line, outputs_match
 from explib.pruning import masks as masking
 from explib.pruning.layers import modes_kept
 from explib.pruning.masks import Masks
@@ -264,11 +264,12 @@ class Norm(nn.Module):
     def forward(self, x, add=None):
         norm, x, add = self.norm, x.contiguous(), _beside(x, add)
         if norm.training:
-            y, mean, var = _Norm.apply(
-                x, norm.weight, norm.bias, add, norm.eps, self.relu, self.size
+            count = x.shape[0] * x.shape[3] * self.size[0] * self.size[1]
+            passes = (
+                functools.partial(_normalize, size=self.size),
+                functools.partial(_norm_back, size=self.size),
             )
-            track(norm, mean, var, x.shape[0] * x.shape[3] * self.size[0] * self.size[1])
-            return y
+            return norm_act(norm, x, add, self.relu, count, passes)
         scale, shift = scale_and_shift(norm)
         if torch.is_grad_enabled():  # frozen statistics
             y = maps(x, self.size) * scale[:, None, None, None] + shift[:, None, None, None]
@@ -284,88 +285,133 @@ class Norm(nn.Module):
         return y
 
 
-class _Norm(torch.autograd.Function):
-    """relu(batch_norm(x) + add) with batch statistics, which it returns beside the result."""
+def _normalize(x, weight, bias, add, eps: float, relu: bool, *, size: Size) -> tuple:
+    """As `fused.normalize`, on planes."""
+    y, shape = torch.empty_like(x), _shape(x, size)
+    mean, var, invstd = torch.empty(3, x.shape[1], dtype=torch.float32).unbind()
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    library().training_norm(
+        *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
+        *(ctypes.c_double(eps), relu, *map(pointer, (mean, var, invstd)), *_ends(x)),
+    )  # fmt: skip
+    return y, mean, var, invstd
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, add, eps, relu, size):
-        y, shape = torch.empty_like(x), _shape(x, size)
-        mean, var, invstd = torch.empty(3, x.shape[1], dtype=torch.float32).unbind()
-        weight, bias = weight.float().contiguous(), bias.float().contiguous()
-        library().training_norm(
-            *map(pointer, (x, add, y)), shape, pointer(weight), pointer(bias),
-            *(ctypes.c_double(eps), relu, *map(pointer, (mean, var, invstd)), *_ends(x)),
-        )  # fmt: skip
-        ctx.save_for_backward(x, y if relu else None, weight, mean, invstd)
-        ctx.size = size
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
-        x, y, weight, mean, invstd = ctx.saved_tensors
-        dy, dx = _beside(x, dy), torch.empty_like(x)
-        dadd = torch.empty_like(x) if ctx.needs_input_grad[3] else None
-        dweight, dbias = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
-        library().training_norm_back(
-            *map(pointer, (dy, x, y, dx, dadd)), _shape(x, ctx.size),
-            *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
-        )  # fmt: skip
-        return dx, dweight, dbias, dadd, None, None, None
+def _norm_back(dy, x, y, weight, mean, invstd, wants_add: bool, *, size: Size) -> tuple:
+    """As `fused.backward`, on planes."""
+    dy, dx = _beside(x, dy), torch.empty_like(x)
+    dadd = torch.empty_like(x) if wants_add else None
+    dweight, dbias = torch.empty(2, x.shape[1], dtype=torch.float32).unbind()
+    weight = weight.float().contiguous()
+    library().training_norm_back(
+        *map(pointer, (dy, x, y, dx, dadd)), _shape(x, size),
+        *map(pointer, (weight, mean, invstd, dweight, dbias)), *_ends(x),
+    )  # fmt: skip
+    return dx, dadd, dweight, dbias
 
 
 class Sparse(nn.Module):
     """A network on planes; what does not fit them goes through `dense`.
 
-    Those are images of another size, and in training batches that do not fill the last block.
+    Those are images of another size, and in training batches that do not fill the last block; the
+    first of each kind that is trained so is told in a warning.
     """
 
     def __init__(self, dense: nn.Module, network: nn.Module, size: Size):
         super().__init__()
         self.dense, self.network, self.size = dense, network, size
         self.norms = [m for m in dense.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.told: set[str] = set()
 
     def forward(self, x):
         count, lanes = len(x), library().training_lanes()
         missing = -count % lanes
         if not count or x.shape[2:] != self.size:
-            return self.dense(x)
+            return self._in_torch(
+                x, "size", f"its images are {tuple(x.shape[2:])}, not {self.size}"
+            )
         mixes = any(norm.training or norm.running_mean is None for norm in self.norms)
         if missing and (count < lanes or mixes):
-            return self.dense(x)
+            return self._in_torch(x, "count", f"{count} images are no multiple of {lanes}")
         if not missing:
             return self.network(x)
         made = self.network(torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))
         return tree_map(lambda tensor: tensor[:count], made)
 
+    def _in_torch(self, x: torch.Tensor, kind: str, why: str) -> torch.Tensor:
+        if torch.is_grad_enabled() and len(x) and kind not in self.told:
+            self.told.add(kind)
+            warnings.warn(f"this batch trains in torch, over all kernels: {why}", stacklevel=3)
+        return self.dense(x)
 
-def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> nn.Module | None:
+
+def sparse(model: nn.Module, masks: Masks, example_inputs: torch.Tensor) -> Sparse | None:
     """A network that computes what the masked `model` does, from its surviving kernels.
 
     It shares weights and modes. example_inputs: images (N, C, H, W). Convs 3x3 padded by 1 and 1x1
-    run so, others in torch; batches that are no multiple of the lanes (16 on AVX-512) train in
-    torch. None where no masked conv is of these, the graph cannot be traced, or nothing could be
-    compiled. ValueError, naming the layer, for masks that do not fit.
+    run so, others in torch, with a warning that names those that have masks; batches that are no
+    multiple of the lanes (16 on AVX-512) train in torch. None, with a warning that says why, where
+    no masked conv is of these, where masks of another are not applied yet, where the graph cannot
+    be traced, or nothing could be compiled. ValueError, naming the layer, for masks that do not
+    fit.
     """
     masks = masking.check(model, masks)
-    dense = fuse(model, example_inputs)
-    if not isinstance(dense, fx.GraphModule) or library() is None:
-        return None
-    if not any(is_plain_conv(model.get_submodule(name)) for name in masks):
-        return None
-    norms = [m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not all(map(sound, norms)):
-        return None
     try:
-        network = _Rewriting(dense, masks, example_inputs).network()
-        made = Sparse(dense, network, (example_inputs.shape[2], example_inputs.shape[3]))
+        return _sparse(model, masks, example_inputs)
+    except (NotImplementedError, native.NoCompiler) as error:
+        warnings.warn(f"training multiplies pruned kernels, too: {error}", stacklevel=2)
+        return None
+
+
+def _sparse(model: nn.Module, masks: Masks, example: torch.Tensor) -> Sparse:
+    """The network of `sparse`; NotImplementedError or NoCompiler, saying why, without one."""
+    if library() is None:
+        raise native.NoCompiler("its C++ could not be compiled")
+    in_torch = [name for name in masks if not is_plain_conv(model.get_submodule(name))]
+    if len(in_torch) == len(masks):
+        raise NotImplementedError(f"no masked conv is {_PLAIN}" + _first(model, in_torch))
+    unapplied = masking.leaks(model, {name: masks[name] for name in in_torch})
+    if unapplied:
+        raise NotImplementedError(
+            f"the mask of {next(iter(unapplied))}, which stays in torch, is not applied; hold or "
+            "apply the masks before"
+        )
+    dense = fused(model, example)
+    norms = {module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)}
+    for name, module in model.named_modules():
+        if module in norms and not sound(module):
+            raise NotImplementedError(f"{name} has no scale or no running statistics")
+    try:
+        network = _Rewriting(dense, masks, example).network()
+        made = Sparse(dense, network, (example.shape[2], example.shape[3]))
         masked = copy.deepcopy(model)
         masking.apply(masked, masks)
-        same = says_the_same(made, masked, example_inputs, library().training_lanes(), 0.01)
-    except Exception:  # whatever a network does that nobody thought of: torch does it right
-        return None
-    return made if same else None
+        same = outputs_match(made, masked, example, library().training_lanes(), 0.01)
+    except (
+        Exception
+    ) as error:  # whatever a network does that nobody thought of: torch does it right
+        raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
+    if not same:
+        raise NotImplementedError("the engine makes something else of it")
+    if in_torch:
+        warnings.warn(
+            f"training multiplies the pruned kernels of {len(in_torch)} convs, too, which are not "
+            f"{_PLAIN}" + _first(model, in_torch),
+            stacklevel=3,
+        )
+    return made
+
+
+_PLAIN = "3x3 padded by 1 or 1x1, of one stride and undilated"
+
+
+def _first(model: nn.Module, names: list[str]) -> str:
+    """The first of these convs in words."""
+    if not names:
+        return ""
+    conv: Any = model.get_submodule(names[0])
+    kernel = "x".join(map(str, conv.kernel_size))
+    return f": {names[0]} is {kernel}, padded by {conv.padding}, stride {conv.stride}"
 
 
 class _Rewriting:

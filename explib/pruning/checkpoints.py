@@ -13,7 +13,7 @@ from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 
 
-def save(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
+def save_masks(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
     """Write masks, one bit a kernel."""
     masks = {name: masking.as_tensor(mask) for name, mask in masks.items()}
     tensors = {name: _pack(mask) for name, mask in masks.items()}
@@ -21,11 +21,11 @@ def save(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
     return save_tensors(path, tensors, {"kind": "masks", "shapes": shapes, **(meta or {})})
 
 
-def load(path: str | Path) -> tuple[Masks, dict]:
-    """Masks of `save`, and their meta data. ValueError for any other file."""
+def load_masks(path: str | Path) -> tuple[Masks, dict]:
+    """Masks of `save_masks`, and their meta data. ValueError for any other file."""
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "masks":
-        raise ValueError(f"{path}: holds no masks; give a file that masks.save wrote")
+        raise ValueError(f"{path}: holds no masks; give a file of save_masks")
     shapes = _shapes(path, meta, tensors)
     return {name: _unpack(tensors[name], shape) for name, shape in shapes.items()}, meta
 
@@ -55,16 +55,17 @@ def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
 
 
-def save_compact(
+def save(
     path: str | Path,
     model: nn.Module,
     masks: Masks,
-    meta: dict,
+    meta: dict | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Write a network as its surviving kernels and their positions only.
 
-    meta must say `arch` and `num_classes`. Parameters of more than one dimension are stored as
+    meta: JSON values that the file says of itself; `load_network` needs `arch`, a registered one,
+    and `num_classes`. Parameters of more than one dimension are stored as
     `dtype`, everything else (BatchNorm, biases, buffers) as it is, and what the network has under
     two names once. ValueError, naming the layer, for masks that do not fit or whose pruned kernels
     are not zero, and for a state that is no tensor.
@@ -94,14 +95,16 @@ def save_compact(
         wide = name in parameters and tensor.is_floating_point() and tensor.ndim > 1
         tensors[name] = tensor.detach().to(dtype if wide else tensor.dtype).clone()
     more = {"same": same} if same else {}
-    return save_tensors(path, tensors, {**meta, "kind": "compact", "shapes": shapes, **more})
+    return save_tensors(
+        path, tensors, {**(meta or {}), "kind": "compact", "shapes": shapes, **more}
+    )
 
 
-def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
-    """Read a file of `save_compact`: (dense state dict, 16 bits as fp32; masks; meta)."""
+def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
+    """Read a file of `save`: (dense state dict, 16 bits as fp32; masks; meta)."""
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "compact":
-        raise ValueError(f"{path}: no compact network; give a file that save_compact wrote")
+        raise ValueError(f"{path}: no compact network; give a file of explib.save")
     masks = {}
     for name, shape in _shapes(path, meta, tensors, ".weight.positions").items():
         if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].ndim == 0:
@@ -128,14 +131,14 @@ def load_compact(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict
 def load_state(path: str | Path) -> tuple[dict, dict]:
     """Read the state dict of any checkpoint, and what it says of itself: (state, meta).
 
-    A file of `save_compact`, another safetensors file, or one of torch.save, nested or not.
+    A file of `save`, another safetensors file, or one of torch.save, nested or not.
     FileNotFoundError, or ValueError in one line, for what is none.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         state, meta = load_tensors(path)
         if meta.get("kind") == "compact":
-            state, _, meta = load_compact(path)
+            state, _, meta = load(path)
         elif meta.get("kind") == "masks":
             raise ValueError(f"{path}: holds masks; give the file of a network")
         return state, meta
@@ -220,7 +223,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, Masks, dict]:
     ValueError, in one line, for a file that is no such network, and for one of a network that is
     not registered: what a file names is not imported.
     """
-    state, masks, meta = load_compact(path)
+    state, masks, meta = load(path)
     registry.stored("arch", meta.get("arch"), str(path))
     classes = meta.get("num_classes")
     if type(classes) is not int or not 1 <= classes <= 1_000_000:

@@ -67,10 +67,10 @@ def macs(model: nn.Module, example_inputs: Inputs, masks: Masks | None = None) -
                 f"masks: {name} does not run with these example inputs, so that what its mask cuts "
                 "is not known; leave it out, or give inputs with which it runs"
             )
-    return {"dense": dense, "left": dense - cut(convs, everywhere)}
+    return {"dense": dense, "left": dense - macs_pruned(convs, everywhere)}
 
 
-def cut(convs: list[Conv], masks: Masks) -> int:
+def macs_pruned(convs: list[Conv], masks: Masks) -> int:
     """MACs of one example that masks remove from these convs."""
     return sum(row["macs_dense"] - row["macs"] for row in layer_table(convs, masks))
 

@@ -16,7 +16,7 @@ example_inputs, convs, rates by name) that returns the masks by name.
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, cast
@@ -93,19 +93,13 @@ def prune(
     Raises ParamError for options that the criterion does not take, and ValueError, naming the
     layer, for weights that are not finite, and for scores and masks that cannot be.
     """
-    if not convs:
-        if example_inputs is None:
-            raise ParamError("example_inputs: None; give what the network takes, or its convs")
-        convs = find_convs(model, example_inputs)
+    convs = convs or _convs(model, example_inputs)
     rates = _by_name(rate, [conv.name for conv in prunable(convs)])
     entry, function = _resolved(criterion)
     known = options_of(function)
     if floor is not None or "floor" in known:
         options["floor"] = keep_floor(list(rates.values())) if floor is None else floor
-    for option in options:
-        if option not in known:
-            takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
-            raise ParamError(f"{option}: is not for criterion {entry.label!r}; {takes}")
+    _check_options(options, function, entry)
     if entry.whole_network:
         masks = function(model, example_inputs, convs, rates, **options)
         check(model, masks, f"criterion {entry.label!r}")
@@ -114,16 +108,68 @@ def prune(
     masks = {}
     for index, conv in enumerate(convs):
         if conv.name in rates:
-            generator = torch.Generator().manual_seed(seed * 100_003 + index)
-            layer = _layer(model, conv, rates[conv.name], generator)
+            layer = _layer(model, conv, rates[conv.name], _generator(seed, index))
             masks[conv.name] = _beyond_known(layer, function, **options)
     return masks
+
+
+def score(
+    model: nn.Module,
+    example_inputs: Inputs | None,
+    criterion: str | Callable[..., Any] = "B",
+    *,
+    seed: int = 0,
+    convs: list[Conv] | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Scores (F, C) of every prunable conv, by its name, as a criterion orders its kernels.
+
+    Of ways A and B that is the expectation scaling factor, from which they make levels. Arguments
+    as of `prune`; the model is not changed. ParamError for a criterion that chooses masks without
+    scores and for options that it does not take; ValueError, naming the layer, for weights that are
+    not finite and for scores that cannot be.
+    """
+    convs = convs or _convs(model, example_inputs)
+    entry, function = _resolved(criterion)
+    if entry.score is not None:
+        function = registry.load(entry.score, "criterion")
+    if entry.whole_network:
+        raise ParamError(f"criterion: {entry.label!r} chooses masks at once; give one with scores")
+    _check_options(options, function, entry)
+    scores, usable = {}, {conv.name for conv in prunable(convs)}
+    for index, conv in enumerate(convs):
+        if conv.name in usable:
+            layer = _layer(model, conv, 0.5, _generator(seed, index))
+            scores[conv.name] = _answer(layer, function, **options)
+            if scores[conv.name].dtype == torch.bool:
+                raise ParamError(f"criterion: {entry.label!r} chooses masks; give one with scores")
+    return scores
 
 
 def options_of(function: Callable[..., Any]) -> set[str]:
     """The options of a criterion: its arguments but those that every one is called with."""
     found = inspect.signature(function).parameters.values()
     return {p.name for p in found if p.kind is p.KEYWORD_ONLY or p.default is not p.empty}
+
+
+def _check_options(options: Iterable[str], function: Callable, entry: registry.Criterion) -> None:
+    """ParamError for an option that a criterion does not take."""
+    known = options_of(function)
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+            raise ParamError(f"{option}: is not for criterion {entry.label!r}; {takes}")
+
+
+def _convs(model: nn.Module, example_inputs: Inputs | None) -> list[Conv]:
+    if example_inputs is None:
+        raise ParamError("example_inputs: None; give what the network takes, or its convs")
+    return find_convs(model, example_inputs)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Chance for the conv at this place alone."""
+    return torch.Generator().manual_seed(seed * 100_003 + index)
 
 
 def _resolved(criterion: str | Callable) -> tuple[registry.Criterion, Callable]:
@@ -213,14 +259,25 @@ def _beyond_known(layer: Layer, function: Callable[..., Any], **options: Any) ->
 @torch.no_grad()
 def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
     """The mask (F, C) of a layer, from the scores or the mask that a criterion returns for it."""
-    shape, device = tuple(layer.weight.shape[:2]), layer.weight.device
-    if not torch.isfinite(layer.weight).all():
-        raise ValueError(
-            f"{layer.name}: weights hold NaN or infinite values; give a sound checkpoint"
-        )
-    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    mask = torch.ones(layer.weight.shape[:2], dtype=torch.bool, device=layer.weight.device)
     if not layer.rate:
+        _check_finite(layer)
         return mask
+    found = _answer(layer, function, **options)
+    if found.dtype == torch.bool:
+        if not found.any():
+            raise ValueError(f"{layer.name}: the criterion prunes every kernel; keep at least one")
+        return found
+    order = found.flatten().cpu().argsort(stable=True)
+    mask.view(-1)[order[: layer.to_prune].to(mask.device)] = False
+    return mask
+
+
+@torch.no_grad()
+def _answer(layer: Layer, function: Callable[..., Any], **options: Any) -> torch.Tensor:
+    """What a criterion returns for a layer: scores or a boolean mask (F, C), on its device."""
+    _check_finite(layer)
+    shape = tuple(layer.weight.shape[:2])
     found = function(layer, **options)
     found = torch.as_tensor(found) if isinstance(found, np.ndarray) else found
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape or found.is_complex():
@@ -230,12 +287,13 @@ def mask_of(layer: Layer, function: Callable[..., Any], **options: Any) -> torch
         raise ValueError(
             f"{layer.name}: the criterion returned {what}; give scores or a boolean mask, {shape}"
         )
-    if found.dtype == torch.bool:
-        if not found.any():
-            raise ValueError(f"{layer.name}: the criterion prunes every kernel; keep at least one")
-        return found.to(device)
     if found.isnan().any():
         raise ValueError(f"{layer.name}: the criterion's scores hold NaN; give numbers")
-    order = found.flatten().cpu().argsort(stable=True)
-    mask.view(-1)[order[: layer.to_prune].to(device)] = False
-    return mask
+    return found.to(layer.weight.device)
+
+
+def _check_finite(layer: Layer) -> None:
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError(
+            f"{layer.name}: weights hold NaN or infinite values; give a sound checkpoint"
+        )

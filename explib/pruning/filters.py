@@ -65,7 +65,7 @@ def filter_masks(
         }
 
     def left(going: dict[str, int]) -> int:
-        return dense - counting.cut(convs, masked(going))
+        return dense - counting.macs_pruned(convs, masked(going))
 
     low, high = 0.0, 1.0
     if left(shared(high)) > macs_left:

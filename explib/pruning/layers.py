@@ -71,8 +71,7 @@ def run(model: nn.Module, example_inputs: Inputs) -> Any:
     does not take what it is given.
     """
     model, _ = bare(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    given = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, example_inputs)
+    given = on_device_of(model, example_inputs)
     with modes_kept(model), torch.no_grad(), _eagerly():
         model.eval()
         try:
@@ -85,11 +84,17 @@ def run(model: nn.Module, example_inputs: Inputs) -> Any:
             ) from error
 
 
-def call(model: Callable, inputs: Inputs) -> Any:
-    """Call a network as its example inputs say: with a tensor, a tuple or a dict of arguments."""
+def call(network: Callable[..., Any], inputs: Inputs) -> Any:
+    """What a network returns for inputs: a tensor, a tuple or a dict, see above."""
     if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return network(**inputs)
+    return network(*inputs) if isinstance(inputs, tuple) else network(inputs)
+
+
+def on_device_of(model: nn.Module, values: Any) -> Any:
+    """Values, nested ones too, with their tensors on the device of a model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, values)
 
 
 def _eagerly() -> AbstractContextManager:
@@ -102,7 +107,7 @@ def _eagerly() -> AbstractContextManager:
     )
 
 
-def described(example_inputs: Inputs) -> str:
+def described(example_inputs: Any) -> str:
     """Example inputs in one line: shapes for tensors, types for all else."""
     if isinstance(example_inputs, torch.Tensor):
         return str(tuple(example_inputs.shape))

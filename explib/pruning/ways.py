@@ -39,6 +39,11 @@ def way_a(
     return _first_in_sets(layer, place, floor, survivors, strict_rate)
 
 
+def scaling_factors(layer: Layer, *, bias_in_score: bool = False) -> torch.Tensor:
+    """Scores of ways A and B: the expectation scaling factors, float64 (F, C)."""
+    return delta_e(layer.weight, layer.bias if bias_in_score else None, layer.name)
+
+
 def way_b(
     layer: Layer,
     *,
@@ -106,8 +111,7 @@ def _by_frequency(layer: Layer, groups: int, bias_in_score: bool) -> tuple[np.nd
     """
     if type(groups) is not int or groups < 1:
         raise ParamError(f"groups: {groups!r}; give a whole number from 1")
-    delta = delta_e(layer.weight, layer.bias if bias_in_score else None, layer.name)
-    level = levels(delta, groups).cpu().numpy()
+    level = levels(scaling_factors(layer, bias_in_score=bias_in_score), groups).cpu().numpy()
     level -= level.min()
     frequency = np.bincount(level.ravel())
     order = np.lexsort((np.arange(frequency.size), -frequency))

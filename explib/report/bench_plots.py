@@ -5,17 +5,17 @@ from matplotlib.figure import Figure
 from explib import registry
 from explib.registry import BLUE, GREY, ORANGE
 from explib.report.names import colour_of, criterion_name, network_name
-from explib.report.plots import _figure, _style
+from explib.report.plots import in_style, new_figure
 from explib.study.records import hardware
 
 
-@_style
+@in_style
 def training_speed(record: dict) -> Figure:
     """Images/s of the plain loop and ours, one group a network and task; of a training record."""
     rows = [row for row in record["rows"] if row["images_per_s"] and row.get("task")]
     speed = {(r["network"], r["task"], r["loop"]): r["images_per_s"] for r in rows}
     groups = list(dict.fromkeys((r["network"], r["task"]) for r in rows if r["loop"] == "plain"))
-    figure, axes = _figure(6.8, 0.9 + 0.75 * len(groups))
+    figure, axes = new_figure(6.8, 0.9 + 0.75 * len(groups))
     for y, group in enumerate(groups):
         plain, ours = speed[*group, "plain"], speed[*group, "ours"]
         axes.barh(y - 0.19, plain, height=0.36, color=GREY)
@@ -32,13 +32,13 @@ def training_speed(record: dict) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def sparse_training(record: dict) -> Figure | None:
     """Images/s forward and backward against kernels pruned, all of them multiplied or the rest."""
     rows = record.get("by_sparsity")
     if not rows:
         return None
-    figure, axes = _figure(6.8, 4.2)
+    figure, axes = new_figure(6.8, 4.2)
     for arch, marker in (("resnet_56", "o"), ("vgg_16_bn", "s")):
         own = [row for row in rows if row["network"] == arch]
         x = [row["pruned_pct"] for row in own]
@@ -57,11 +57,11 @@ def sparse_training(record: dict) -> Figure | None:
     return figure
 
 
-@_style
+@in_style
 def recipes(record: dict) -> Figure:
     """Validation top-1 of every recipe after the same epochs, sorted; of the record of recipes."""
     rows = sorted(record["rows"], key=lambda row: row["last"])
-    figure, axes = _figure(6.8, 1.0 + 0.3 * len(rows))
+    figure, axes = new_figure(6.8, 1.0 + 0.3 * len(rows))
     for y, row in enumerate(rows):
         ours = row["recipe"].startswith("ours")
         axes.plot(row["last"], y, "o", color=ORANGE if ours else BLUE)
@@ -74,11 +74,11 @@ def recipes(record: dict) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def controls(record: dict) -> Figure:
     """Top-1 before fine-tuning against the squared weights left, by criterion and published cut."""
     usual = [row for row in record["rows"] if not row["changed"]]
-    figure, axes = _figure(7, 4.8)
+    figure, axes = new_figure(7, 4.8)
     measured = dict.fromkeys((r["pruning_way"], r["survivors"]) for r in usual)
     for key in dict.fromkeys([*registry.variants(), *measured]):
         rows = [r for r in usual if (r["pruning_way"], r["survivors"]) == key]

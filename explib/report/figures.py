@@ -17,7 +17,7 @@ from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
 from explib.report import inference_plots, plots, selection, tables
 from explib.report.names import colour_of, criterion_name, network_name
-from explib.report.plots import _figure, _style, curves, save, sparsity
+from explib.report.plots import curves, in_style, new_figure, save, sparsity
 from explib.study import networks, records
 from explib.study import published as published_figures
 
@@ -25,13 +25,13 @@ PUBLISHED_EPOCHS = 30  # after each conv
 _PANEL = ["compress_rate", "trained"]
 
 
-@_style
+@in_style
 def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     """Top-1 against the cut of multiply-adds: both ways measured, published, and other methods.
 
     What the ways are compared with at the same cut is drawn by `criteria`.
     """
-    figure, axes = _figure(7, 5.6)
+    figure, axes = new_figure(7, 5.6)
     published, rows = published_figures.published(), _published_rows()
     rows = rows[rows["arch"] == arch]
     for way, marker in (("A", "s"), ("B", "D")):
@@ -93,11 +93,11 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def published_vs_true() -> Figure:
     """The published cut of every row against the true one."""
     rows = _published_rows().iloc[::-1]
-    figure, axes = _figure(6.5, 4.6)
+    figure, axes = new_figure(6.5, 4.6)
     place = np.arange(len(rows))
     axes.hlines(place, rows["true_cut_pct"], rows["cut_pct"], color="#BBBBBB", linewidth=2)
     axes.plot(rows["true_cut_pct"], place, "o", color=BLUE, label="true")
@@ -117,7 +117,7 @@ def published_vs_true() -> Figure:
     return figure
 
 
-@_style
+@in_style
 def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
     runs = _most_compared(frame, arch, usual, also=3)
@@ -129,7 +129,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     )
     panels = [alike.sort_values("last") for _, alike in runs.groupby(["rates", "trained"])]
     heights = [len(alike) + 0.6 for alike in panels]
-    figure, every = _figure(6.8, 0.9 + 0.36 * sum(heights) + 0.5 * len(panels), len(panels),
+    figure, every = new_figure(6.8, 0.9 + 0.36 * sum(heights) + 0.5 * len(panels), len(panels),
                             sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
     for axes, alike in zip(every[:, 0], panels, strict=True):
         labels, usually = [], alike[["n", "cut"]].round(1).mode().iloc[0]
@@ -164,7 +164,7 @@ def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | Non
     return figure
 
 
-@_style
+@in_style
 def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Mean differences to the criteria without a score, with their 95 % intervals.
 
@@ -180,7 +180,7 @@ def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | 
         return None
     panels = [own for _, own in found.groupby(_PANEL)]
     heights = [len(own) + 0.6 for own in panels]
-    figure, every = _figure(6.8, 0.9 + 0.34 * sum(heights) + 0.5 * len(panels), len(panels),
+    figure, every = new_figure(6.8, 0.9 + 0.34 * sum(heights) + 0.5 * len(panels), len(panels),
                             sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
     for axes, own in zip(every[:, 0], panels, strict=True):
         own = own.sort_values(["control", "mean"]).reset_index()
@@ -209,7 +209,7 @@ def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 
-@_style
+@in_style
 def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """Top-1 at the end of longer and shorter fine-tunings, beside the published ones.
 
@@ -224,7 +224,7 @@ def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None
     if runs.empty:
         return None
     panels = [alike for _, alike in runs.groupby("compress_rate")]
-    figure, every = _figure(7, 4.2 * len(panels), len(panels), squeeze=False)
+    figure, every = new_figure(7, 4.2 * len(panels), len(panels), squeeze=False)
     for axes, alike in zip(every[:, 0], panels, strict=True):
         _lengths(axes, alike.sort_values("trained"))
     return figure

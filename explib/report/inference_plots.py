@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from explib.registry import BLUE, GREEN, GREY, ORANGE, RED, SKY
 from explib.report.names import network_name
-from explib.report.plots import HALO, _figure, _style
+from explib.report.plots import HALO, in_style, new_figure
 from explib.study.bench.inference import DENSE, ENGINE, crossover
 from explib.study.records import hardware, machine
 
@@ -37,7 +37,7 @@ MARKERS = {"dense": "s", "kernels": "o", "filters": "^"}
 ARCH_COLOURS = (BLUE, RED, GREEN, ORANGE, SKY)
 
 
-@_style
+@in_style
 def speeds(rows: list[dict]) -> Figure:
     """Images per second of whole networks, dense and in the engine; rows of bench.by_network."""
     figure, grid = plt.subplots(
@@ -61,7 +61,7 @@ def speeds(rows: list[dict]) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Figure:
     """Speed-up over dense torch against the density of kernels; rows of bench.by_density.
 
@@ -69,7 +69,7 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
     same width of numbers is the one to beat, or the eager one where no other was measured. where:
     the machine, for the title.
     """
-    figure, axes = _figure(6.5, 4.2)
+    figure, axes = new_figure(6.5, 4.2)
     density = np.array([row["density"] for row in rows])
     axes.plot(density, 1 / density, color=GREY, linestyle="--", linewidth=1.2, label="1 / density")
     axes.axhline(1, color="#444444", linewidth=0.8)
@@ -99,7 +99,7 @@ def by_density(rows: list[dict], dense: dict[str, float], where: str = "") -> Fi
     return figure
 
 
-@_style
+@in_style
 def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     """Top-1 against images per second of the project's networks; rows of bench.shipped.
 
@@ -107,7 +107,7 @@ def accuracy_vs_speed(rows: list[dict], where: str = "") -> Figure:
     another one of its kind and architecture beats: more accurate and, but for 5 %, as fast, or as
     accurate and faster; the rest is named. where: the machine, for the title.
     """
-    figure, axes = _figure(7, 4.6)
+    figure, axes = new_figure(7, 4.6)
     colours = dict(zip(dict.fromkeys(row["arch"] for row in rows), ARCH_COLOURS, strict=False))
     ways = {}
     for bits in WIDTHS:

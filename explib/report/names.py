@@ -10,11 +10,11 @@ def network_name(arch: str) -> str:
     return registry.network(arch).label
 
 
-def criterion_name(way: str, survivors: str = "") -> str:
+def criterion_name(pruning_way: str, survivors: str = "") -> str:
     """The label of a criterion with its survivors, `B, random survivors`."""
-    return registry.criterion(way).named(survivors)
+    return registry.criterion(pruning_way).named(survivors)
 
 
-def colour_of(way: str) -> str:
+def colour_of(pruning_way: str) -> str:
     """The colour of a criterion, in every figure."""
-    return registry.criterion(way).colour
+    return registry.criterion(pruning_way).colour

@@ -47,14 +47,14 @@ STYLE: Any = {
 }
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure and its axes; closed at once, so that a notebook shows it where it is returned."""
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), **options)
     plt.close(figure)
     return figure, axes
 
 
-def _style(draw):
+def in_style(draw):
     """Draw with the study's style."""
 
     def styled(*args, **options):
@@ -65,10 +65,10 @@ def _style(draw):
     return styled
 
 
-@_style
+@in_style
 def linear_relation(delta_e, ratio, r2: float, title: str) -> Figure:
     """Measured E[output] / E[input] of each kernel against its δ_E, both of shape (n,)."""
-    figure, axes = _figure(5.2, 4.4)
+    figure, axes = new_figure(5.2, 4.4)
     x, y = np.asarray(delta_e), np.asarray(ratio)
     ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
     axes.plot(ends, ends, color=GREY, linestyle="--", linewidth=1)
@@ -81,11 +81,11 @@ def linear_relation(delta_e, ratio, r2: float, title: str) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def scores(delta_by_layer: dict, name: str = "") -> Figure:
     """Distribution of δ_E in each layer: median, middle half, and 1 to 99 per cent."""
     names = list(delta_by_layer)
-    figure, axes = _figure(max(6.5, 0.16 * len(names) + 1.5), 4)
+    figure, axes = new_figure(max(6.5, 0.16 * len(names) + 1.5), 4)
     marks = np.array(
         [np.percentile(np.asarray(v).ravel(), (1, 25, 50, 75, 99)) for v in delta_by_layer.values()]
     )
@@ -105,14 +105,14 @@ def scores(delta_by_layer: dict, name: str = "") -> Figure:
     return figure
 
 
-@_style
+@in_style
 def levels(levels_by_layer: dict, name: str = "") -> Figure:
     """Share of each layer's kernels in each level, as a heat map."""
     names = list(levels_by_layer)
     found = [np.asarray(v).ravel() for v in levels_by_layer.values()]
     low, high = min(v.min() for v in found), max(v.max() for v in found)
     share = np.array([np.bincount(v - low, minlength=high - low + 1) / len(v) for v in found])
-    figure, axes = _figure(6.5, max(3.2, 0.13 * len(names) + 1.4))
+    figure, axes = new_figure(6.5, max(3.2, 0.13 * len(names) + 1.4))
     sns.heatmap(
         pd.DataFrame(100 * share, index=names, columns=range(low, high + 1)),
         ax=axes, cmap="Blues", vmin=0, cbar_kws={"label": "kernels of the layer, %", "pad": 0.02},
@@ -125,11 +125,11 @@ def levels(levels_by_layer: dict, name: str = "") -> Figure:
     return figure
 
 
-@_style
+@in_style
 def redundancy(rows: list[dict]) -> Figure:
     """Share of redundant kernels and number of levels per layer, of `scores.redundancy`."""
     table = pd.DataFrame(rows)
-    figure, (top, bottom) = _figure(max(6.5, 0.16 * len(table) + 1.5), 5, 2, sharex=True)
+    figure, (top, bottom) = new_figure(max(6.5, 0.16 * len(table) + 1.5), 5, 2, sharex=True)
     place = np.arange(len(table))
     top.bar(place, table["redundant_pct"], color=BLUE, width=0.75)
     top.set(ylabel="kernels with a twin, %", ylim=(0, 104))
@@ -140,10 +140,10 @@ def redundancy(rows: list[dict]) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def sparsity(layers: list[dict], name: str = "") -> Figure:
     """Kernels pruned per layer (bars) and asked for (marks), in per cent; layers of a record."""
-    figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
+    figure, axes = new_figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
     place = np.arange(len(layers))
     achieved = [100 * row["pruned"] / row["kernels"] for row in layers]
     nominal = [100 * row["nominal"] / row["kernels"] for row in layers]
@@ -156,10 +156,10 @@ def sparsity(layers: list[dict], name: str = "") -> Figure:
     return figure
 
 
-@_style
+@in_style
 def macs(layers: list[dict]) -> Figure:
     """Multiply-adds per layer, dense and left, in millions; layers of a record."""
-    figure, axes = _figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
+    figure, axes = new_figure(max(6.5, 0.16 * len(layers) + 1.5), 3.8)
     place = np.arange(len(layers))
     dense = [row["macs_dense"] / 1e6 for row in layers]
     left = [row["macs"] / 1e6 for row in layers]
@@ -172,14 +172,14 @@ def macs(layers: list[dict]) -> Figure:
     return figure
 
 
-@_style
+@in_style
 def curves(frame: pd.DataFrame, title: str = "") -> Figure:
     """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
 
     Each way and criterion has its colour, dashed with L1 survivors; runs of one name, which differ
     in their seed, share a label, with their mean.
     """
-    figure, axes = _figure(6.5, 4)
+    figure, axes = new_figure(6.5, 4)
     ends: dict[str, list] = {}
     for _, run in frame.iterrows():
         colour = colour_of(run["pruning_way"]) if run["kind"] == "finetune" else BLACK

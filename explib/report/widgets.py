@@ -24,7 +24,7 @@ from explib.pruning import counting
 from explib.pruning import scores as scoring
 from explib.registry import BLUE, GREY, SKY
 from explib.report.names import network_name
-from explib.report.plots import PALE, STYLE, _figure, _style
+from explib.report.plots import PALE, STYLE, in_style, new_figure
 from explib.study import networks as study
 from explib.study.networks import Dense
 
@@ -131,10 +131,10 @@ def _png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-@_style
+@in_style
 def layer_scores(delta: torch.Tensor, level: torch.Tensor, title: str) -> Figure:
     """One conv: how its scores spread, and the level of every kernel; both (F, C)."""
-    figure, (spread, levels) = _figure(8, 3.6, columns=2)
+    figure, (spread, levels) = new_figure(8, 3.6, columns=2)
     spread.hist(delta.flatten().numpy(), bins=60, color=BLUE)
     spread.axvline(0, color=GREY, linewidth=0.8)
     spread.set(xlabel="expectation scaling factor $\\delta_E$", ylabel="kernels")
@@ -145,7 +145,7 @@ def layer_scores(delta: torch.Tensor, level: torch.Tensor, title: str) -> Figure
     return figure
 
 
-@_style
+@in_style
 def layer_mask(
     delta: torch.Tensor,
     level: torch.Tensor,
@@ -158,7 +158,7 @@ def layer_mask(
 
     rows: of flops.layer_table, all convs of the network.
     """
-    figure, ((scores, levels), (mask, work)) = _figure(8, 6, 2, columns=2)
+    figure, ((scores, levels), (mask, work)) = new_figure(8, 6, 2, columns=2)
     _map(figure, scores, delta, "$\\delta_E$", "PuOr_r", delta.abs().max())
     scores.set_title(f"{network}, {layer}: scores")
 

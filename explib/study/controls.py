@@ -115,9 +115,9 @@ def _before(params: Params, data: Data, as_was: bool) -> dict:
     masks = networks.choose_masks(params, dense)
     kept = norm_kept(dense.model, masks)
     masking.apply(dense.model, masks)
-    evaluate = partial(evaluation.evaluate, dense.model, data, data.test)
+    evaluate = partial(evaluation.top1, dense.model, data, data.test)
     found = {"top1_as_was": evaluate()} if as_was else {}
-    evaluation.reestimate_bn(dense.model, data, params.bn_images)
+    evaluation.recalibrate_bn(dense.model, evaluation.bn_batches(data, params.bn_images))
     return found | {
         "top1": evaluate(),
         "norm_kept_pct": kept,

@@ -45,7 +45,7 @@ class Folder:
         self.saved = time.monotonic()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the folder's lock: another process at the same run waits."""
         writes = distributed.rank() == 0
         with locked(self.path / ".lock") if writes else contextlib.nullcontext():

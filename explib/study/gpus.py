@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from explib.files import cache_dir, locked
 
 
-def found() -> list[str]:
+def visible() -> list[str]:
     """The GPUs to choose from, as CUDA_VISIBLE_DEVICES names them.
 
     Those it lists already, else all that nvidia-smi finds; none in a SLURM job, whose GPUs the

@@ -112,7 +112,7 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
     """
     wanted = {n: dense.rates[n] for n in (dense.rates if names is None else names)}
     if params.resume_mask:
-        found, _ = checkpoints.load(resolve(params.resume_mask))
+        found, _ = checkpoints.load_masks(resolve(params.resume_mask))
         masking.check(dense.model, found, f"resume_mask: {params.resume_mask}")
         missing = [name for name in wanted if name not in found]
         if missing:
@@ -173,7 +173,7 @@ def save_masks(params: Params, masks: Masks) -> Path:
     path = resolve(params.job_dir) / "masks.safetensors"
     if path.is_file() and path.with_name("record.json").is_file():
         return path
-    return checkpoints.save(path, masks, {"arch": params.arch, "name": params.name})
+    return checkpoints.save_masks(path, masks, {"arch": params.arch, "name": params.name})
 
 
 def counts(params: Params, dense: Dense, masks: Masks) -> dict:

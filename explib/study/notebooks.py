@@ -64,7 +64,7 @@ def run(
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # as import reads it
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    with gpus.taken(gpus.found()) if gpu else nullcontext() as taken:
+    with gpus.taken(gpus.visible()) if gpu else nullcontext() as taken:
         if taken:
             os.environ["CUDA_VISIBLE_DEVICES"] = taken
         execute(notebook, output, parameters)

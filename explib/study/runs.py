@@ -29,17 +29,17 @@ from explib.study.networks import (
 from explib.training import backend, distributed, evaluation, inference, loop, soft_labels
 
 
-def _alone(run):
+def _one_at_a_time(run):
     """`run(params, folder)` once at a time: the second one waits, and finds the finished record."""
 
     @functools.wraps(run)
-    def alone(params: Params) -> dict:
+    def locked(params: Params) -> dict:
         distributed.start(backend.device_of(params))
         folder = Folder(params)
-        with folder.alone():
+        with folder.lock():
             return run(params, folder)
 
-    return alone
+    return locked
 
 
 def baseline(params: Params) -> dict:
@@ -53,7 +53,7 @@ def baseline(params: Params) -> dict:
     return _baseline(params.replace(name=name, distill=0.0))  # there is none to learn from
 
 
-@_alone
+@_one_at_a_time
 def _baseline(params: Params, folder: Folder) -> dict:
     path = dense_path(params.replace(resume=""))
     own = folder.path / "model.safetensors"
@@ -66,7 +66,7 @@ def _baseline(params: Params, folder: Folder) -> dict:
     network = load_dense(params) if params.resume else fresh(params)
     device, data = _begin(params, network, folder)
     if params.resume:
-        top1 = evaluation.evaluate(network.model, data, data.test)
+        top1 = evaluation.top1(network.model, data, data.test)
         run = Progress(top1={"dense": top1, "before": top1})
     else:
         run = _Training("baseline", params, network, data, device, folder).run([[]])
@@ -75,7 +75,7 @@ def _baseline(params: Params, folder: Folder) -> dict:
     return folder.publish(_record(params, network, data, run, device, "baseline"))
 
 
-@_alone
+@_one_at_a_time
 def finetune(params: Params, folder: Folder) -> dict:
     """Prune and fine-tune one configuration; returns the record.
 
@@ -150,11 +150,12 @@ class _Training:
         run.masks.update(choose_masks(params, self.dense, names))
         pruned = copy.deepcopy(self.dense.model) if params.fade_epochs else self.dense.model
         masking.apply(pruned, run.masks)
-        evaluation.reestimate_bn(pruned, self.data, params.bn_images)
+        if params.bn_images:
+            evaluation.recalibrate_bn(pruned, evaluation.bn_batches(self.data, params.bn_images))
         run.top1.setdefault("before", self.evaluate(pruned))
 
     def evaluate(self, model: torch.nn.Module) -> float:
-        return evaluation.evaluate(model, self.data, self.data.test)
+        return evaluation.top1(model, self.data, self.data.test)
 
     def choose(self, resumed: bool) -> backend.Backend:
         """How the network is trained, and the first time how the unpruned one is computed."""
@@ -258,4 +259,4 @@ def _save_network(path, params, dense, data, masks, top1, dtype=torch.float16) -
         "top1": top1,
         "evaluated_on": data.evaluated_on,
     }
-    checkpoints.save_compact(path, dense.model, masks, meta, dtype)
+    checkpoints.save(path, dense.model, masks, meta, dtype)

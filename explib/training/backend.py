@@ -92,18 +92,18 @@ def choose(
     kept: `how` an interrupted run was trained, to go on so; a warning says where that is not
     possible. Ranks choose alike. ValueError where `compile: sparse` is not possible.
     """
-    networks = _networks(model, params, device, masks or {})
-    if kept and kept in networks:
-        networks = {kept: networks[kept]}
+    possible = networks(model, example_of(params), masks or {}, device, params.compile)
+    if kept and kept in possible:
+        possible = {kept: possible[kept]}
     kinds = precisions(params, device)
     ways = {
         f"{how}, {precision}": Backend(network, how, precision, device)
-        for how, network in networks.items()
+        for how, network in possible.items()
         for precision in kinds
     }
     measured: Speeds = {}
     count = _count(params)
-    compiles = "torch.compile" in networks  # a minute for each
+    compiles = "torch.compile" in possible  # a minute for each
     if len(ways) > 1 and not compiles and images >= SHARE * count * (1 + timing.ROUNDS) * len(ways):
         question = {
             **question_of("training", model, count, ways, training.library()),
@@ -114,7 +114,7 @@ def choose(
         best = timing.ranking(measured)[0]
     else:
         short = bool(len(kinds) > 1 and bf16_wins())
-        best = f"{next(iter(networks))}, {kinds[short]}"
+        best = f"{next(iter(possible))}, {kinds[short]}"
     best = NAMES[distributed.as_rank_0(NAMES.index(best), device)]
     if best not in ways:  # where rank 0 is on another kind of machine
         best = next((name for name in ways if name.endswith(best[-4:])), next(iter(ways)))
@@ -127,22 +127,27 @@ def choose(
     return Backend(chosen.network, chosen.how, chosen.precision, device, measured)
 
 
-def _networks(model: nn.Module, params: Params, device: str, masks: Masks) -> dict[str, nn.Module]:
-    """What may compute the model here, by its name, what is likely fastest first."""
-    if params.compile == "on":
+def networks(
+    model: nn.Module, example: torch.Tensor, masks: Masks, device: str, compile: str = "auto"
+) -> dict[str, Callable]:
+    """What may train the model here, by its name, what is likely fastest first.
+
+    example: images as it takes them. compile: as the field of Params.
+    """
+    if compile == "on":
         return {"torch.compile": torch.compile(model, dynamic=False)}
-    if params.compile == "off" or device != "cpu":
-        if params.compile == "sparse" and masks:
+    if compile == "off" or device != "cpu":
+        if compile == "sparse" and masks:
             raise ValueError(_NOT_SPARSE)
         return {"eager": model}
-    network = training.sparse(model, masks, example_of(params)) if masks else None
-    if params.compile == "sparse" and masks:
+    network = training.sparse(model, masks, example) if masks else None
+    if compile == "sparse" and masks:
         if network is None:
             raise ValueError(_NOT_SPARSE)
         return {"surviving kernels": network}
-    fused = network.dense if network else fuse(model, example_of(params))
-    all_kernels = {"eager" if fused is model else "fused passes": fused}
-    surviving = {"surviving kernels": network} if network else {}
+    fused = network.dense if network else fuse(model, example)
+    all_kernels: dict[str, Callable] = {"eager" if fused is model else "fused passes": fused}
+    surviving: dict[str, Callable] = {"surviving kernels": network} if network else {}
     likely = _pruned(model, masks) >= SPARSE_FROM
     return surviving | all_kernels if likely else all_kernels | surviving
 

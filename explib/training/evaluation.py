@@ -1,7 +1,7 @@
-"""How a network runs on this machine, how well it does, and the statistics it needs for that."""
+"""How well a network does, on data of the study or of one's own, and BatchNorm's statistics."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,17 +10,64 @@ from torch import nn
 
 from explib.data import Data, eval_batches
 from explib.data.splits import Folders, Split
+from explib.pruning.layers import Inputs, batch_size, call, described, modes_kept, on_device_of
 from explib.training import distributed, inference
 
 
-def evaluate(
+def evaluate(model: nn.Module, batches: Iterable) -> float:
+    """Top-1 accuracy in per cent on batches of (images, labels), as a DataLoader gives them.
+
+    Total correct over total images, in evaluation mode; modes are left as they were. images: what
+    the model is called with, a tensor, a tuple or a dict, moved to its device. labels: int64 (N,).
+    ValueError where there are none, or the model returns no scores (N, classes).
+    """
+    with modes_kept(model):
+        model.eval()
+        with strict_fp32():
+            return top1_of(model, model, batches)
+
+
+@torch.no_grad()
+def top1_of(model: nn.Module, forward: Callable, batches: Iterable, what: str = "batches") -> float:
+    """The top-1 in per cent of what `forward` makes of batches; see `evaluate`."""
+    correct = count = 0
+    for batch in batches:
+        images, labels = pair_of(model, batch, what)
+        correct += int(hits(call(forward, images), labels))
+        count += len(labels)
+    if not count:
+        raise ValueError(f"{what}: empty; give batches of (images, labels), as a DataLoader does")
+    return 100 * correct / count
+
+
+def pair_of(model: nn.Module, batch: Any, what: str = "batches") -> tuple[Inputs, torch.Tensor]:
+    """Images and labels of a batch, on the model's device. ValueError for what is no such pair."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"{what}: a batch is {described(batch)}; give a pair (images, labels)")
+    images, labels = on_device_of(model, tuple(batch))
+    if not isinstance(labels, torch.Tensor) or labels.ndim not in (1, 2):
+        raise ValueError(
+            f"{what}: labels are {described(labels)}; give a tensor (N,), or of shares (N, classes)"
+        )
+    return images, labels
+
+
+def hits(scores: Any, labels: torch.Tensor) -> torch.Tensor:
+    """How many images have their highest score at their label; ValueError for other outputs."""
+    shape = tuple(getattr(scores, "shape", ()))
+    if len(shape) != 2 or shape[0] != len(labels):
+        raise ValueError(
+            f"model: returns {described(scores)} for {len(labels)} labels; give a classifier that "
+            "returns scores (N, classes)"
+        )
+    classes = labels.argmax(1) if labels.ndim == 2 else labels
+    return (scores.detach().argmax(1) == classes).sum()
+
+
+def top1(
     model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
 ) -> float:
-    """Top-1 accuracy in per cent, total correct over total images; fp32 unless `forward` is given.
-
-    On a CPU many images go through the engine, which gives torch's results up to rounding. The
-    model is left in evaluation mode.
-    """
+    """Top-1 accuracy of a split in per cent; see `accuracy`."""
     return accuracy(model, data, split, forward)["top1"]
 
 
@@ -28,7 +75,11 @@ def evaluate(
 def accuracy(
     model: nn.Module, data: Data, split: Split | Folders, forward: Callable | None = None
 ) -> dict[str, float]:
-    """{"top1"} in per cent, and {"top5"} where there are more than ten classes; see `evaluate`."""
+    """{"top1"} in per cent, and {"top5"} where there are more than ten classes, of a split.
+
+    Total correct over total images; fp32 unless `forward` is given. On a CPU many images go through
+    the engine, which gives torch's results up to rounding. The model is left in evaluation mode.
+    """
     model.eval()
     # of ten classes, five at a time say little
     ks = (1, 5) if len(data.classes) > 10 else (1,)
@@ -59,26 +110,42 @@ def strict_fp32() -> Iterator[None]:
             switch.allow_tf32 = allowed
 
 
+def bn_batches(data: Data, images: int, size: int = 256) -> Iterator[torch.Tensor]:
+    """The first `images` training images, normalized, in batches of nearly equal size."""
+    images = min(images, len(data.train))
+    size = math.ceil(images / math.ceil(images / size))
+    return (part for part, _ in eval_batches(data.train.first(images), data, size))
+
+
 @torch.no_grad()
-def reestimate_bn(model: nn.Module, data: Data, images: int, batch_size: int = 256) -> None:
-    """Replace BatchNorm statistics by those of the first `images` training images, in fp32.
+def recalibrate_bn(model: nn.Module, batches: torch.Tensor | Iterable) -> None:
+    """Replace BatchNorm statistics by their averages over batches, in fp32; modes stay.
 
     Masks shift every activation's mean; until the statistics follow, accuracy is near chance.
+    batches: images (N, C, H, W), taken 256 at a time, or batches as a DataLoader gives them: what
+    the model is called with, a tensor or a dict, or a pair of that and labels. Every image counts
+    alike; some 2,000 do. ValueError where there are none.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    images = min(images, len(data.train))
-    if not norms or not images:
+    if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over batches
-    model.train()
-    # batches of nearly equal size, since each counts alike in the average
-    batch_size = math.ceil(images / math.ceil(images / batch_size))
-    with strict_fp32():
-        for part, _ in eval_batches(data.train.first(images), data, batch_size):
-            model(part)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    if isinstance(batches, torch.Tensor):
+        batches = batches.chunk(math.ceil(len(batches) / 256)) if len(batches) else ()
+    momenta, count = [norm.momentum for norm in norms], 0
+    with modes_kept(model), strict_fp32():
+        model.train()
+        try:
+            for batch in batches:
+                images = batch[0] if isinstance(batch, tuple | list) else batch
+                if not count:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                count += batch_size(images)
+                for norm in norms:  # the average over all images so far
+                    norm.momentum = batch_size(images) / count
+                call(model, on_device_of(model, images))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if not count:
+        raise ValueError("batches: empty; give training images, a tensor or batches of them")

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,27 @@ def lr_at(params: Params, epoch: float) -> float:
     """
     if params.lr_schedule == "step":
         return params.lr * 0.1 ** sum(epoch >= step for step in parse_steps(params.lr_decay_step))
-    done = epoch / params.epochs
     rise = 0.2 if params.lr_schedule == "onecycle" else 0.0
+    return params.lr * one_cycle(epoch / params.epochs, rise)
+
+
+def one_cycle(done: float, rise: float = 0.2) -> float:
+    """The share of the peak learning rate where `done`, 0 to 1, of a training lies behind.
+
+    From a fiftieth up in a straight line until `rise`, then down to 0 as a cosine.
+    """
     if done < rise:
-        return params.lr * (0.02 + 0.98 * done / rise)
-    return params.lr * 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+        return 0.02 + 0.98 * done / rise
+    return 0.5 * (1 + math.cos(math.pi * (done - rise) / (1 - rise)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all parameters this learning rate."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def train(
@@ -56,7 +72,7 @@ def train(
     resume: dict | None = None,
     before: int = 0,
     label: str = "",
-) -> Iterator[tuple[dict, dict]]:
+) -> Generator[tuple[dict, dict]]:
     """Train in place for params.epochs, masks held at every step; yields after every epoch.
 
     Yields (entry, state): entry is the epoch's line of history (epoch, lr, train_loss, train_top1,
@@ -140,15 +156,8 @@ class _Trainer:
 
     def progress(self, first: int) -> tqdm:
         """A progress bar of all steps, those of the epochs before `first` done."""
-        return (tqdm if sys.stdout.isatty() else _Lines)(
-            total=self.in_all,
-            initial=min(first * self.steps, self.in_all),
-            desc=self.label or "training",
-            unit="batch",
-            file=sys.stdout,
-            dynamic_ncols=True,
-            disable=distributed.rank() > 0,
-        )
+        done = min(first * self.steps, self.in_all)
+        return progress_bar(self.in_all, self.label or "training", done)
 
     def start(self, first: int) -> Callable:
         """One step of this training, on a GPU recorded with inputs of the epoch `first`."""
@@ -173,7 +182,8 @@ class _Trainer:
         course = self.course(epoch, count, step, bar)
         seconds = time.perf_counter() - started
         distributed.from_rank_0(self.model.buffers())
-        self.check(course, epoch)
+        rates = [lr_at(self.params, epoch + number / self.steps) for number in range(count)]
+        raise_diverged(self.label or "training", course, rates, self.model, epoch)
         entry = self.entry(course, epoch, seconds)
         bar.set_postfix_str(
             f"epoch {entry['epoch']:g}: top-1 {entry['top1']:.2f} %, "
@@ -189,28 +199,13 @@ class _Trainer:
         They are read from the device once.
         """
         train_mode(self.model, self.params.freeze_bn)
-        group = self.optimizer.param_groups[0]
         course = []
         for number, parts in enumerate(self.inputs(epoch, count)):
-            lr = lr_at(self.params, epoch + number / self.steps)
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr_at(self.params, epoch + number / self.steps))
             course.append(step(parts).clone())  # a recorded step writes into the same memory
             self.fading.after(epoch * self.steps + number)
             bar.update()
         return distributed.sum_over_ranks(torch.stack(course)).cpu().double()
-
-    def check(self, course: torch.Tensor, epoch: int) -> None:
-        """Raise Diverged unless the losses of the epoch and the weights after it are finite."""
-        if broken := _broken(course, self.model):
-            number, what = broken
-            rate = lr_at(self.params, epoch + number / self.steps)
-            raise Diverged(
-                f"{self.label or 'training'}: {what} in epoch {epoch + 1}, step {number + 1} of "
-                f"{self.steps}, at learning rate {rate:.2g}; use a smaller lr"
-            )
 
     def entry(self, course: torch.Tensor, epoch: int, seconds: float) -> dict:
         """The epoch's line of history; evaluates the model."""
@@ -230,6 +225,19 @@ class _Trainer:
             "seconds": seconds,
             "images_per_s": count / seconds,
         }
+
+
+def progress_bar(total: int | None, label: str, done: int = 0) -> tqdm:
+    """A progress bar of batches on stdout, of rank 0; lines now and then where that is a file."""
+    return (tqdm if sys.stdout.isatty() else _Lines)(
+        total=total,
+        initial=done,
+        desc=label,
+        unit="batch",
+        file=sys.stdout,
+        dynamic_ncols=True,
+        disable=distributed.rank() > 0,
+    )
 
 
 class _Lines(tqdm):
@@ -299,8 +307,8 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
     steps = batches_per_epoch(data, params.batch_size)
     epochs = range(first // steps, math.ceil((first + count) / steps))
     own_steps = slice(first - epochs[0] * steps, first - epochs[0] * steps + count)
-    plans = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
-    plans = torch.cat(plans)[own_steps]
+    whole = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
+    plans = torch.cat(whole)[own_steps]
     turns, each = pieces(data, params)
     own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
     own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
@@ -312,10 +320,22 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
         yield [next(inputs) for _ in range(turns)]
 
 
-def _broken(course: torch.Tensor, model: nn.Module) -> tuple[int, str] | None:
-    """The first step after which nothing is worth anything, and why; None if all is finite."""
-    steps = (~course[:, 0].isfinite()).nonzero()
-    if len(steps):
-        return int(steps[0]), f"loss is {float(course[steps[0], 0])}"
-    finite = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()])
-    return None if finite.all() else (len(course) - 1, "weights are not finite")
+def raise_diverged(
+    label: str, course: torch.Tensor, rates: list[float], model: nn.Module, epoch: int
+) -> None:
+    """Raise Diverged unless an epoch's losses, course[:, 0], and the weights after it are finite.
+
+    rates: the learning rate of each of its steps.
+    """
+    broken = (~course[:, 0].isfinite()).nonzero().flatten().tolist()
+    number = broken[0] if broken else len(course) - 1
+    what = f"loss is {float(course[number, 0])}"
+    if not broken:
+        running = [b for name, b in model.named_buffers() if ".running_" in f".{name}"]
+        if torch.stack([t.isfinite().all() for t in (*model.parameters(), *running)]).all():
+            return
+        what = "weights are not finite"
+    raise Diverged(
+        f"{label}: {what} in epoch {epoch + 1}, step {number + 1} of {len(course)}, at learning "
+        f"rate {rates[number]:.2g}; use a smaller lr"
+    )

@@ -1,5 +1,6 @@
 """One step of training: its loss, its recording as a CUDA graph, masks that hold or fade."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,8 +14,9 @@ from explib.engine import strided
 from explib.params import Params
 from explib.pruning import holding
 from explib.pruning import masks as masking
-from explib.pruning.layers import conv_at
+from explib.pruning.layers import Inputs, call, conv_at
 from explib.pruning.masks import Masks
+from explib.training.evaluation import hits
 
 TEMPERATURE = 4.0
 """Of the soft labels in distillation."""
@@ -36,8 +38,7 @@ def step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
 
     known: the soft labels come with them, and the teacher need not be asked.
     """
-    alone = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
-    guard = nullcontext if data.train.labels.is_cuda else strided.Guard
+    without_sync = getattr(forward, "no_sync", nullcontext)  # gradients are averaged once a step
 
     def step(parts):
         total = torch.zeros(2, device=data.train.labels.device)
@@ -47,17 +48,25 @@ def step_of(data, params, optimizer, forward, teacher, known=False) -> Callable:
             if teacher and not known:
                 with torch.no_grad():
                     soft = teacher(images)
-            with guard(), nullcontext() if number + 1 == len(parts) else alone():
-                logits = forward(images)
-                loss = loss_of(logits, labels, params, soft)
-                (loss / len(parts)).backward()
-            hits = (logits.detach().argmax(1) == labels).sum()
-            total += torch.stack([loss.detach() * len(labels), hits])
+            loss = functools.partial(loss_of, params=params, soft=soft)
+            with nullcontext() if number + 1 == len(parts) else without_sync():
+                total += add_gradients(forward, images, labels, loss, len(parts))
         optimizer.step()
         optimizer.zero_grad()
         return total
 
     return step
+
+
+def add_gradients(
+    forward: Callable, images: Inputs, labels: torch.Tensor, loss: Callable, parts: int = 1
+) -> torch.Tensor:
+    """Add the gradients of a batch, one of so many parts of a step; (sum of losses, hits)."""
+    with strided.Guard() if labels.is_cpu else nullcontext():
+        logits = call(forward, images)
+        hit, value = hits(logits, labels), loss(logits, labels)
+        (value / parts).backward()
+    return torch.stack([value.detach().float() * len(labels), hit])
 
 
 def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) -> Callable:

@@ -14,7 +14,7 @@ from torch import nn
 import explib
 from explib.engine import strided
 from explib.params import Params
-from explib.training import backend
+from explib.training import backend, loop
 from tests.conftest import make_data
 
 SIDE = 32  # of images; the strided conv then takes maps of 8 x 8
@@ -47,7 +47,7 @@ def train(model: nn.Module, compile: str, precision: str) -> None:
     )
     explib.apply(model, masks)  # convs that are not 3x3 or 1x1 stay with torch, zeros included
     forward = backend.choose(model, params, "cpu", 0, masks)
-    ((entry, _),) = explib.train(model, data, params, masks, forward=forward)
+    ((entry, _),) = loop.train(model, data, params, masks, forward=forward)
     print(f"\n{forward.how}, {precision}: loss {entry['train_loss']:.3f}", flush=True)
 
 

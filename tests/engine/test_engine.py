@@ -419,7 +419,7 @@ def test_a_truncated_or_foreign_file_is_a_clear_error(tmp_path):
     cut.write_bytes(SHIPPED.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cut.safetensors: not a readable safetensors file"):
         engine.load(cut)
-    checkpoints.save_compact(tmp_path / "own.safetensors", nn.Conv2d(3, 3, 3), {}, {"arch": "own"})
+    checkpoints.save(tmp_path / "own.safetensors", nn.Conv2d(3, 3, 3), {}, {"arch": "own"})
     with pytest.raises(ValueError, match="its arch is 'own'; known: vgg_16_bn"):
         engine.load(tmp_path / "own.safetensors")
 

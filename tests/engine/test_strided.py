@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import explib
 from explib import engine
 from explib.engine import fused, strided, training
 from explib.params import Params
-from explib.training import backend
+from explib.training import backend, loop
 from tests.conftest import ROOT, needs_compiler
 
 LINES = re.search(r"```python\n(.*?)```", (ROOT / "docs/torch-cpu-memory.md").read_text(), re.S)[1]
@@ -180,7 +179,7 @@ def test_no_door_to_training_leads_to_torchs(way, functional, batch_size, data):
     forward = backend.choose(model, params, "cpu", 0, chosen) if way else None
     assert way is None or forward.how == WAYS[way]
     with Gradients() as noted:
-        list(explib.train(model, data, params, chosen, forward=forward))
+        list(loop.train(model, data, params, chosen, forward=forward))
     assert noted.seen or way == "sparse"
     assert not noted.strided
 

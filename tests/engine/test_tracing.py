@@ -226,12 +226,12 @@ def test_masks_that_do_not_fit_are_named():
 def test_a_wrong_network_is_told_from_the_right_one():
     model = copy.deepcopy(NETWORKS["plain"])
     other, x = copy.deepcopy(model), torch.zeros(1, 3, SIDE, SIDE)
-    assert tracing.says_the_same(other, model, x)
+    assert tracing.outputs_match(other, model, x)
     with torch.no_grad():
         other.two.bias[0] += 0.5
-    assert not tracing.says_the_same(other, model, x)
-    assert not tracing.says_the_same(lambda_module(lambda y: (model(y),)), model, x)
-    assert not tracing.says_the_same(lambda_module(lambda y: model(y)[:1]), model, x)
+    assert not tracing.outputs_match(other, model, x)
+    assert not tracing.outputs_match(lambda_module(lambda y: (model(y),)), model, x)
+    assert not tracing.outputs_match(lambda_module(lambda y: model(y)[:1]), model, x)
 
 
 def lambda_module(function):

@@ -3,12 +3,14 @@
 import copy
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torchvision.ops import StochasticDepth
 
 from explib import engine, models
 from explib.engine import fused, training
@@ -286,14 +288,82 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop():
     assert masking.held(model, chosen)
 
 
-def test_what_it_cannot_do_is_none(resnet_8, monkeypatch):
-    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU())
-    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, image(8)) is None
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False))
-    assert training.sparse(model, {"0": torch.ones(4, 3).bool()}, image(8)) is None
-    model, _, chosen = pair("resnet_56")
-    monkeypatch.setattr(fused, "library", lambda: None)
-    assert training.sparse(model, chosen, image(32)) is None
+def refused(model, masks, why):
+    with pytest.warns(UserWarning, match=f"^training multiplies pruned kernels, too: {why}"):
+        assert training.sparse(model, masks, image(8)) is None
+
+
+class Unlike(nn.Module):
+    """Not the same network in training; with `branches`, one that depends on values."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.conv, self.branches = nn.Conv2d(3, 4, 3, padding=1), branches
+
+    def forward(self, x):
+        if self.branches and x.sum() > 0:
+            return x
+        return F.dropout(self.conv(x), 0.5, self.training)
+
+
+def test_what_it_cannot_do_says_why(monkeypatch):
+    ones = torch.ones(4, 3).bool()
+    conv = nn.Conv2d(3, 4, 5, padding=2)
+    why = r"no masked conv is 3x3 .*: 0 is 5x5, padded by \(2, 2\), stride \(1, 1\)$"
+    refused(nn.Sequential(conv), {"0": ones}, why)
+    norm = nn.BatchNorm2d(4, affine=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm)
+    refused(model, {"0": ones}, "1 has no scale or no running statistics$")
+    refused(Unlike(False), {"conv": ones}, "torch.fx traces another network than the one that runs")
+    model[1] = StochasticDepth(0.0, "row")
+    refused(model, {"0": ones}, "training mode changes more than its layers do$")
+    refused(Unlike(True), {"conv": ones}, "torch.fx cannot trace it ")
+    model, mask = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), {"0": ones}
+    assert training.sparse(model, mask, image(8)) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "outputs_match", lambda *_: False)
+        refused(model, mask, "the engine makes something else of it$")
+        patch.setattr(training, "outputs_match", lambda *_: 1 / 0)
+        refused(model, mask, r"the engine does not run it \(division by zero\)$")
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "library", lambda: None)
+        refused(model, mask, r"its C\+\+ could not be compiled$")
+    monkeypatch.setattr(training, "library", lambda: None)
+    refused(model, mask, r"its C\+\+ could not be compiled$")
+
+
+def test_masks_of_a_conv_that_stays_in_torch(lanes):
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 4, 7, stride=2, padding=3)
+    model = nn.Sequential(stem, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    masks = {"0": torch.rand(4, 3) < 0.5, "2": torch.rand(4, 4) < 0.5}
+    refused(model, masks, "the mask of 0, which stays in torch, is not applied; hold or apply")
+    masking.apply(model, masks)
+    said = "^training multiplies the pruned kernels of 1 convs, too, .*: 0 is 7x7, padded by"
+    with pytest.warns(UserWarning, match=said):
+        network = training.sparse(model, masks, image(8))
+    x = torch.randn(lanes, 3, 8, 8)
+    assert close(network(x), model(x), 1e-5)
+
+
+def test_batches_that_train_in_torch_say_so_once(lanes):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+    mask = {"0": torch.ones(4, 3).bool()}
+    network = training.sparse(model, mask, image(8))
+    short, large = torch.randn(lanes + 1, 3, 8, 8), torch.randn(lanes, 3, 9, 8)
+    for images, why in (
+        (short, f"{lanes + 1} images are no multiple of {lanes}"),
+        (large, r"its images are \(9, 8\), not \(8, 8\)"),
+    ):
+        with pytest.warns(UserWarning, match=f"^this batch trains in torch, over all .*: {why}$"):
+            network(images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert close(network(images), model(images), 1e-5)
+    again = training.sparse(model, mask, image(8)).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        again(short), again(large), network(torch.randn(lanes, 3, 8, 8))
 
 
 def test_planes_that_are_none_are_refused(lanes):

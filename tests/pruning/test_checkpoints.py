@@ -9,7 +9,7 @@ from torch import nn
 from explib import models
 from explib.pruning import checkpoints, holding
 from explib.pruning import masks as masking
-from explib.pruning.checkpoints import load_compact, load_state, load_weights, save_compact
+from explib.pruning.checkpoints import load, load_state, load_weights, save
 from explib.pruning.criteria import prune
 from tests.conftest import ROOT, image, make_net
 
@@ -22,7 +22,7 @@ def masks(net):
 
 
 def saved(tmp_path, model, masks):
-    return load_compact(save_compact(tmp_path / "m.safetensors", model, masks, {}, torch.float32))
+    return load(save(tmp_path / "m.safetensors", model, masks, {}, torch.float32))
 
 
 class TestSaving:
@@ -34,7 +34,7 @@ class TestSaving:
             ({"0": torch.eye(8, 3).bool()}, "0 has 21 pruned kernels that are not zero"),
         ):
             with pytest.raises(ValueError, match=message):
-                save_compact(path, net, given, {})
+                save(path, net, given, {})
         assert not path.exists()
 
     def test_a_module_in_two_places_is_saved_once(self, tmp_path):
@@ -54,8 +54,8 @@ class TestSaving:
         table = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
         net.register_buffer("table", table)
         net.register_buffer("fine", table.double() / 3)
-        path = save_compact(tmp_path / "m.safetensors", net, masks, {})
-        state, _, _ = load_compact(path)
+        path = save(tmp_path / "m.safetensors", net, masks, {})
+        state, _, _ = load(path)
         assert torch.equal(state["table"], net.table) and torch.equal(state["fine"], net.fine)
         weight = net[10].weight
         assert torch.equal(state["10.weight"], weight.half().float())
@@ -71,17 +71,17 @@ class TestSaving:
 
         net.append(Counting())
         with pytest.raises(ValueError, match=r"^11._extra_state: is a dict; a file holds tensors"):
-            save_compact(tmp_path / "m.safetensors", net, masks, {})
+            save(tmp_path / "m.safetensors", net, masks, {})
 
     def test_an_alias_of_what_is_not_there_is_one_line(self, net, masks, tmp_path):
         from explib.files import load_tensors, save_tensors
 
-        path = save_compact(tmp_path / "m.safetensors", net, masks, {})
+        path = save(tmp_path / "m.safetensors", net, masks, {})
         tensors, meta = load_tensors(path)
         for same in ({"a": "b"}, {"a": 3}):
             save_tensors(path, tensors, meta | {"same": same})
             with pytest.raises(ValueError, match=r"m\.safetensors: a is to be"):
-                load_compact(path)
+                load(path)
 
     def test_the_shipped_files_load_as_they_did(self):
         path = ROOT / "results/checkpoints/cifar10/resnet_56-B-71-e50.safetensors"
@@ -148,7 +148,7 @@ class TestFoundInTheWild:
             load_weights(model, state | {"metric.total": torch.ones(1)}, "x")
 
     def test_masks_are_no_network(self, net, masks, tmp_path):
-        path = checkpoints.save(tmp_path / "m.safetensors", masks)
+        path = checkpoints.save_masks(tmp_path / "m.safetensors", masks)
         with pytest.raises(ValueError, match=r"m.safetensors: holds masks; give the file of a net"):
             load_state(path)
 

@@ -13,7 +13,7 @@ from explib.errors import ParamError
 from explib.pruning import counting, holding
 from explib.pruning import layers as layer_finding
 from explib.pruning import masks as masking
-from explib.pruning.criteria import prune
+from explib.pruning.criteria import prune, score
 from explib.pruning.layers import prunable
 from explib.pruning.scores import delta_e, levels
 from explib.rates import keep_floor, number_to_prune, parse_rates
@@ -290,6 +290,57 @@ class TestOwnCriteria:
     def test_what_is_no_function(self, net):
         with pytest.raises(ParamError, match=r"^criterion: 3; give a function or a name$"):
             prune(net, image(8), 0.5, 3)
+
+
+class TestScore:
+    def test_of_both_ways_is_the_sum_of_a_kernels_elements(self, net):
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        found = score(net, image(8))
+        convs = prunable(layer_finding.find_convs(net, image(8)))  # all but the one by depth
+        assert list(found) == [conv.name for conv in convs]
+        for name, scores in found.items():
+            weight = net.get_submodule(name).weight.detach()
+            torch.testing.assert_close(scores, weight.double().sum((2, 3)))
+        assert all(torch.equal(one, two) for one, two in zip(
+            score(net, image(8), "A").values(), found.values(), strict=True
+        ))  # fmt: skip
+        with_bias = score(net, image(8), "A", bias_in_score=True)["3"]
+        assert torch.equal(with_bias, found["3"] + net[3].bias.detach().double()[:, None])
+        assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+    @pytest.mark.parametrize("criterion", ["l1", "bn", peak])
+    def test_the_lowest_are_those_that_are_pruned(self, net, criterion):
+        rates = {"0": 0.4, "6": 0.7}
+        masks = prune(net, image(8), rates, criterion, seed=3)
+        convs = [c for c in layer_finding.find_convs(net, image(8)) if c.name in rates]
+        if criterion == "bn":  # of a conv without BatchNorm there is none
+            with pytest.raises(ValueError, match=r"^3: no BatchNorm takes this conv's output"):
+                score(net, image(8), criterion, seed=3)
+            return
+        found = score(net, None, criterion, seed=3, convs=convs)
+        for name, mask in masks.items():
+            assert found[name][~mask].max() <= found[name][mask].min()
+
+    def test_chance_is_that_of_prune(self, net):
+        masks = prune(net[:2], image(8), 0.5, "bn", seed=3)
+        found = score(net[:2], image(8), "bn", seed=3)
+        assert found["0"][~masks["0"]].max() < found["0"][masks["0"]].min()
+
+    @pytest.mark.parametrize("criterion", ["random", "matched", "filters"])
+    def test_what_has_no_scores_is_one_line(self, net, criterion):
+        label = registry.CRITERIA[criterion].label
+        with pytest.raises(ParamError, match=f"^criterion: {label!r} chooses masks.*with scores$"):
+            score(net, image(8), criterion)
+
+    def test_options_and_inputs_that_cannot_be(self, net):
+        with pytest.raises(ParamError, match=r"^survivors: is not for criterion 'B'; it takes bia"):
+            score(net, image(8), "B", survivors="l1")
+        with pytest.raises(ParamError, match=r"^example_inputs: None"):
+            score(net, None)
+        with torch.no_grad():
+            net[6].weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"^6: weights hold NaN"):
+            score(net, image(8), "l1")
 
 
 class TestKernelsThatAreZeroAlready:

@@ -436,9 +436,9 @@ class TestHooks:
         backward(model, optimizer, 0)
         holding.hold(model, masks)
         backward(model, optimizer, 1)
-        path = checkpoints.save_compact(tmp_path / "m.safetensors", model, masks, {}, torch.float32)
+        path = checkpoints.save(tmp_path / "m.safetensors", model, masks, {}, torch.float32)
         again = make_net(1)
-        again.load_state_dict(checkpoints.load_compact(path)[0])
+        again.load_state_dict(checkpoints.load(path)[0])
         images, _ = batch(0)
         assert torch.equal(again.eval()(images), model.eval()(images))
 
@@ -693,9 +693,11 @@ class TestWhatDoesNotFit:
         holding.hold(model, arrays)
         assert masking.held(model, arrays) and not masking.leaks(model, arrays)
         assert masking.sparsity(arrays) == masking.sparsity(masks)
-        path = checkpoints.save(tmp_path / "m.safetensors", arrays)
-        assert all(torch.equal(checkpoints.load(path)[0][n], mask) for n, mask in masks.items())
-        checkpoints.save_compact(tmp_path / "c.safetensors", model, arrays, {})
+        path = checkpoints.save_masks(tmp_path / "m.safetensors", arrays)
+        assert all(
+            torch.equal(checkpoints.load_masks(path)[0][n], mask) for n, mask in masks.items()
+        )
+        checkpoints.save(tmp_path / "c.safetensors", model, arrays, {})
         with pytest.raises(ValueError, match="0 has a list; give bool"):
             holding.hold(model, {"0": [True]})
 

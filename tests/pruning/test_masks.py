@@ -129,19 +129,19 @@ class TestFiles:
             "a": torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) < 0.5,
             "b": torch.rand(64, 1000, generator=torch.Generator().manual_seed(1)) < 0.5,
         }
-        path = checkpoints.save(tmp_path / "m.safetensors", masks, {"arch": "x"})
-        found, meta = checkpoints.load(path)
+        path = checkpoints.save_masks(tmp_path / "m.safetensors", masks, {"arch": "x"})
+        found, meta = checkpoints.load_masks(path)
         assert meta["arch"] == "x" and found.keys() == masks.keys()
         assert all(torch.equal(found[name], mask) for name, mask in masks.items())
         assert path.stat().st_size < 64 * 1000 / 8 + 1000
 
     def test_another_file_is_refused(self, tmp_path, net, masks):
         masking.apply(net, masks)
-        compact = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
+        compact = checkpoints.save(tmp_path / "c.safetensors", net, masks, {})
         with pytest.raises(ValueError, match="holds no masks"):
-            checkpoints.load(compact)
+            checkpoints.load_masks(compact)
         with pytest.raises(ValueError, match="no compact network"):
-            checkpoints.load_compact(checkpoints.save(tmp_path / "m.safetensors", masks))
+            checkpoints.load(checkpoints.save_masks(tmp_path / "m.safetensors", masks))
 
 
 class TestCompact:
@@ -156,16 +156,16 @@ class TestCompact:
     def test_fp32_comes_back_bit_for_bit(self, tmp_path, net, masks):
         masking.apply(net, masks)
         path = tmp_path / "c.safetensors"
-        checkpoints.save_compact(path, net, masks, {"arch": "x"}, torch.float32)
-        state, found, meta = checkpoints.load_compact(path)
+        checkpoints.save(path, net, masks, {"arch": "x"}, torch.float32)
+        state, found, meta = checkpoints.load(path)
         assert meta["arch"] == "x" and state.keys() == net.state_dict().keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
         assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
     def test_fp16_keeps_three_digits_zeros_and_all_else_exactly(self, tmp_path, vgg):
         model, masks = vgg
-        checkpoints.save_compact(tmp_path / "c.safetensors", model, masks, {})
-        state, _, _ = checkpoints.load_compact(tmp_path / "c.safetensors")
+        checkpoints.save(tmp_path / "c.safetensors", model, masks, {})
+        state, _, _ = checkpoints.load(tmp_path / "c.safetensors")
         for name, tensor in model.state_dict().items():
             assert state[name].dtype == tensor.dtype
             if tensor.ndim > 1:
@@ -178,38 +178,36 @@ class TestCompact:
 
     def test_the_file_holds_what_is_left_only(self, tmp_path, vgg):
         model, masks = vgg
-        compact = checkpoints.save_compact(
-            tmp_path / "c.safetensors", model, masks, {}, torch.float32
-        )
-        dense = checkpoints.save_compact(tmp_path / "d.safetensors", model, {}, {}, torch.float32)
+        compact = checkpoints.save(tmp_path / "c.safetensors", model, masks, {}, torch.float32)
+        dense = checkpoints.save(tmp_path / "d.safetensors", model, {}, {}, torch.float32)
         gone = sum(int((~mask).sum()) * 9 * 4 for mask in masks.values())
         positions = sum(mask.numel() for mask in masks.values()) / 8
         saved = dense.stat().st_size - compact.stat().st_size
         assert abs(saved - gone + positions) < 5000
-        half = checkpoints.save_compact(tmp_path / "h.safetensors", model, masks, {})
+        half = checkpoints.save(tmp_path / "h.safetensors", model, masks, {})
         assert half.stat().st_size < 0.16 * dense.stat().st_size
 
     def test_kernels_that_do_not_match_their_places_are_named(self, tmp_path, net, masks):
         from explib.files import load_tensors, save_tensors
 
         masking.apply(net, masks)
-        path = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
+        path = checkpoints.save(tmp_path / "c.safetensors", net, masks, {})
         tensors, meta = load_tensors(path)
         tensors["3.weight"] = tensors["3.weight"][1:]
         save_tensors(path, tensors, meta)
         with pytest.raises(ValueError, match=r"c\.safetensors: 3 has 23 kernels for 24 places"):
-            checkpoints.load_compact(path)
+            checkpoints.load(path)
 
     def test_a_file_that_lacks_positions_is_a_value_error(self, tmp_path, net, masks):
         from explib.files import load_tensors, save_tensors
 
         masking.apply(net, masks)
-        path = checkpoints.save_compact(tmp_path / "c.safetensors", net, masks, {})
+        path = checkpoints.save(tmp_path / "c.safetensors", net, masks, {})
         tensors, meta = load_tensors(path)
         del tensors["3.weight.positions"]
         save_tensors(path, tensors, meta)
         with pytest.raises(ValueError, match=r"c\.safetensors"):
-            checkpoints.load_compact(path)
+            checkpoints.load(path)
 
 
 def test_frozen_convs_are_zeroed_and_stay(net, masks):

@@ -10,7 +10,7 @@ from torch import nn
 
 from explib.pruning import counting, holding
 from explib.pruning import masks as masking
-from explib.pruning.checkpoints import save_compact
+from explib.pruning.checkpoints import save
 from explib.pruning.criteria import prune
 from explib.pruning.layers import find_convs
 from tests.conftest import ROOT, image, make_net
@@ -120,12 +120,12 @@ SITUATIONS = {
     "masks of a wrapper": [
         lambda _: holding.hold(make_net(), WRAPPED),
         lambda _: counting.macs(make_net(), image(8), WRAPPED),
-        lambda path: save_compact(path, make_net(), WRAPPED, {}),
+        lambda path: save(path, make_net(), WRAPPED, {}),
     ],
     "masks of another width": [
         lambda _: holding.hold(make_net(), WIDER),
         lambda _: counting.macs(make_net(), image(8), WIDER),
-        lambda path: save_compact(path, make_net(), WIDER, {}),
+        lambda path: save(path, make_net(), WIDER, {}),
     ],
     "two masks for one": [lambda _: two_masks()],
     "an optimizer of another": [lambda _: of_another_model()],
@@ -144,10 +144,8 @@ SITUATIONS = {
     "a BatchNorm without": [lambda _: without_scale()],
     "products that": [lambda _: deformed()],
     "a mask of a conv": [lambda _: spare()],
-    "pruned kernels that": [
-        lambda path: save_compact(path, make_net(), {"0": torch.eye(8, 3).bool()}, {})
-    ],
-    "a state that": [lambda path: save_compact(path, with_state(), {}, {})],
+    "pruned kernels that": [lambda path: save(path, make_net(), {"0": torch.eye(8, 3).bool()}, {})],
+    "a state that": [lambda path: save(path, with_state(), {}, {})],
 }
 REFUSED = table("What is refused, and in which words")[1:]
 

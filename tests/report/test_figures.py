@@ -77,7 +77,7 @@ def test_scores_and_levels_are_those_of_the_network_that_runs_started_from(tmp_p
     model = models.build("resnet_56", 10)
     meta = {"arch": "resnet_56", "num_classes": 10, "normalization": "cifar10"}
     path = tmp_path / "checkpoints/cifar10/resnet_56.safetensors"
-    checkpoints.save_compact(path, model, {}, meta, torch.float32)
+    checkpoints.save(path, model, {}, meta, torch.float32)
     params = records.read_all(tmp_path)[0]["params"]
     found = figures._scores(params)
     assert set(found) == {"scores-resnet_56", "levels-resnet_56"}
@@ -96,7 +96,7 @@ def test_where_that_network_is_no_more_or_another_the_other_figures_are_drawn(tm
     assert "accuracy_vs_cut-resnet_56" in names
     model, meta = models.build("resnet_56", 7), {"arch": "resnet_56", "num_classes": 7}
     path = tmp_path / "checkpoints/cifar10/resnet_56.safetensors"
-    checkpoints.save_compact(path, model, {}, meta)
+    checkpoints.save(path, model, {}, meta)
     assert {path.stem for path in figures.build(tmp_path, "cifar10")} == names
 
 

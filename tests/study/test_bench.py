@@ -63,7 +63,10 @@ def test_the_machine_is_measured_by_torch_alone(resnet_8, monkeypatch):
 
 def test_runs_together_add_up(make_data):
     params = Params(epochs=2, threads=1, **TINY)
-    assert training.together("resnet_56", make_data(train=16, test=4, size=32), params, 2) > 0
+    assert (
+        training.throughput_of_several("resnet_56", make_data(train=16, test=4, size=32), params, 2)
+        > 0
+    )
 
 
 def test_the_speeds_of_runs_together_are_summed(monkeypatch):
@@ -72,7 +75,7 @@ def test_the_speeds_of_runs_together_are_summed(monkeypatch):
             (Path(shared[-1]) / f"{number}.json").write_text(str(number + 1.5))
 
     monkeypatch.setattr(training.torch.multiprocessing, "spawn", spawn)
-    assert training.together("resnet_56", None, None, 2) == 1.5 + 2.5
+    assert training.throughput_of_several("resnet_56", None, None, 2) == 1.5 + 2.5
 
 
 def test_processes_are_compared_with_a_linear_growth(tmp_path, resnet_8, monkeypatch):
@@ -98,7 +101,7 @@ def test_a_run_under_torchrun_is_timed(tmp_path):
     )  # fmt: skip
     model = models.build("resnet_56", 10)
     meta = {"arch": "resnet_56", "num_classes": 10}
-    checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+    checkpoints.save(tmp_path / "dense.safetensors", model, {}, meta)
     assert processes.images_per_s(1, params) > 0
 
 
@@ -125,7 +128,7 @@ def test_what_fails_is_a_row_that_says_why(images, resnet_8, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr(training, "alone", broken)
+    monkeypatch.setattr(training, "throughput", broken)
     rows = list(training.variant("batch 9", images, Params(**TINY)))
     assert [row["error"] for row in rows] == ["out of memory"] * 2
 

@@ -24,26 +24,26 @@ def nvidia_smi(folder, script):
 
 
 def test_found_are_those_of_nvidia_smi(tmp_path):
-    assert gpus.found() == []
+    assert gpus.visible() == []
     nvidia_smi(tmp_path, "echo GPU-1a; echo GPU-2b")
-    assert gpus.found() == ["GPU-1a", "GPU-2b"]
+    assert gpus.visible() == ["GPU-1a", "GPU-2b"]
     nvidia_smi(tmp_path, "echo 'Failed to initialize NVML'; exit 9")
-    assert gpus.found() == []
+    assert gpus.visible() == []
 
 
 def test_found_keeps_to_what_the_environment_names(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, "echo GPU-1a")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert gpus.found() == ["2", "3"]
+    assert gpus.visible() == ["2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpus.found() == []
+    assert gpus.visible() == []
 
 
 def test_the_choice_of_a_scheduler_is_left_alone(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, "echo GPU-1a")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with gpus.taken(gpus.found()) as own:
+    with gpus.taken(gpus.visible()) as own:
         assert own is None and os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 

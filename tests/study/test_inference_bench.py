@@ -117,7 +117,7 @@ def test_networks_of_each_kind_run_as_they_run_best(tmp_path):
         path = tmp_path / f"checkpoints/cifar10/{name}.safetensors"
         pruned = copy.deepcopy(model)
         masking.apply(pruned, masks)
-        checkpoints.save_compact(path, pruned, masks, meta)
+        checkpoints.save(path, pruned, masks, meta)
     rows = {row["name"]: row for row in inference.shipped(4, 0.0, ["eager fp32"], tmp_path)}
     assert all(row["kind"] == name for name, row in rows.items()) and len(rows) == 3
     assert "eager fp32" in rows["dense"]["images_per_s"]

@@ -57,7 +57,7 @@ def untimed(found):
 
 
 def weights_of(params):
-    return checkpoints.load_compact(networks.resolve(params.job_dir) / "model.safetensors")[0]
+    return checkpoints.load(networks.resolve(params.job_dir) / "model.safetensors")[0]
 
 
 def weights(model):
@@ -92,7 +92,7 @@ class TestBaseline:
         assert records.read_all(params.results_dir, "digits") == [as_json(found)]
         dense = networks.load_dense(params)
         data = load_data(params)
-        assert evaluation.evaluate(dense.model, data, data.test) == found["accuracy"]["last"]
+        assert evaluation.top1(dense.model, data, data.test) == found["accuracy"]["last"]
         assert dense.checkpoint == "resnet_56.safetensors" and len(dense.sha256) == 64
 
     def test_with_resume_evaluates_that_checkpoint(self, trained, tmp_path):
@@ -101,7 +101,7 @@ class TestBaseline:
         found = runs.baseline(trained.replace(resume=str(moved)))
         data = load_data(trained)
         model = networks.load_dense(trained.replace(resume=str(moved))).model
-        assert found["accuracy"]["last"] == evaluation.evaluate(model, data, data.test)
+        assert found["accuracy"]["last"] == evaluation.top1(model, data, data.test)
         assert found["history"] == [] and not own.exists()
         assert found["provenance"]["checkpoint"] == "moved.safetensors"
 
@@ -139,8 +139,8 @@ class TestFinetune:
         folder = networks.resolve(trained.job_dir)
         assert json.loads((folder / "record.json").read_text()) == as_json(found)
         assert as_json(found) in records.read_all(trained.results_dir, "digits")
-        masks, _ = checkpoints.load(folder / "masks.safetensors")
-        state, same, meta = checkpoints.load_compact(folder / "model.safetensors")
+        masks, _ = checkpoints.load_masks(folder / "masks.safetensors")
+        state, same, meta = checkpoints.load(folder / "model.safetensors")
         assert equal(masks, same) and list(masks) == NAMES
         assert found["sparsity"] == pytest.approx(masking.sparsity(masks)) and meta["num_classes"]
         model = models.build("resnet_56", 10)
@@ -150,7 +150,7 @@ class TestFinetune:
         assert left == {name: int((~mask).sum()) for name, mask in masks.items()}
         data = load_data(trained)
         # the file is of half precision: one of 40 images may go the other way
-        top1 = evaluation.evaluate(model, data, data.test)
+        top1 = evaluation.top1(model, data, data.test)
         assert abs(top1 - found["accuracy"]["last"]) <= 100 / 40
         curve = [entry["top1"] for entry in found["history"]]
         assert found["accuracy"]["best"] == max(curve) and found["accuracy"]["last"] == curve[-1]
@@ -281,7 +281,7 @@ class TestFinetune:
     def test_another_seed_prunes_other_kernels(self, trained):
         one, two = (runs.finetune(trained.replace(mask_seed=seed, epochs=1)) for seed in (0, 1))
         paths = (networks.resolve(f["params"]["job_dir"]) / "masks.safetensors" for f in (one, two))
-        first, second = (checkpoints.load(path)[0] for path in paths)
+        first, second = (checkpoints.load_masks(path)[0] for path in paths)
         assert not equal(first, second)
 
     def test_of_one_dense_network_they_share_its_soft_labels(self, trained, monkeypatch):
@@ -315,7 +315,7 @@ class TestFinetune:
         assert [entry["stage"] for entry in found["history"]] == [0, 1]
         pruned = {row["name"] for row in found["layers"] if row["pruned"]}
         assert pruned == set(NAMES[5:])
-        masks, _ = checkpoints.load(
+        masks, _ = checkpoints.load_masks(
             networks.resolve(found["params"]["job_dir"]) / "masks.safetensors"
         )
         assert list(masks) == NAMES[5:]
@@ -356,7 +356,7 @@ class TestFinetune:
         params = Params(**record["params"])
         path = networks.resolve(params.job_dir) / "masks.safetensors"
         before = path.read_bytes()
-        other = {k: torch.ones_like(mask) for k, mask in checkpoints.load(path)[0].items()}
+        other = {k: torch.ones_like(mask) for k, mask in checkpoints.load_masks(path)[0].items()}
         assert networks.save_masks(params, other) == path and path.read_bytes() == before
 
     def test_a_wrong_number_of_rates_names_both(self, trained):
@@ -522,8 +522,8 @@ class TestResumeMask:
         again = trained.replace(epochs=1, resume_mask=str(path))
         runs.finetune(again)
         assert equal(
-            checkpoints.load(networks.resolve(again.job_dir) / "masks.safetensors")[0],
-            checkpoints.load(path)[0],
+            checkpoints.load_masks(networks.resolve(again.job_dir) / "masks.safetensors")[0],
+            checkpoints.load_masks(path)[0],
         )
 
     @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ class TestResumeMask:
     )
     def test_masks_that_do_not_fit_are_refused(self, trained, tmp_path, masks, message):
         given = {name: torch.ones(shape, dtype=torch.bool) for name, shape in masks.items()}
-        path = checkpoints.save(tmp_path / "m.safetensors", given)
+        path = checkpoints.save_masks(tmp_path / "m.safetensors", given)
         with pytest.raises(ValueError, match=rf"^resume_mask: .*m\.safetensors.*{message}"):
             runs.finetune(trained.replace(resume_mask=str(path)))
 
@@ -605,7 +605,7 @@ class TestPublicCheckpoint:
         params = Params(dataset="cifar10", normalization="imagenet", data_dir=str(cifar10_root))
         data = load_data(params)
         model = public.model.to(memory_format=torch.channels_last)
-        assert evaluation.evaluate(model, data, data.test) == 93.39
+        assert evaluation.top1(model, data, data.test) == 93.39
 
     def test_is_what_the_configurations_start_from(self):
         params = from_yaml("params/cifar10/resnet_56-B-53.yaml")

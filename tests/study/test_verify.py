@@ -22,7 +22,7 @@ def shipped(tmp_path, resnet_8):
     masking.apply(model, masks)
     meta = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
     path = tmp_path / "net.safetensors"
-    checkpoints.save_compact(path, model, masks, {**meta, "top1": 99.0})
+    checkpoints.save(path, model, masks, {**meta, "top1": 99.0})
     return path, model, masks
 
 
@@ -37,7 +37,7 @@ def test_a_network_is_loaded_in_one_call(shipped):
 
 def test_a_file_of_an_unknown_network_is_one_line(shipped, tmp_path):
     _, model, masks = shipped
-    checkpoints.save_compact(tmp_path / "x.safetensors", model, masks, {"arch": "lenet"})
+    checkpoints.save(tmp_path / "x.safetensors", model, masks, {"arch": "lenet"})
     with pytest.raises(ValueError, match="its arch is 'lenet'; known: vgg_16_bn"):
         checkpoints.load_network(tmp_path / "x.safetensors")
 
@@ -58,10 +58,10 @@ def test_a_wrong_claim_is_found(shipped, monkeypatch):
         if "rechecked" in name:  # an untrained network is sure of nothing
             assert rows[name]["rechecked_pct"] > 50
             assert rows[name]["differ"] <= rows[name.removesuffix(", rechecked")]["differ"]
-    _, masks, meta = checkpoints.load_compact(path)
+    _, masks, meta = checkpoints.load(path)
     model, _, _ = checkpoints.load_network(path)
     meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
-    checkpoints.save_compact(path, model, masks, {**meta, "top1": torch_row["top1"]})
+    checkpoints.save(path, model, masks, {**meta, "top1": torch_row["top1"]})
     monkeypatch.setattr(verify, "_engine_types", lambda: {"engine fp32": torch.float32})
     off = {row["way"]: row for row in verify.worst(list(verify.verify_all([path])))}
     assert off["engine fp32"]["networks"] == 1 and off["engine fp32"]["off"] == 0
@@ -111,9 +111,9 @@ def test_images_are_measured_at_the_size_that_it_was_trained_with(tmp_path, resn
 
 def test_what_was_measured_on_validation_images_is_not_compared_with_the_test_set(shipped):
     path, model, masks = shipped
-    _, _, meta = checkpoints.load_compact(path)
+    _, _, meta = checkpoints.load(path)
     meta = {k: v for k, v in meta.items() if k not in ("kind", "shapes")}
     meta["evaluated_on"] = "validation (10 training images)"
-    checkpoints.save_compact(path, model, masks, meta)
+    checkpoints.save(path, model, masks, meta)
     with pytest.raises(ValueError, match=r"was evaluated on validation \(10 training images\)"):
         verify.verify(path)

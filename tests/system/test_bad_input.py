@@ -86,7 +86,7 @@ def good(tmp_path, resnet_8, monkeypatch):
     params = TINY.replace(results_dir=str(tmp_path / "results"), epochs=1)
     network = networks.fresh(params)
     meta = {"arch": "resnet_56", "num_classes": 10}
-    checkpoints.save_compact(networks.dense_path(params), network.model, {}, meta, torch.float32)
+    checkpoints.save(networks.dense_path(params), network.model, {}, meta, torch.float32)
     return params
 
 
@@ -204,10 +204,10 @@ def test_checkpoints(good, tmp_path, name):
 def test_a_checkpoint_of_another_network_or_normalization(good, tmp_path):
     path = tmp_path / "other.safetensors"
     model = networks.fresh(good).model
-    checkpoints.save_compact(path, model, {}, {"arch": "googlenet", "num_classes": 10})
+    checkpoints.save(path, model, {}, {"arch": "googlenet", "num_classes": 10})
     refused(good, 1, "is a googlenet, not a resnet_56", resume=str(path))
     meta = {"arch": "resnet_56", "num_classes": 10, "normalization": "imagenet"}
-    checkpoints.save_compact(path, model, {}, meta)
+    checkpoints.save(path, model, {}, meta)
     refused(good, 2, "was trained with 'imagenet'; set that", resume=str(path))
 
 
@@ -231,12 +231,12 @@ MASKS = {
 @pytest.mark.parametrize("case", MASKS)
 def test_masks(good, tmp_path, case):
     masks, message = MASKS[case]
-    path = checkpoints.save(tmp_path / "masks.safetensors", masks)
+    path = checkpoints.save_masks(tmp_path / "masks.safetensors", masks)
     refused(good, 1, message, resume_mask=str(path))
 
 
 def test_files_that_are_no_masks(good, tmp_path):
-    path = checkpoints.save(tmp_path / "masks.safetensors", _masks())
+    path = checkpoints.save_masks(tmp_path / "masks.safetensors", _masks())
     refused(good, 1, "no such file", resume_mask=str(tmp_path / "missing"))
     refused(good, 1, "no such file", resume_mask=str(tmp_path))
     refused(good, 1, "holds no masks", resume_mask=str(networks.dense_path(good)))
@@ -261,7 +261,7 @@ MASKS_META = {
 @pytest.mark.parametrize("case", MASKS_META)
 def test_masks_that_are_not_what_they_say(good, tmp_path, case):
     changes, message = MASKS_META[case]
-    path = checkpoints.save(tmp_path / "masks.safetensors", _masks())
+    path = checkpoints.save_masks(tmp_path / "masks.safetensors", _masks())
     tensors, meta = load_tensors(path)
     save_tensors(path, tensors, meta | changes if isinstance(changes, dict) else changes)
     refused(good, 1, message, resume_mask=str(path))
@@ -331,7 +331,7 @@ def test_data(good, tmp_path, case):
             next((root / "train/b").glob("*1.*")).write_bytes(b"no image")
     meta = {"arch": "resnet_56", "num_classes": 2 if (root / "train").exists() else 10}
     model = models.build("resnet_56", meta["num_classes"])
-    path = checkpoints.save_compact(tmp_path / "dense.safetensors", model, {}, meta)
+    path = checkpoints.save(tmp_path / "dense.safetensors", model, {}, meta)
     changes = {"image_size": 32, "limit_test": 0, "limit_train": 0} if dataset == "imagenet" else {}
     changes |= {"data_url": "https://localhost:1/nothing"} if "no network" in case else {}
     refused(
@@ -443,7 +443,7 @@ def test_networks_to_evaluate(good, tmp_path, case):
     changes, message = NETWORKS[case]
     usual = {"arch": "resnet_56", "num_classes": 10, "dataset": "digits", "normalization": ""}
     path = tmp_path / "network.safetensors"
-    checkpoints.save_compact(path, networks.fresh(good).model, {}, usual | {"top1": 10.0})
+    checkpoints.save(path, networks.fresh(good).model, {}, usual | {"top1": 10.0})
     assert answer("evaluate", path)[0] == 0
     tensors, meta = load_tensors(path)
     save_tensors(path, tensors, {k: v for k, v in (meta | changes).items() if v is not None})
@@ -453,5 +453,5 @@ def test_networks_to_evaluate(good, tmp_path, case):
 
 def test_files_that_are_no_networks(tmp_path):
     assert "no such file" in answer("evaluate", tmp_path / "missing.safetensors")[1]
-    path = checkpoints.save(tmp_path / "masks.safetensors", _masks())
+    path = checkpoints.save_masks(tmp_path / "masks.safetensors", _masks())
     assert "no compact network" in answer("evaluate", path)[1]

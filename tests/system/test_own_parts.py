@@ -72,7 +72,7 @@ def test_a_whole_run_its_record_tables_and_figures(mine, tmp_path, monkeypatch):
     assert runs.finetune(params)["wall_s"] == found["wall_s"]  # not computed again
     assert [row["pruned"] for row in found["layers"]] == [4, 32]
     job = found["params"]["job_dir"]
-    state, masks, meta = checkpoints.load_compact(f"{job}/model.safetensors")
+    state, masks, meta = checkpoints.load(f"{job}/model.safetensors")
     model = checkpoints.load_weights(sys.modules["my_parts"].small(2), state, "mine")
     assert meta["arch"] == "my_parts:small" and int(masks["3"].sum()) == 32
     score = dense_weight(params).abs().amax((2, 3))
@@ -152,14 +152,14 @@ class TestWhatAFileNamesIsNotImported:
     def test_by_a_network(self, trap, tmp_path, load):
         path = tmp_path / "a.safetensors"
         meta = {"arch": trap, "num_classes": 10}
-        checkpoints.save_compact(path, torch.nn.Conv2d(1, 1, 1), {}, meta)
+        checkpoints.save(path, torch.nn.Conv2d(1, 1, 1), {}, meta)
         with pytest.raises(ValueError, match=r"its arch is 'trap:f'; .* is not imported"):
             load(path)
 
     def test_by_the_data_set_of_a_network(self, trap, tmp_path):
         meta = {"arch": "resnet_56", "num_classes": 10, "dataset": trap, "normalization": ""}
         path = tmp_path / "a.safetensors"
-        checkpoints.save_compact(path, explib.build("resnet_56"), {}, {**meta, "top1": 9.0})
+        checkpoints.save(path, explib.build("resnet_56"), {}, {**meta, "top1": 9.0})
         with pytest.raises(ValueError, match=r"its dataset is 'trap:f'; .* is not imported"):
             verify.verify(path)
 

@@ -67,7 +67,7 @@ def start(tmp_path_factory):
         pass
     path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
     meta = {"arch": "resnet_56", "num_classes": 10}
-    return checkpoints.save_compact(path, model, {}, meta, torch.float32)
+    return checkpoints.save(path, model, {}, meta, torch.float32)
 
 
 def options(params):

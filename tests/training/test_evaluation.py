@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from explib.data import Split, eval_batches, normalize
 from explib.training import evaluation, inference
@@ -23,11 +24,11 @@ class TestEvaluate:
         labels[502] += 1
         split = Split(images, labels)
         assert len(list(eval_batches(split, data))) == 2
-        assert evaluation.evaluate(net, data, split) == 100 * 402 / 503
+        assert evaluation.top1(net, data, split) == 100 * 402 / 503
 
     def test_many_images_go_through_the_engine_to_the_same_result(self, net, data, monkeypatch):
         del net[5]  # a conv by depth, which the engine leaves to torch
-        wanted = evaluation.evaluate(net, data, data.test)
+        wanted = evaluation.top1(net, data, data.test)
         fastest, made = inference._fastest, []
         monkeypatch.setattr(inference, "ENGINE_FROM", len(data.test))
         monkeypatch.setattr(
@@ -35,22 +36,22 @@ class TestEvaluate:
         )
         # whichever is faster here, the engine is what is tested
         monkeypatch.setattr(inference.timing, "remembered", lambda *_: {"engine, fp32": 1.0})
-        assert evaluation.evaluate(net.train(), data, data.test) == wanted
+        assert evaluation.top1(net.train(), data, data.test) == wanted
         compiled = inference._library() is not None
         assert made[0].how == ("engine" if compiled else "eager")
         monkeypatch.setattr(inference, "_library", lambda: None)  # as without a compiler
-        assert evaluation.evaluate(net.train(), data, data.test) == wanted
+        assert evaluation.top1(net.train(), data, data.test) == wanted
 
     def test_exact_is_without_tf32_and_leaves_it_as_it_was(self, net, data):
         switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
         before = [switch.allow_tf32 for switch in switches]
         seen = []
         net.register_forward_hook(lambda *_: seen.append([s.allow_tf32 for s in switches]))
-        evaluation.evaluate(net, data, data.test)
+        evaluation.top1(net, data, data.test)
         assert seen and all(allowed == [False, False] for allowed in seen)
         assert [switch.allow_tf32 for switch in switches] == before
         seen.clear()
-        evaluation.evaluate(net, data, data.test, net)  # in whatever way it is given
+        evaluation.top1(net, data, data.test, net)  # in whatever way it is given
         assert seen == [before]
 
         def broken(*_):
@@ -58,55 +59,118 @@ class TestEvaluate:
 
         net.register_forward_hook(broken)
         with pytest.raises(RuntimeError, match="out of memory"):
-            evaluation.evaluate(net, data, data.test)
+            evaluation.top1(net, data, data.test)
         assert [switch.allow_tf32 for switch in switches] == before
 
     def test_uses_the_running_statistics_and_changes_none(self, net, data):
         net.train()
         before = copy.deepcopy(net.state_dict())
-        evaluation.evaluate(net, data, data.test)
+        evaluation.top1(net, data, data.test)
         assert equal(net.state_dict(), before) and not net.training
 
 
-class TestReestimateBN:
-    def test_one_batch_by_hand(self, net, data):
+class TestOfOnesOwn:
+    """Accuracy on batches as a DataLoader gives them."""
+
+    def test_is_total_correct_over_total_images(self, net):
+        torch.manual_seed(0)
+        images = torch.randn(20, 3, 8, 8)
+        with torch.no_grad():
+            labels = net.eval()(images).argmax(1)
+        labels[:3] += 1
+        loader = DataLoader(TensorDataset(images, labels), batch_size=8)  # 8, 8 and 4
+        net.train()
+        assert evaluation.evaluate(net, loader) == 100 * 17 / 20
+        assert net.training and net[1].num_batches_tracked == 0  # as it was
+        shares = F.one_hot(labels, 11).float()
+        assert evaluation.evaluate(net, [(images, shares)]) == 100 * 17 / 20
+
+    def test_other_inputs_than_one_tensor(self, net):
+        images, labels = torch.randn(4, 3, 8, 8), torch.zeros(4).long()
+        wanted = evaluation.evaluate(net, [(images, labels)])
+        assert evaluation.evaluate(net, [((images,), labels)]) == wanted
+        assert evaluation.evaluate(net, [({"input": images}, labels)]) == wanted
+
+    @pytest.mark.parametrize(
+        ("batches", "message"),
+        [
+            ([], r"^batches: empty; give batches of \(images, labels\)"),
+            ([torch.zeros(2, 3, 8, 8)], r"^batches: a batch is \(2, 3, 8, 8\); give a pair"),
+            (
+                [(torch.zeros(2, 3, 8, 8), [1, 2])],
+                r"^batches: labels are \[int, int\]; give",
+            ),
+            (
+                [(torch.zeros(2, 3, 8, 8), torch.zeros(3))],
+                r"^model: returns \(2, 10\) for 3 lab",
+            ),
+        ],
+    )
+    def test_what_is_no_batch_is_one_line(self, net, batches, message):
+        with pytest.raises(ValueError, match=message) as error:
+            evaluation.evaluate(net, batches)
+        assert "\n" not in str(error.value)
+
+    def test_what_is_no_classifier_is_one_line(self, net):
+        batches = [(torch.zeros(2, 3, 8, 8), torch.zeros(2).long())]
+        with pytest.raises(ValueError, match=r"^model: returns \(2, 8, 8, 8\) for 2 labels; give"):
+            evaluation.evaluate(net[:2], batches)
+
+
+class TestRecalibrateBN:
+    def statistics(self, net, parts):
+        """The first BatchNorm's, by hand: means over images of each part's mean and variance."""
+        maps = [F.conv2d(part, net[0].weight, padding=1) for part in parts]
+        share = torch.tensor([len(part) for part in parts]) / sum(map(len, parts))
+        mean = sum(s * x.mean((0, 2, 3)) for s, x in zip(share, maps, strict=True))
+        var = sum(s * x.transpose(0, 1).flatten(1).var(1) for s, x in zip(share, maps, strict=True))
+        return mean, var
+
+    def check(self, net, parts):
+        mean, var = self.statistics(net, parts)
+        torch.testing.assert_close(net[1].running_mean, mean)
+        torch.testing.assert_close(net[1].running_var, var)
+
+    def test_one_tensor_by_hand(self, net):
+        images = torch.randn(32, 3, 8, 8)
         with torch.no_grad():
             net[1].running_mean.fill_(9)
-        evaluation.reestimate_bn(net, data, 32)
-        x = F.conv2d(normalize(data.train.images[:32], data), net[0].weight, padding=1)
-        torch.testing.assert_close(net[1].running_mean, x.mean((0, 2, 3)))
-        torch.testing.assert_close(net[1].running_var, x.transpose(0, 1).flatten(1).var(1))
+        net.eval()
+        evaluation.recalibrate_bn(net, images)
+        self.check(net, [images])
         assert net[1].momentum == 0.1 and not net.training
 
-    def test_several_batches_are_averaged(self, net, data):
-        evaluation.reestimate_bn(net, data, 48, batch_size=16)
-        x = F.conv2d(normalize(data.train.images, data), net[0].weight, padding=1)
-        parts = x.split(16)
-        wanted = torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0)
-        torch.testing.assert_close(net[1].running_mean, wanted)
-        wanted = torch.stack([part.transpose(0, 1).flatten(1).var(1) for part in parts]).mean(0)
-        torch.testing.assert_close(net[1].running_var, wanted)
+    def test_a_large_tensor_goes_in_parts_of_nearly_equal_size(self, net):
+        images = torch.randn(600, 3, 8, 8)
+        evaluation.recalibrate_bn(net, images)
+        self.check(net, images.split(200))
+        assert net[1].num_batches_tracked == 3 and net.training
 
-    def test_every_image_asked_for_counts(self, net, data):
-        evaluation.reestimate_bn(net, data, 40, batch_size=16)
-        x = F.conv2d(normalize(data.train.images[:40], data), net[0].weight, padding=1)
-        assert (net[1].running_mean - x.mean((0, 2, 3))).abs().max() < 0.05
+    def test_of_batches_of_other_sizes_every_image_counts_alike(self, net):
+        images = torch.randn(40, 3, 8, 8)
+        loader = DataLoader(TensorDataset(images, torch.zeros(40)), batch_size=16)
+        evaluation.recalibrate_bn(net, loader)
+        self.check(net, images.split(16))
+        evaluation.recalibrate_bn(net, [{"input": part} for part in images.split(10)])
+        self.check(net, images.split(10))
+
+    def test_the_images_of_the_study_are_the_first_ones(self, net, data):
+        evaluation.recalibrate_bn(net, evaluation.bn_batches(data, 40, 16))
+        images = normalize(data.train.images, data)
+        self.check(net, images[:40].split(14))
         few = net[1].running_mean.clone()
-        evaluation.reestimate_bn(net, data, 32, batch_size=16)
+        evaluation.recalibrate_bn(net, evaluation.bn_batches(data, 10_000))
+        self.check(net, [images])  # more than there are is all of them
         assert not torch.equal(few, net[1].running_mean)
 
-    def test_more_images_than_there_are_is_all_of_them(self, net, data):
-        other = copy.deepcopy(net)
-        evaluation.reestimate_bn(net, data, 10_000)
-        evaluation.reestimate_bn(other, data, 48)
-        assert equal(net.state_dict(), other.state_dict())
-
-    def test_zero_images_change_nothing(self, net, data):
+    @pytest.mark.parametrize("batches", [[], torch.zeros(0, 3, 8, 8)])
+    def test_no_images_are_one_line_and_change_nothing(self, net, batches):
         before = copy.deepcopy(net.state_dict())
-        evaluation.reestimate_bn(net, data, 0)
-        assert equal(net.state_dict(), before)
+        with pytest.raises(ValueError, match=r"^batches: empty; give training images"):
+            evaluation.recalibrate_bn(net, batches)
+        assert equal(net.state_dict(), before) and net[1].momentum == 0.1
 
-    def test_weights_stay(self, net, data):
+    def test_weights_stay(self, net):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}
-        evaluation.reestimate_bn(net, data, 48)
+        evaluation.recalibrate_bn(net, torch.randn(48, 3, 8, 8))
         assert equal(dict(net.named_parameters()), before)

@@ -115,7 +115,7 @@ class TestTrain:
             torch.testing.assert_close(net.state_dict()[name], tensor)
         assert entry["train_loss"] == pytest.approx(total / 48)
         assert entry["train_top1"] == pytest.approx(100 * hits / 48)
-        assert entry["top1"] == evaluation.evaluate(plain, data, data.test)
+        assert entry["top1"] == evaluation.top1(plain, data, data.test)
         assert entry["epoch"] == 1 and entry["seconds"] > 0 and entry["images_per_s"] > 0
 
     def test_a_part_of_an_epoch_is_its_first_steps(self, make_net, data):

@@ -147,7 +147,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
         taken, _ = timed(lambda: plain_evaluate(models["plain"], test_loader, device))
         seconds["evaluate", "plain"].append(taken)
         taken, _ = timed(
-            lambda: evaluation.evaluate(models["ours"], on_device, on_device.test, forward)
+            lambda: evaluation.top1(models["ours"], on_device, on_device.test, forward)
         )
         seconds["evaluate", "ours"].append(taken)
     epochs.close()
@@ -175,7 +175,7 @@ def training(arch: str, data: Data, params: Params, rounds: int = 3) -> list[dic
     ]
 
 
-def alone(arch: str, data: Data, params: Params, masked: bool = True) -> float:
+def throughput(arch: str, data: Data, params: Params, masked: bool = True) -> float:
     """Images/s of our training loop by itself, the first epoch left out; half pruned or dense."""
     device = backend.device_of(params)
     torch.manual_seed(0)
@@ -232,10 +232,10 @@ def _step(forward: Callable, images: torch.Tensor, labels: torch.Tensor) -> None
 def _one_of_many(rank: int, arch: str, data: Data, params: Params, folder: str) -> None:
     if params.threads:
         torch.set_num_threads(params.threads)
-    write_json(f"{folder}/{rank}.json", alone(arch, data, params))
+    write_json(f"{folder}/{rank}.json", throughput(arch, data, params))
 
 
-def together(arch: str, data: Data, params: Params, processes: int) -> float:
+def throughput_of_several(arch: str, data: Data, params: Params, processes: int) -> float:
     """Images/s in all of several runs that share one device, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         shared = (arch, data, params, folder)
@@ -288,7 +288,7 @@ def measure(params: Params, rounds: int = 3):
         for batch_size in (256, 512, 1024):
             yield from variant(f"batch {batch_size}", data, params.replace(batch_size=batch_size))
         for processes in (2, 4):
-            speed = together(NETWORKS[0], data, params, processes)
+            speed = throughput_of_several(NETWORKS[0], data, params, processes)
             yield {
                 "network": NETWORKS[0],
                 "loop": f"{processes} runs at once",
@@ -304,7 +304,7 @@ def variant(name: str, data: Data, params: Params, masked: bool = True):
     for arch in NETWORKS:
         row = {"network": arch, "device": params.device, "task": "train", "loop": f"ours, {name}"}
         try:
-            yield row | {"images_per_s": alone(arch, data, params, masked)}
+            yield row | {"images_per_s": throughput(arch, data, params, masked)}
         except RuntimeError as error:
             yield row | {"images_per_s": None, "error": str(error).splitlines()[0]}
 
