@@ -257,7 +257,9 @@ BODIES = {
     "scalars": Body(lambda net, y: 1 - 2 * y + y / 4 - (y - 3) + torch.add(y, y, alpha=0.5) - -y),
     "known": Body(lambda net, y: (y - net.channel) / net.channel + y * net.channel.view(8, 1, 1)),
     "products": Body(lambda net, y: y * y.mean(1, keepdim=True) + y * y),
-    "quotients": Body(lambda net, y: y / (1 + y.exp()) - y.mean((2, 3), True) / (2 + y * y).sqrt()),
+    "quotients": Body(
+        lambda net, y: (y / (1 + y.exp()), (y * y + 2) / (y * y + 1).mean((2, 3), True))
+    ),
     "differences": Body(
         lambda net, y: [(y - m, m - y) for m in (y.mean((2, 3), True), y.mean((1, 2, 3), True))]
     ),
@@ -269,7 +271,7 @@ BODIES = {
 }  # fmt: skip
 IN_TORCH = {
     "products": ("(mean)",),
-    "quotients": ("(exp)", "(sqrt)"),
+    "quotients": ("(exp)",),
     "differences": ("(mean)",),
     "overwritten": ("(slice_scatter)",),
 }
