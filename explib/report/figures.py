@@ -205,6 +205,71 @@ def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | 
     return figure
 
 
+ROLES = {
+    "A": {"random": "EXP as published, filter by filter", "l1": "EXP, the largest of a set stay"},
+    "B": {"random": "EXP as published", "l1": "EXP, the largest of a set stay"},
+    "random": {"": "chance"},
+    "matched": {"": "chance, sizes as EXP's"},
+    "l1": {"": "magnitude: the largest stay"},
+    "filters": {"": "whole filters"},
+}
+"""What a criterion of the study is to a reader who knows none of their names."""
+
+
+@_style
+def finding(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
+    """EXP's score against chance and magnitude, after a short and a long fine-tuning.
+
+    At the rates and the two lengths that most criteria were run for, at equal cuts.
+    """
+    runs = selection.compared(frame, usual)
+    runs = runs[runs["arch"] == arch] if len(runs) else runs
+    lengths = runs.groupby(_PANEL).size() if len(runs) else pd.Series(dtype=int)
+    lengths = lengths[lengths > 2]
+    several = lengths.groupby("compress_rate").filter(lambda sizes: len(sizes) > 1)
+    if several.empty:
+        return None
+    rates = several.groupby("compress_rate").sum().idxmax()
+    short, long = sorted(several[rates].nlargest(2).index)
+    runs = runs[(runs["compress_rate"] == rates) & runs["trained"].isin([short, long])]
+    runs = runs.assign(key=[selection.way_of(run) for _, run in runs.iterrows()])
+    keys = [key for _, key in sorted({_place_of(key): key for key in runs["key"]}.items())]
+    figure, axes = _figure(7, 1.3 + 0.52 * len(keys))
+    for y, key in enumerate(keys):
+        own = runs[runs["key"] == key].sort_values("trained")
+        colour = colour_of(key[0])
+        axes.plot(own["last"], [y] * len(own), color=colour, linewidth=1.5, alpha=0.35)
+        for _, run in own.iterrows():
+            axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
+                          capsize=3, markersize=8, color=colour,
+                          markerfacecolor=colour if run["trained"] == long else "white")  # fmt: skip
+            text = f"{run['last']:.2f}" + (f" (n={run['n']})" if run["n"] > 1 else "")
+            axes.annotate(text, (run["last"], y), xytext=(0, 8), textcoords="offset points",
+                          fontsize=8.5, ha="center")  # fmt: skip
+    dense = runs["dense"].iloc[0]
+    axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
+    axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
+                  textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
+    names = [f"{ROLES.get(key[0], {}).get(key[1], '')}\n{criterion_name(*key)}" for key in keys]
+    axes.set_yticks(range(len(keys)), names)
+    axes.set(ylim=(-0.9, len(keys) - 0.3), xlabel="top-1 on CIFAR-10's test set, %")
+    axes.margins(x=0.08)
+    axes.grid(axis="y", visible=False)
+    cut = 100 * (1 - runs["macs"] / runs["macs_dense"]).median()
+    axes.set_title(
+        f"{network_name(arch)} without {cut:.1f} % of its multiply-adds,\n"
+        f"fine-tuned for {short:g} epochs (hollow) and for {long:g} (full)"
+    )
+    return figure
+
+
+def _place_of(key: tuple[str, str]) -> int:
+    """Where a criterion stands in reports, from chance to structure; others last."""
+    plain = (key[0], key[1] or "")
+    known = [(way, survivors) for way, survivors in registry.variants()]
+    return known.index(plain) if plain in known else len(known)
+
+
 def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
@@ -305,6 +370,8 @@ _SEE = {
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
     "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
+    "finding": "how far chance alone comes, and how little of the differences after few epochs is "
+    "left after many. Bars reach one standard deviation of n seeds; without n it is one seed.",
     "differences": "which intervals lie to one side of 0. They are of the seeds of one dense "
     "network, not corrected for how many there are; the table of criteria has corrected p values.",
     "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
@@ -395,6 +462,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
         figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"finding-{arch}"] = finding(frame, arch, usual)
         figures[f"differences-{arch}"] = differences(frame, arch, usual)
         figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
         chosen = _most_compared(frame, arch, usual).get("runs", [])

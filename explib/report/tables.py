@@ -1,6 +1,7 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from explib import registry
 from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
-from explib.report import selection
+from explib.report import selection, speed_tables
 from explib.report.markup import fill, to_html, to_markdown
 from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
@@ -23,20 +24,26 @@ CAPTIONS = {
     "ours": "Ways A and B with the survivors of largest L1 norm",
     "overview": "Criteria at a glance: top-1 at the last epoch, of one seed where no n is given",
     "criteria": "Criteria at the same rates; differences ± half their 95 % interval, p by Holm",
+    "order": "Rank correlation of top-1 before and after fine-tuning, over the criteria",
     "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
     "controls": "Every criterion before fine-tuning",
+    "recipes": "Recipes of fine-tuning, on a validation split",
     "settings": "Other settings of way B before fine-tuning",
     "training": "Training and evaluation, the plain loop and ours",
     "sparse_training": "One batch forward and backward, over all kernels and the surviving ones",
     "processes": "One run in several processes",
+    "alternatives": "Images per second, at the fastest precision each",
+    "shipped": "The shipped networks: top-1 and images per second, batch 128",
+    "density": "ResNet-56 in the engine, by the share of kernels that survive",
     "speed": "Images per second, dense in torch and in the engine",
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
-_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "precision", "hardware"]
+_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hours", "precision"]
+_COLUMNS += ["hardware"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
@@ -108,6 +115,7 @@ def _line(run: Any, row: Any, way: str = "") -> dict:
         "before fine-tuning": _before(run),
         "change": f"{run['last'] - run['dense']:+.2f}",
         "epochs": f"{run['trained']:g}",
+        "hours": f"{run['wall_s'] / 3600:.1f}" if run["wall_s"] >= 0 else "",
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "precision": run["computed_in"],
@@ -182,6 +190,24 @@ def overview(compared: pd.DataFrame) -> pd.DataFrame:
     best = ranks.mean(axis=1).sort_values(ascending=False, kind="stable").index
     cells = cells.loc[best, list(dict.fromkeys(column))]
     return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
+
+
+def order(compared: pd.DataFrame) -> pd.DataFrame:
+    """Whether criteria rank after fine-tuning as they do before: Spearman's rank correlation.
+
+    Of the table of `criteria`, for each network, cut and number of epochs with four or more.
+    """
+    if compared.empty:
+        return compared
+    lines, key = [], ["network", "published cut %", "epochs"]
+    for values, own in compared.groupby(key, sort=False):
+        before = pd.to_numeric(own["before fine-tuning"])
+        last = own["last epoch"].map(lambda cell: float(cell.split()[0]))
+        if before.notna().sum() > 3:
+            found = before.corr(last, method="spearman")
+            line = dict(zip(key, values, strict=True)) | {"criteria": str(before.notna().sum())}
+            lines.append(line | {"rank correlation": f"{found:.2f}"})
+    return pd.DataFrame(lines)
 
 
 CONTROLS = ("random", "matched", "l1")
@@ -329,35 +355,40 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "ours": accuracy(frame, dataset, "l1", usual),
         "overview": overview(compared),
         "criteria": compared,
+        "order": order(compared),
         "sensitivity": sensitivity(frame),
         "baselines": baselines(frame, usual),
         "flops": recount() if main else pd.DataFrame(),
         "controls": bench.controls(results_dir) if main else pd.DataFrame(),
         "settings": bench.settings(results_dir) if main else pd.DataFrame(),
+        "recipes": bench.recipes(results_dir) if main else pd.DataFrame(),
         "training": bench.training(results_dir) if main else pd.DataFrame(),
         "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
         "processes": bench.processes(results_dir) if main else pd.DataFrame(),
-        "speed": bench.speed(results_dir) if main else pd.DataFrame(),
-        "exactness": bench.exactness(results_dir) if main else pd.DataFrame(),
+        "alternatives": speed_tables.alternatives(results_dir) if main else pd.DataFrame(),
+        "speed": speed_tables.speed(results_dir) if main else pd.DataFrame(),
+        "density": speed_tables.density(results_dir) if main else pd.DataFrame(),
+        "shipped": speed_tables.shipped(results_dir) if main else pd.DataFrame(),
+        "exactness": speed_tables.exactness(results_dir) if main else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 
 
+PAGES = ("README.md", "results/README.md", "docs/*.md")
+"""The pages of a checkout whose tables and numbers come from records."""
+
+
 def build(
-    results_dir: str | Path = "results", dataset: str = "cifar10", readme: str | Path = ""
+    results_dir: str | Path = "results", dataset: str = "cifar10", pages: str | Path = ""
 ) -> list[Path]:
     """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths.
 
-    readme: a Markdown file whose tables are written anew, too, where its marks say; see `fill`.
-    ValueError where it has no marks.
+    pages: a folder whose PAGES are written anew, too, where their marks say; see `fill`. ValueError
+    where its README.md has no marks.
     """
     folder = resolve(results_dir) / "tables" / registry.file_name(dataset)
-    written, tables = [], make(results_dir, dataset)
-    if readme:
-        text = Path(readme).read_text()
-        if "<!-- table:" not in text:
-            raise ValueError(f"{readme}: has no table between <!-- table:NAME --> and its end")
-        written.append(write_text(readme, fill(text, tables)))
+    tables = make(results_dir, dataset)
+    written = _fill_pages(Path(pages), tables) if pages else []
     for name, table in tables.items():
         written += [
             write_text(folder / f"{name}.csv", table.to_csv(index=False)),
@@ -365,6 +396,18 @@ def build(
             write_text(folder / f"{name}.html", to_html(table, CAPTIONS[name])),
         ]
     return written
+
+
+def _fill_pages(folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
+    paths = [path for names in PAGES for path in sorted(folder.glob(names))]
+    texts = {path: path.read_text() for path in paths}
+    if "<!-- table:" not in texts.get(folder / "README.md", ""):
+        raise ValueError(f"{folder}/README.md: has no table between <!-- table:NAME --> and its end")
+    return [
+        write_text(path, fill(text, tables))
+        for path, text in texts.items()
+        if re.search("<!-- (table|n|cell):", text)
+    ]
 
 
 def counting_table(left: dict) -> pd.DataFrame:
