@@ -169,13 +169,13 @@ def recipes(file, results_dir):
 @cli.command()
 @click.argument("network", type=click.Path())
 @data_dir
-@answer("columns")
+@answer("evaluated")
 def evaluate(network, data_dir):
     """Top-1 of a NETWORK of the study on its test images.
 
-    NETWORK: a compact safetensors file. A row for each way to run it: in fp32 in torch, then in the
-    engine in each type that this processor computes in, those of 16 bits also with the undecided
-    images computed again.
+    NETWORK: a compact safetensors file. A row for fp32 in torch, then one for the engine in each
+    type that this processor computes in, those of 16 bits also with the undecided images computed
+    again.
     """
     from explib.study.verify import verify
 

@@ -15,7 +15,7 @@ from explib.pruning import scores as scoring
 from explib.rates import parse_rates
 from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
-from explib.report import inference_plots, plots, selection, tables
+from explib.report import comparisons, inference_plots, plots, selection
 from explib.report.names import colour_of, criterion_name, network_name
 from explib.report.plots import curves, in_style, new_figure, save, sparsity
 from explib.study import networks, records
@@ -173,7 +173,7 @@ def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | 
     runs = selection.compared(frame, usual)
     if runs.empty:
         return None
-    found = tables.differences(runs).dropna(subset="half")
+    found = comparisons.differences(runs).dropna(subset="half")
     found = found.merge(runs[["arch", *_PANEL]], left_on="run", right_index=True)
     found = found[found["arch"] == arch]
     if found.empty:
@@ -223,15 +223,17 @@ def finding(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None
     At the rates and the two lengths that most criteria were run for, at equal cuts.
     """
     runs = selection.compared(frame, usual)
-    runs = runs[runs["arch"] == arch] if len(runs) else runs
-    lengths = runs.groupby(_PANEL).size() if len(runs) else pd.Series(dtype=int)
-    lengths = lengths[lengths > 2]
-    several = lengths.groupby("compress_rate").filter(lambda sizes: len(sizes) > 1)
-    if several.empty:
+    if runs.empty:
         return None
-    rates = several.groupby("compress_rate").sum().idxmax()
-    short, long = sorted(several[rates].nlargest(2).index)
+    sizes = runs[runs["arch"] == arch].groupby(_PANEL).size()  # criteria
+    sizes = sizes[sizes > 2].sort_values(ascending=False, kind="stable")
+    several = [own for _, own in sizes.groupby("compress_rate") if len(own) > 1]
+    if not several:
+        return None
+    chosen = max(several, key=lambda own: own.iloc[:2].sum()).index[:2]
+    rates, (short, long) = chosen[0][0], sorted(trained for _, trained in chosen)
     runs = runs[(runs["compress_rate"] == rates) & runs["trained"].isin([short, long])]
+    runs = runs[runs["arch"] == arch]
     runs = runs.assign(key=[selection.way_of(run) for _, run in runs.iterrows()])
     keys = [key for _, key in sorted({_place_of(key): key for key in runs["key"]}.items())]
     figure, axes = _figure(7, 1.3 + 0.52 * len(keys))
@@ -240,9 +242,9 @@ def finding(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None
         colour = colour_of(key[0])
         axes.plot(own["last"], [y] * len(own), color=colour, linewidth=1.5, alpha=0.35)
         for _, run in own.iterrows():
+            hollow = {} if run["trained"] == long else {"markerfacecolor": "white"}
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                          capsize=3, markersize=8, color=colour,
-                          markerfacecolor=colour if run["trained"] == long else "white")  # fmt: skip
+                          capsize=3, markersize=8, color=colour, **hollow)  # fmt: skip
             text = f"{run['last']:.2f}" + (f" (n={run['n']})" if run["n"] > 1 else "")
             axes.annotate(text, (run["last"], y), xytext=(0, 8), textcoords="offset points",
                           fontsize=8.5, ha="center")  # fmt: skip

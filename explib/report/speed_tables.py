@@ -92,7 +92,6 @@ def _rechecked_speed(path: Path, way: str) -> str:
     return f"{100 * statistics.median(shares):.0f}" if shares else ""
 
 
-
 ALTERNATIVES = {
     "torch.compile, dense": ("compiled",),
     "OpenVINO, dense": ("openvino fp32", "openvino bf16", "openvino fp16"),
@@ -111,7 +110,7 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
     found = [record for record, _ in _records(results_dir, "runtime")]
     if not found:
         return pd.DataFrame()
-    record = max(found, key=lambda record: record["provenance"]["created"])
+    record = max(found, key=lambda record: record["provenance"].get("created", ""))
     name, lines = record["provenance"]["hardware"]["name"], []
     for row in record["networks"]:
         best = {column: _fastest(row, names) for column, names in ALTERNATIVES.items()}
@@ -136,7 +135,7 @@ def shipped(results_dir: str | Path = "results") -> pd.DataFrame:
     """Top-1 and images per second of the networks that shipped when a machine was measured."""
     lines = []
     for record, name in _records(results_dir, "runtime"):
-        for row in record["shipped"]:
+        for row in record.get("shipped", []):
             lines.append(
                 {
                     "network": row["name"],
@@ -154,7 +153,7 @@ def density(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of ResNet-56 in the engine, by the share of kernels that survive."""
     lines = []
     for record, name in _records(results_dir, "runtime"):
-        for row in record["density"]:
+        for row in record.get("density", []):
             speeds = {way: f"{speed:.0f}" for way, speed in row["images_per_s"].items()}
             lines.append({"density": f"{row['density']:g}", **speeds, "hardware": hardware(name)})
     return _hardware_last(lines)

@@ -1,19 +1,16 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from explib import registry
 from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
-from explib.report import selection, speed_tables
+from explib.report import comparisons, selection, speed_tables
 from explib.report.markup import fill, to_html, to_markdown
 from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
@@ -154,7 +151,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     runs = runs.sort_values(
         ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
     )
-    against = differences(runs)
+    against = comparisons.differences(runs)
     lines = []
     for index, run in runs.iterrows():
         line = _line(run, None)
@@ -164,107 +161,14 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "epochs": line["epochs"],
             "criterion": criterion_name(*selection.way_of(run)),
             "last epoch": line["last epoch"],
-            "against random kernels": _difference(against, index, "random"),
-            "against B's norms": _difference(against, index, "matched"),
-            "against L1 kernels": _difference(against, index, "l1"),
+            "against random kernels": comparisons.cell(against, index, "random"),
+            "against B's norms": comparisons.cell(against, index, "matched"),
+            "against L1 kernels": comparisons.cell(against, index, "l1"),
         }
         lines.append(
             first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
         )
     return pd.DataFrame(lines)
-
-
-def overview(compared: pd.DataFrame) -> pd.DataFrame:
-    """The table of `criteria` at a glance: a line a criterion, a column a network, cut and epochs.
-
-    Cells are top-1 at the last epoch; what ranks highest on the mean of the columns stands first.
-    """
-    if compared.empty:
-        return compared
-    epochs = compared["epochs"].map(lambda e: "1 epoch" if e == "1" else f"{e} epochs")
-    column = compared["network"] + ", " + compared["published cut %"] + " %, " + epochs
-    cells = compared.assign(column=column).pivot(
-        index="criterion", columns="column", values="last epoch"
-    )
-    ranks = cells.map(lambda cell: float(cell.split()[0]), na_action="ignore").rank(pct=True)
-    best = ranks.mean(axis=1).sort_values(ascending=False, kind="stable").index
-    cells = cells.loc[best, list(dict.fromkeys(column))]
-    return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
-
-
-def order(compared: pd.DataFrame) -> pd.DataFrame:
-    """Whether criteria rank after fine-tuning as they do before: Spearman's rank correlation.
-
-    Of the table of `criteria`, for each network, cut and number of epochs with four or more.
-    """
-    if compared.empty:
-        return compared
-    lines, key = [], ["network", "published cut %", "epochs"]
-    for values, own in compared.groupby(key, sort=False):
-        before = pd.to_numeric(own["before fine-tuning"])
-        last = own["last epoch"].map(lambda cell: float(cell.split()[0]))
-        if before.notna().sum() > 3:
-            found = before.corr(last, method="spearman")
-            line = dict(zip(key, values, strict=True)) | {"criteria": str(before.notna().sum())}
-            lines.append(line | {"rank correlation": f"{found:.2f}"})
-    return pd.DataFrame(lines)
-
-
-CONTROLS = ("random", "matched", "l1")
-"""Criteria without a score, which the others, and the later of these, are set against."""
-
-
-def differences(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each group of `selection.compared` against each of CONTROLS, over the seeds that both have.
-
-    Columns: run (the group's index), control, mean (points of top-1), half (of the 95 % interval,
-    NaN for one seed), p (of a paired t-test, by Holm's method over all rows), n (seeds).
-    """
-    rows = []
-    for index, run in runs.iterrows():
-        way = run["pruning_way"]
-        for control in CONTROLS[: CONTROLS.index(way)] if way in CONTROLS else CONTROLS:
-            same = (runs[[*_RATES, "trained"]] == run[[*_RATES, "trained"]]).all(axis=1)
-            others = runs[(runs["pruning_way"] == control) & same]
-            if others.empty:
-                continue
-            other = others.iloc[0]["by_seed"]
-            if seeds := sorted(set(run["by_seed"]) & set(other)):
-                found = _paired([run["by_seed"][s] for s in seeds], [other[s] for s in seeds])
-                rows.append({"run": index, "control": control, **found})
-    table = pd.DataFrame(rows, columns=["run", "control", "mean", "half", "p", "n"])
-    return table.assign(p=holm(table["p"]))
-
-
-def _paired(own: list[float], other: list[float]) -> dict:
-    """Mean difference of pairs, half of its 95 % interval, p of a paired t-test, and their number.
-
-    One pair has no interval and no test: NaN.
-    """
-    mean = sum(own) / len(own) - sum(other) / len(other)
-    if len(own) == 1:
-        return {"mean": mean, "half": math.nan, "p": math.nan, "n": 1}
-    test = stats.ttest_rel(own, other)
-    half = test.confidence_interval(0.95).high - mean
-    return {"mean": mean, "half": half, "p": float(test.pvalue), "n": len(own)}
-
-
-def holm(values: pd.Series) -> pd.Series:
-    """p values corrected for their number by Holm's method; NaN counts as no test."""
-    tests = values.dropna().sort_values()
-    steps = tests * np.arange(len(tests), 0, -1)
-    return steps.cummax().clip(upper=1).reindex(values.index)
-
-
-def _difference(against: pd.DataFrame, index: int, control: str) -> str:
-    """A cell of `differences`: the mean, half its interval, p and the number of seeds."""
-    rows = against[(against["run"] == index) & (against["control"] == control)]
-    if rows.empty:
-        return ""
-    row = rows.iloc[0]
-    if row["n"] == 1:
-        return f"{row['mean']:+.2f} (n=1)"
-    return f"{row['mean']:+.2f} ± {row['half']:.2f} (p = {row['p']:.3f}, n={row['n']})"
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
@@ -353,9 +257,9 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
     tables = {
         "as_published": accuracy(frame, dataset, "random", usual),
         "ours": accuracy(frame, dataset, "l1", usual),
-        "overview": overview(compared),
+        "overview": comparisons.overview(compared),
         "criteria": compared,
-        "order": order(compared),
+        "order": comparisons.order(compared),
         "sensitivity": sensitivity(frame),
         "baselines": baselines(frame, usual),
         "flops": recount() if main else pd.DataFrame(),
@@ -402,7 +306,9 @@ def _fill_pages(folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
     paths = [path for names in PAGES for path in sorted(folder.glob(names))]
     texts = {path: path.read_text() for path in paths}
     if "<!-- table:" not in texts.get(folder / "README.md", ""):
-        raise ValueError(f"{folder}/README.md: has no table between <!-- table:NAME --> and its end")
+        raise ValueError(
+            f"{folder}/README.md: has no table between <!-- table:NAME --> and its end"
+        )
     return [
         write_text(path, fill(text, tables))
         for path, text in texts.items()

@@ -25,6 +25,8 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "rates.py": "test_params.py",
     "report/bench_plots.py": "study/test_bench.py",
     "report/bench_tables.py": "study/test_bench.py",
+    "report/comparisons.py": "report/test_tables.py",
+    "report/speed_tables.py": "study/test_inference_bench.py",
     "report/inference_plots.py": "study/test_inference_bench.py",
     "report/markup.py": "report/test_tables.py",
     "report/names.py": "report/test_tables.py",
