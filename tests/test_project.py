@@ -124,6 +124,7 @@ def _anchors(text: str) -> set[str]:
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_link_of_a_page_leads_somewhere(name):
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", TEXTS[name])
+    links += [(target, "") for target in re.findall('src="(.*?)"', TEXTS[name])]
     for target, anchor in links:
         path = (ROOT / name).parent / target if target else ROOT / name
         assert path.exists(), target
