@@ -102,7 +102,7 @@ ALTERNATIVES = {
 
 
 def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
-    """Images per second of each way to run a network, at its fastest precision.
+    """Images per second of each backend, at its fastest precision.
 
     Of the record of explib.study.bench.inference that is the latest. `gain` is the pruned network's
     over the fastest dense one; int8, whose answers differ, does not count.
