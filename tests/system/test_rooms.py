@@ -26,6 +26,7 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "report/bench_plots.py": "study/test_bench.py",
     "report/bench_tables.py": "study/test_bench.py",
     "report/comparisons.py": "report/test_tables.py",
+    "report/finding.py": "report/test_figures.py",
     "report/speed_tables.py": "study/test_inference_bench.py",
     "report/inference_plots.py": "study/test_inference_bench.py",
     "report/markup.py": "report/test_tables.py",
