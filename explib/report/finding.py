@@ -7,7 +7,7 @@ from explib import registry
 from explib.registry import GREY
 from explib.report import selection
 from explib.report.names import colour_of, criterion_name, network_name
-from explib.report.plots import _figure, _style
+from explib.report.plots import in_style, new_figure
 
 PANEL = ["compress_rate", "trained"]
 ROLES = {
@@ -21,7 +21,7 @@ ROLES = {
 """What a criterion of the study is to a reader who knows none of their names."""
 
 
-@_style
+@in_style
 def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     """EXP's score against chance and magnitude, after a short and a long fine-tuning.
 
@@ -41,7 +41,7 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     runs = runs[runs["arch"] == arch]
     runs = runs.assign(key=[selection.way_of(run) for _, run in runs.iterrows()])
     keys = sorted(set(runs["key"]), key=_place_of)
-    figure, axes = _figure(7, 1.3 + 0.52 * len(keys))
+    figure, axes = new_figure(7, 1.3 + 0.52 * len(keys))
     for y, key in enumerate(keys):
         own = runs[runs["key"] == key].sort_values("trained")
         colour = colour_of(key[0])
