@@ -45,7 +45,7 @@ reproduce: .venv/ready  ## the twelve published rows on CIFAR-10, anew, in repro
 	@echo 'Twelve fine-tunes and a VGG-16 from scratch: about a day on a few CPU cores. Interrupt it at will; it goes on where it was.'
 	$(WORKFLOW) reproduce --config results_dir=reproduced
 
-tables: .venv/ready  ## every table and figure, and those of the README, from the records: seconds
+tables: .venv/ready  ## every table and figure, and what the pages quote, from the records: seconds
 	@$(MAKE) --no-print-directory --jobs 2 readme 04_tables
 
 readme: .venv/ready

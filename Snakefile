@@ -49,8 +49,8 @@ ALONE = contextlib.ExitStack()
 
 
 onstart:
-    # Two workflows would take each other's files away: one at a time for a data set. The kernel
-    # lets go of these locks when a workflow is killed, which Snakemake's own would outlive.
+    # Two workflows would take each other's files away: one at a time for a data set. The operating
+    # system lets go of these locks when a workflow is killed, which Snakemake's own would outlive.
     work = {job.wildcards.dataset for job in workflow.dag.needrun_jobs() if job.wildcards}
     folders = [f"{RESULTS}/runs/{dataset}" for dataset in sorted(work)]
     if any([ALONE.enter_context(locked(f"{folder}/.lock")) for folder in folders]):

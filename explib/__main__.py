@@ -169,13 +169,13 @@ def recipes(file, results_dir):
 @cli.command()
 @click.argument("network", type=click.Path())
 @data_dir
-@answer("columns")
+@answer("evaluated")
 def evaluate(network, data_dir):
     """Top-1 of a NETWORK of the study on its test images.
 
-    NETWORK: a compact safetensors file. A row for each way to run it: in fp32 in torch, then in the
-    engine in each type that this processor computes in, those of 16 bits also with the undecided
-    images computed again.
+    NETWORK: a compact safetensors file. A row for fp32 in torch, then one for the engine in each
+    type that this processor computes in, those of 16 bits also with the undecided images computed
+    again.
     """
     from explib.study.verify import verify
 
@@ -207,7 +207,7 @@ def verify(files, data_dir, results_dir):
 @results_dir
 @click.option("--dataset", default="cifar10", show_default=True, help="whose records")
 @click.option("--figures/--no-figures", default=True, show_default=True, help="figures, too")
-@click.option("--readme", is_flag=True, help="put the tables into README.md, too")
+@click.option("--readme", is_flag=True, help="fill README.md, results/README.md, docs/*.md, too")
 @answer("paths")
 def tables(results_dir, dataset, figures, readme):
     """Write every table and figure that the records allow."""
@@ -216,7 +216,7 @@ def tables(results_dir, dataset, figures, readme):
         raise ParamError(f"dataset: {dataset!r}, but README.md has the tables of 'cifar10'")
     from explib.report import tables as making
 
-    written = making.build(results_dir, dataset, resolve("README.md") if readme else "")
+    written = making.build(results_dir, dataset, resolve(".") if readme else "")
     if figures:
         from explib.report import figures as drawing
 

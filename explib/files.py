@@ -88,9 +88,9 @@ def _sweep(folder: Path, prefix: str) -> None:
 def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of the file `path`, which is made and stays: one process at a time.
 
-    The kernel lets go of it however the process ends, so that no lock is ever left behind. Where
-    another process has it: BlockingIOError, or with `wait` one line on stderr, and its turn.
-    Yields whether it had to wait. OSError, naming the file, where it cannot be made.
+    The operating system lets go of it however the process ends, so that no lock is ever left
+    behind. Where another process has it: BlockingIOError, or with `wait` one line on stderr, and
+    its turn. Yields whether it had to wait. OSError, naming the file, where it cannot be made.
     """
     path = Path(path)
     try:

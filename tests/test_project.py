@@ -1,4 +1,4 @@
-"""What holds the project together: one list of packages, one README, one name per configuration."""
+"""What holds the project together: one list of packages, one name per configuration, its pages."""
 
 import re
 import subprocess
@@ -12,12 +12,10 @@ from packaging.utils import canonicalize_name
 
 from explib import params
 from explib import rates as rates_module
+from explib.report import tables
 from tests.conftest import ROOT
 
 CONFIGURATIONS = sorted((ROOT / "params").glob("*/*.yaml"))
-README = (ROOT / "README.md").read_text()
-
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -77,11 +75,25 @@ def test_every_published_row_has_its_configurations():
     assert len(wanted) == 48 and wanted <= found
 
 
-EXAMPLES = re.findall(r"<!-- example:.*?-->\n```python\n(.*?)```", README, re.S)
+PAGES = [path for names in (*tables.PAGES, "CONTRIBUTING.md") for path in sorted(ROOT.glob(names))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
+EXAMPLE = re.compile(r"<!-- example:.*?-->\n```python\n(.*?)```(?:\n\n```\n(.*?)```)?", re.S)
+EXAMPLES = {
+    f"{name}-{number}": found
+    for name, text in TEXTS.items()
+    for number, found in enumerate(EXAMPLE.findall(text))
+}
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_readme_examples_run(tmp_path, code):
+def _shape(text: str) -> list[str]:
+    """Lines of an output, their numbers left out, and the lines of progress."""
+    lines = [line for line in text.replace("\r", "\n").splitlines() if "step" not in line]
+    return [" ".join(re.sub(r"[\d.]+", "0", line).split()) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_the_pages_run(tmp_path, name):
+    code, shown = EXAMPLES[name]
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -90,8 +102,36 @@ def test_the_readme_examples_run(tmp_path, code):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pruned.safetensors").is_file() == ("explib.save(" in code)
+    if shown:
+        assert _shape(done.stdout) == _shape(shown)
 
 
-def test_every_file_the_readme_names_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_there_are_examples_on_the_pages_for_users():
+    assert {name.rpartition("-")[0] for name in EXAMPLES} == {
+        "README.md",
+        "docs/any-network.md",
+        "docs/speed.md",
+    }
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors that a page's headings get where it is shown."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_of_a_page_leads_somewhere(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", TEXTS[name])
+    links += [(target, "") for target in re.findall('src="(.*?)"', TEXTS[name])]
+    for target, anchor in links:
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in _anchors(path.read_text()), f"{target}#{anchor}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert (ROOT / "README.md").stat().st_size <= 12_288
+    linked = re.findall(r"\]\(([^)#]+)", TEXTS["README.md"])
+    assert set(TEXTS) - {"README.md"} <= set(linked)

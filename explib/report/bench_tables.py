@@ -11,8 +11,6 @@ from explib.files import resolve
 from explib.report.names import criterion_name, network_name
 from explib.study.records import hardware
 
-SIXTEEN_BITS = ("engine bf16", "engine fp16")
-
 
 def training(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images/s of the plain loop and ours on every machine measured, and their ratio."""
@@ -58,79 +56,6 @@ def sparse_training(results_dir: str | Path = "results") -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
-
-
-def speed(results_dir: str | Path = "results") -> pd.DataFrame:
-    """Images per second of the records that explib.study.bench.inference writes, and the speed-ups.
-
-    The engine in fp32 against torch in fp32, in its fastest type against torch in bf16.
-    """
-    lines = []
-    for path in sorted((resolve(results_dir) / "bench").glob("runtime-*.json")):
-        record = json.loads(path.read_text())
-        name = record["provenance"]["hardware"]["name"]
-        lines += [_speed_line(row, name) for row in record["networks"]]
-    return pd.DataFrame(lines)
-
-
-def _speed_line(row: dict, name: str) -> dict:
-    found = row["images_per_s"]
-    line = {
-        "network": network_name(row["arch"]),
-        "MACs cut %": f"{row['cut_pct']:.1f}",
-        "batch": str(row["batch"]),
-        **{name: f"{found[name]:.0f}" for name in found if name not in SIXTEEN_BITS},
-    }
-    short = max((name for name in SIXTEEN_BITS if name in found), key=found.get, default="")
-    if short:
-        line["engine 16 bits"] = f"{found[short]:.0f} {short.removeprefix('engine ')}"
-    fp32 = found.get("engine fp32", 0)
-    for dense, engine, label in (
-        ("eager fp32", fp32, "engine fp32 / eager fp32"),
-        ("compiled fp32", fp32, "engine fp32 / compiled fp32"),
-        ("compiled bf16", max(fp32, found.get(short, 0)), "engine, best / compiled bf16"),
-    ):
-        if dense in found and engine:
-            line[label] = f"{engine / found[dense]:.1f}"
-    return line | {"hardware": hardware(name)}
-
-
-def exactness(results_dir: str | Path = "results") -> pd.DataFrame:
-    """How the engine's answers on the test images differ from torch's, over the shipped networks.
-
-    Of the records that explib.study.verify writes; the speed, as a share of that without a second
-    look, of those of explib.study.bench.inference.
-    """
-    lines = []
-    for path in sorted((resolve(results_dir) / "bench").glob("accuracy-*.json")):
-        record = json.loads(path.read_text())
-        rows = record["rows"]
-        exact = {row["network"]: row["top1"] for row in rows if row["way"] == "torch fp32"}
-        for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "torch fp32"):
-            own = [row for row in rows if row["way"] == way]
-            off = [row["top1"] - exact[row["network"]] for row in own]
-            share = _rechecked_speed(path.with_name(path.name.replace("accuracy", "runtime")), way)
-            lines.append(
-                {
-                    "computed in": way,
-                    "networks": str(len(own)),
-                    "top-1 off by at most": f"{max(map(abs, off)):.2f}",
-                    "on the mean": f"{statistics.mean(off):+.3f}",
-                    "other answers, at most": str(max(row["differ"] for row in own)),
-                    "computed twice %": f"{statistics.mean(r['rechecked_pct'] for r in own):.1f}",
-                    "speed %": share,
-                    "hardware": hardware(record["provenance"]["hardware"]["name"]),
-                }
-            )
-    return pd.DataFrame(lines)
-
-
-def _rechecked_speed(path: Path, way: str) -> str:
-    """The median speed with a second look, in per cent of that without; nothing if not measured."""
-    rows = json.loads(path.read_text())["shipped"] if path.is_file() else []
-    plain, found = way.removesuffix(", rechecked"), [row["images_per_s"] for row in rows]
-    shares = [s[way] / s[plain] for s in found if way != plain and way in s]
-    return f"{100 * statistics.median(shares):.0f}" if shares else ""
 
 
 def processes(results_dir: str | Path = "results") -> pd.DataFrame:
@@ -186,6 +111,22 @@ def settings(results_dir: str | Path = "results") -> pd.DataFrame:
             line = lines.setdefault((row["arch"], row["changed"]), line)
             line[criterion_name("B", row["survivors"])] = _mean(row["top1"])
     return pd.DataFrame(lines.values())
+
+
+def recipes(results_dir: str | Path = "results") -> pd.DataFrame:
+    """Top-1 in per cent of each recipe of fine-tuning, on a validation split, and its length."""
+    path = resolve(results_dir) / "bench/recipes.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    return pd.DataFrame(
+        {
+            "recipe": row["recipe"],
+            "before fine-tuning": "" if row["before"] is None else f"{row['before']:.2f}",
+            "last epoch": f"{row['last']:.2f}",
+            "epochs": f"{record['pruned']['epochs']:g}",
+            "hardware": hardware(record["provenance"]["hardware"]["name"]),
+        }
+        for row in record["rows"]
+    )
 
 
 def _place(arch: str) -> int:

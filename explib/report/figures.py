@@ -15,7 +15,7 @@ from explib.pruning import scores as scoring
 from explib.rates import parse_rates
 from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
-from explib.report import inference_plots, plots, selection, tables
+from explib.report import comparisons, finding, inference_plots, plots, selection
 from explib.report.names import colour_of, criterion_name, network_name
 from explib.report.plots import curves, in_style, new_figure, save, sparsity
 from explib.study import networks, records
@@ -173,7 +173,7 @@ def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | 
     runs = selection.compared(frame, usual)
     if runs.empty:
         return None
-    found = tables.differences(runs).dropna(subset="half")
+    found = comparisons.differences(runs).dropna(subset="half")
     found = found.merge(runs[["arch", *_PANEL]], left_on="run", right_index=True)
     found = found[found["arch"] == arch]
     if found.empty:
@@ -305,6 +305,8 @@ _SEE = {
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
     "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
+    "finding": "how far chance alone comes, and how little of the differences after few epochs is "
+    "left after many. Bars reach one standard deviation of n seeds; without n it is one seed.",
     "differences": "which intervals lie to one side of 0. They are of the seeds of one dense "
     "network, not corrected for how many there are; the table of criteria has corrected p values.",
     "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "
@@ -395,6 +397,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
         figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"finding-{arch}"] = finding.draw(frame, arch, usual)
         figures[f"differences-{arch}"] = differences(frame, arch, usual)
         figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
         chosen = _most_compared(frame, arch, usual).get("runs", [])

@@ -1,4 +1,4 @@
-"""Tables as text: Markdown, HTML, between the marks of a README."""
+"""Tables as text: Markdown, HTML, between the marks of a page."""
 
 import re
 
@@ -62,21 +62,72 @@ def to_html(table: pd.DataFrame, caption: str) -> str:
 
 
 def fill(text: str, tables: dict[str, pd.DataFrame]) -> str:
-    """`text` with each table put between <!-- table:NAME --> and <!-- /table:NAME -->.
+    """`text` with tables and single numbers put where its marks say.
 
-    Where a mark goes on, as <!-- table:NAME | column | column -->, those columns only, in that
-    order, as far as the table has them. Of machines' names the part in brackets is left out.
+    <!-- table:NAME --> ... <!-- /table:NAME -->: a table; where the mark goes on, as
+    <!-- table:NAME | column | column -->, those columns only, in that order, as far as the table
+    has them. Of machines' names the part in brackets is left out.
+
+    <!-- n:TABLE; cell; cell; column -->93.20<!-- /n -->: the first number of one cell of a table,
+    that of the row which has these cells (text alone for any column, or column=text) in that
+    column. After `minus` or `over` a second such place: the difference, or the ratio, of the two.
+    <!-- cell:... -->...<!-- /cell -->: the whole cell. Where no record gives it, it says so.
+
+    What is of a table that `tables` lacks stays as it is. ValueError for a mark of several rows or
+    of a column that there is not.
     """
+    short = {
+        name: table.replace({"hardware": r" \([^)]*\)"}, "", regex=True)
+        for name, table in tables.items()
+    }
 
-    def between(mark: re.Match) -> str:
+    def table_of(mark: re.Match) -> str:
         name, wanted = mark["name"], [c.strip() for c in mark["columns"].split("|")[1:]]
-        if name not in tables:
+        if name not in short:
             return mark[0]
-        table = tables[name].replace({"hardware": r" \([^)]*\)"}, "", regex=True)
+        table = short[name]
         table = table[[column for column in wanted or table if column in table]]
         return f"{mark['open']}{to_markdown(table)}{mark['close']}"
 
-    pattern = (
-        r"(?P<open><!-- table:(?P<name>\w+)(?P<columns>.*?) -->\n).*?(?P<close><!-- /table:\2 -->)"
-    )
-    return re.sub(pattern, between, text, flags=re.S)
+    def number_of(mark: re.Match) -> str:
+        places = re.split(r" (minus|over) ", mark["place"])
+        if not all(place.split(";")[0].strip() in short for place in places[::2]):
+            return mark[0]
+        cells = [_cell(place, short) for place in places[::2]]
+        found = cells[0] if mark["kind"] == "cell" else _number(cells, *places[1::2])
+        return f"{mark['open']}{found}{mark['close']}"
+
+    text = re.sub(TABLE_MARK, table_of, text, flags=re.S)
+    return re.sub(NUMBER_MARK, number_of, text, flags=re.S)
+
+
+TABLE_MARK = (
+    r"(?P<open><!-- table:(?P<name>\w+)(?P<columns>.*?) -->\n).*?(?P<close><!-- /table:\2 -->)"
+)
+NUMBER_MARK = r"(?P<open><!-- (?P<kind>n|cell):(?P<place>.*?) -->).*?(?P<close><!-- /\2 -->)"
+
+
+def _cell(place: str, tables: dict[str, pd.DataFrame]) -> str:
+    """The text of one cell, by a place such as `ours; ResNet-56; B; 71.9; last epoch`."""
+    name, *wanted, column = [part.strip() for part in place.split(";")]
+    rows = tables[name]
+    for text in wanted:
+        key, _, value = text.partition("=")
+        rows = rows[rows[key] == value if key in rows else (rows == text).any(axis=1)]
+    if column not in tables[name]:
+        raise ValueError(f"{place}: {name} has no column {column!r}; it has {list(rows.columns)}")
+    if len(rows) > 1:
+        raise ValueError(f"{place}: {len(rows)} rows of {name} have these cells; name one more")
+    return str(rows[column].iloc[0] or NOT_MEASURED) if len(rows) else NOT_MEASURED
+
+
+def _number(cells: list[str], operation: str = "") -> str:
+    """The first number of a cell, or what two such make of each other."""
+    found = [re.match(r"[+-]?\d+(\.\d+)?", cell) for cell in cells]
+    texts = [number[0] for number in found if number]
+    if len(texts) < len(cells):
+        return NOT_MEASURED
+    if not operation:
+        return texts[0].lstrip("+")
+    first, second = map(float, texts)
+    return f"{first - second:+.2f}" if operation == "minus" else f"{first / second:.1f}"

@@ -53,9 +53,9 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
     (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
-    weights, sparsity and nominal_sparsity are means. survivors are "" where nobody chooses them,
-    rates spelt alike. Takes finished fine-tunes; with `usual` only those
-    with the published method's settings, masks that follow the seed, and all the data.
+    weights, sparsity, nominal_sparsity and wall_s are means. survivors are "" where nobody chooses
+    them, rates spelt alike. Takes finished fine-tunes; with `usual` only those with the published
+    method's settings, masks that follow the seed, and all the data.
     """
     chosen = finished(frame, "finetune", usual)
     if chosen.empty:
@@ -74,6 +74,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
         return chosen
     key = _experiments(chosen)
     means = ["last", "best", "before", "dense", "macs", "weights", "sparsity", "nominal_sparsity"]
+    means += ["wall_s"]
     table = chosen[~key.duplicated()].copy()
     same = key[table.index]  # the order of `table`, in which every group stands once
     table["runs"] = same.map(chosen.groupby(key, sort=False).groups)

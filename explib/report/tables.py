@@ -1,18 +1,16 @@
 """Records in, tables out: nothing is typed by hand. `selection` chooses the runs."""
 
-import math
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from explib import registry
 from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
-from explib.report import selection
+from explib.report import comparisons, selection, speed_tables
 from explib.report.markup import fill, to_html, to_markdown
 from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
@@ -23,20 +21,26 @@ CAPTIONS = {
     "ours": "Ways A and B with the survivors of largest L1 norm",
     "overview": "Criteria at a glance: top-1 at the last epoch, of one seed where no n is given",
     "criteria": "Criteria at the same rates; differences ± half their 95 % interval, p by Holm",
+    "order": "Rank correlation of top-1 before and after fine-tuning, over the criteria",
     "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
     "flops": "Published cuts, recounted",
     "controls": "Every criterion before fine-tuning",
+    "recipes": "Recipes of fine-tuning, on a validation split",
     "settings": "Other settings of way B before fine-tuning",
     "training": "Training and evaluation, the plain loop and ours",
     "sparse_training": "One batch forward and backward, over all kernels and the surviving ones",
     "processes": "One run in several processes",
+    "alternatives": "Images per second, at the fastest precision each",
+    "shipped": "The shipped networks: top-1 and images per second, batch 128",
+    "density": "ResNet-56 in the engine, by the share of kernels that survive",
     "speed": "Images per second, dense in torch and in the engine",
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
 _COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
 _COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
-_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "precision", "hardware"]
+_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hours", "precision"]
+_COLUMNS += ["hardware"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
@@ -108,6 +112,7 @@ def _line(run: Any, row: Any, way: str = "") -> dict:
         "before fine-tuning": _before(run),
         "change": f"{run['last'] - run['dense']:+.2f}",
         "epochs": f"{run['trained']:g}",
+        "hours": f"{run['wall_s'] / 3600:.1f}" if run["wall_s"] >= 0 else "",
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "precision": run["computed_in"],
@@ -146,7 +151,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     runs = runs.sort_values(
         ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
     )
-    against = differences(runs)
+    against = comparisons.differences(runs)
     lines = []
     for index, run in runs.iterrows():
         line = _line(run, None)
@@ -156,89 +161,14 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "epochs": line["epochs"],
             "criterion": criterion_name(*selection.way_of(run)),
             "last epoch": line["last epoch"],
-            "against random kernels": _difference(against, index, "random"),
-            "against B's norms": _difference(against, index, "matched"),
-            "against L1 kernels": _difference(against, index, "l1"),
+            "against random kernels": comparisons.cell(against, index, "random"),
+            "against B's norms": comparisons.cell(against, index, "matched"),
+            "against L1 kernels": comparisons.cell(against, index, "l1"),
         }
         lines.append(
             first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
         )
     return pd.DataFrame(lines)
-
-
-def overview(compared: pd.DataFrame) -> pd.DataFrame:
-    """The table of `criteria` at a glance: a line a criterion, a column a network, cut and epochs.
-
-    Cells are top-1 at the last epoch; what ranks highest on the mean of the columns stands first.
-    """
-    if compared.empty:
-        return compared
-    epochs = compared["epochs"].map(lambda e: "1 epoch" if e == "1" else f"{e} epochs")
-    column = compared["network"] + ", " + compared["published cut %"] + " %, " + epochs
-    cells = compared.assign(column=column).pivot(
-        index="criterion", columns="column", values="last epoch"
-    )
-    ranks = cells.map(lambda cell: float(cell.split()[0]), na_action="ignore").rank(pct=True)
-    best = ranks.mean(axis=1).sort_values(ascending=False, kind="stable").index
-    cells = cells.loc[best, list(dict.fromkeys(column))]
-    return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
-
-
-CONTROLS = ("random", "matched", "l1")
-"""Criteria without a score, which the others, and the later of these, are set against."""
-
-
-def differences(runs: pd.DataFrame) -> pd.DataFrame:
-    """Each group of `selection.compared` against each of CONTROLS, over the seeds that both have.
-
-    Columns: run (the group's index), control, mean (points of top-1), half (of the 95 % interval,
-    NaN for one seed), p (of a paired t-test, by Holm's method over all rows), n (seeds).
-    """
-    rows = []
-    for index, run in runs.iterrows():
-        way = run["pruning_way"]
-        for control in CONTROLS[: CONTROLS.index(way)] if way in CONTROLS else CONTROLS:
-            same = (runs[[*_RATES, "trained"]] == run[[*_RATES, "trained"]]).all(axis=1)
-            others = runs[(runs["pruning_way"] == control) & same]
-            if others.empty:
-                continue
-            other = others.iloc[0]["by_seed"]
-            if seeds := sorted(set(run["by_seed"]) & set(other)):
-                found = _paired([run["by_seed"][s] for s in seeds], [other[s] for s in seeds])
-                rows.append({"run": index, "control": control, **found})
-    table = pd.DataFrame(rows, columns=["run", "control", "mean", "half", "p", "n"])
-    return table.assign(p=holm(table["p"]))
-
-
-def _paired(own: list[float], other: list[float]) -> dict:
-    """Mean difference of pairs, half of its 95 % interval, p of a paired t-test, and their number.
-
-    One pair has no interval and no test: NaN.
-    """
-    mean = sum(own) / len(own) - sum(other) / len(other)
-    if len(own) == 1:
-        return {"mean": mean, "half": math.nan, "p": math.nan, "n": 1}
-    test = stats.ttest_rel(own, other)
-    half = test.confidence_interval(0.95).high - mean
-    return {"mean": mean, "half": half, "p": float(test.pvalue), "n": len(own)}
-
-
-def holm(values: pd.Series) -> pd.Series:
-    """p values corrected for their number by Holm's method; NaN counts as no test."""
-    tests = values.dropna().sort_values()
-    steps = tests * np.arange(len(tests), 0, -1)
-    return steps.cummax().clip(upper=1).reindex(values.index)
-
-
-def _difference(against: pd.DataFrame, index: int, control: str) -> str:
-    """A cell of `differences`: the mean, half its interval, p and the number of seeds."""
-    rows = against[(against["run"] == index) & (against["control"] == control)]
-    if rows.empty:
-        return ""
-    row = rows.iloc[0]
-    if row["n"] == 1:
-        return f"{row['mean']:+.2f} (n=1)"
-    return f"{row['mean']:+.2f} ± {row['half']:.2f} (p = {row['p']:.3f}, n={row['n']})"
 
 
 def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
@@ -327,37 +257,42 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
     tables = {
         "as_published": accuracy(frame, dataset, "random", usual),
         "ours": accuracy(frame, dataset, "l1", usual),
-        "overview": overview(compared),
+        "overview": comparisons.overview(compared),
         "criteria": compared,
+        "order": comparisons.order(compared),
         "sensitivity": sensitivity(frame),
         "baselines": baselines(frame, usual),
         "flops": recount() if main else pd.DataFrame(),
         "controls": bench.controls(results_dir) if main else pd.DataFrame(),
         "settings": bench.settings(results_dir) if main else pd.DataFrame(),
+        "recipes": bench.recipes(results_dir) if main else pd.DataFrame(),
         "training": bench.training(results_dir) if main else pd.DataFrame(),
         "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
         "processes": bench.processes(results_dir) if main else pd.DataFrame(),
-        "speed": bench.speed(results_dir) if main else pd.DataFrame(),
-        "exactness": bench.exactness(results_dir) if main else pd.DataFrame(),
+        "alternatives": speed_tables.alternatives(results_dir) if main else pd.DataFrame(),
+        "speed": speed_tables.speed(results_dir) if main else pd.DataFrame(),
+        "density": speed_tables.density(results_dir) if main else pd.DataFrame(),
+        "shipped": speed_tables.shipped(results_dir) if main else pd.DataFrame(),
+        "exactness": speed_tables.exactness(results_dir) if main else pd.DataFrame(),
     }
     return {name: table.fillna("") for name, table in tables.items() if not table.empty}
 
 
+PAGES = ("README.md", "results/README.md", "docs/*.md")
+"""The pages of a checkout whose tables and numbers come from records."""
+
+
 def build(
-    results_dir: str | Path = "results", dataset: str = "cifar10", readme: str | Path = ""
+    results_dir: str | Path = "results", dataset: str = "cifar10", pages: str | Path = ""
 ) -> list[Path]:
     """Write every table as CSV, Markdown and HTML to results_dir/tables/DATASET; returns paths.
 
-    readme: a Markdown file whose tables are written anew, too, where its marks say; see `fill`.
-    ValueError where it has no marks.
+    pages: a folder whose PAGES are written anew, too, where their marks say; see `fill`. ValueError
+    where its README.md has no marks.
     """
     folder = resolve(results_dir) / "tables" / registry.file_name(dataset)
-    written, tables = [], make(results_dir, dataset)
-    if readme:
-        text = Path(readme).read_text()
-        if "<!-- table:" not in text:
-            raise ValueError(f"{readme}: has no table between <!-- table:NAME --> and its end")
-        written.append(write_text(readme, fill(text, tables)))
+    tables = make(results_dir, dataset)
+    written = _fill_pages(Path(pages), tables) if pages else []
     for name, table in tables.items():
         written += [
             write_text(folder / f"{name}.csv", table.to_csv(index=False)),
@@ -365,6 +300,20 @@ def build(
             write_text(folder / f"{name}.html", to_html(table, CAPTIONS[name])),
         ]
     return written
+
+
+def _fill_pages(folder: Path, tables: dict[str, pd.DataFrame]) -> list[Path]:
+    paths = [path for names in PAGES for path in sorted(folder.glob(names))]
+    texts = {path: path.read_text() for path in paths}
+    if "<!-- table:" not in texts.get(folder / "README.md", ""):
+        raise ValueError(
+            f"{folder}/README.md: has no table between <!-- table:NAME --> and its end"
+        )
+    return [
+        write_text(path, fill(text, tables))
+        for path, text in texts.items()
+        if re.search("<!-- (table|n|cell):", text)
+    ]
 
 
 def counting_table(left: dict) -> pd.DataFrame:

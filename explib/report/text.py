@@ -1,11 +1,13 @@
 """Results as lines of plain text, for the command line."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 paths = "\n".join
 
 
-def columns(rows: list[dict]) -> str:
+def columns(rows: Iterable[dict]) -> str:
     """Rows as aligned columns, numbers with four digits."""
     return pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}")
 
@@ -48,13 +50,29 @@ def recipe(row: dict) -> str:
     return f"{row['recipe']:40s} {row['before']:6.2f} → {row['last']:.2f} %"
 
 
+def evaluated(rows: list[dict]) -> str:
+    """The rows of `explib.study.verify.verify`, of one network."""
+    return columns(
+        {
+            "computed in": row["way"],
+            "top-1": f"{row['top1']:.2f}",
+            "recorded": f"{row['recorded']:.2f}",
+            "other answers": row["differ"],
+            "computed twice %": f"{row['rechecked_pct']:.1f}",
+        }
+        for row in rows
+    )
+
+
 def accuracy(row: dict) -> str:
     """A row of `explib.study.verify.verify_all`; its columns are those of ACCURACY."""
     found = f"{row['top1']:6.2f} {row['recorded']:9.2f} {row['differ']:14d}"
     return f"{row['network']:28s} {row['way']:24s} {found}"
 
 
-ACCURACY = f"{'network':28s} {'way':24s} {'top-1':>6s} {'recorded':>9s} {'other answers':>14s}"
+ACCURACY = (
+    f"{'network':28s} {'computed in':24s} {'top-1':>6s} {'recorded':>9s} {'other answers':>14s}"
+)
 
 
 def verified(found: dict) -> str:

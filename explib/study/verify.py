@@ -25,7 +25,7 @@ TOLERANCE_SHORT = 0.15
 
 
 def verify(path: str | Path, data_dir: str = "") -> list[dict]:
-    """A row for each way to run a shipped network on its test images.
+    """A row for each backend and precision of a shipped network, on its test images.
 
     way (torch in fp32, then the engine's types, those of 16 bits also with `recheck`), top1 as
     measured now and as recorded, in per cent; differ: images whose answer is not that of torch;
@@ -101,12 +101,12 @@ def verify_all(paths: Iterable[str | Path], data_dir: str = "") -> Iterator[dict
 
 
 def allowed(way: str) -> float:
-    """By how many points of top-1 a way to run a network may be off."""
+    """By how many points of top-1 what a backend computes may be off."""
     return TOLERANCE_SHORT if "16" in way and "rechecked" not in way else TOLERANCE
 
 
 def worst(rows: list[dict]) -> list[dict]:
-    """The largest difference from what is claimed, for each way to run the networks.
+    """The largest difference from what is claimed, for each backend and precision.
 
     way; networks: how many; off and allowed: points of top-1; passed: whether it is within these.
     """

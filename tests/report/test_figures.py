@@ -8,7 +8,7 @@ import torch
 
 from explib import models
 from explib.pruning import checkpoints
-from explib.report import figures, tables
+from explib.report import figures, finding, tables
 from explib.study import records
 from tests.report.test_tables import record
 
@@ -30,6 +30,32 @@ def test_a_comparison_needs_two(tmp_path):
         "random kernels",
         "B, random survivors",
     ]
+
+
+def test_the_finding_needs_several_criteria_at_two_lengths(tmp_path):
+    for way, survivors, short, long in (
+        ("random", "random", 87.0, 92.0), ("B", "random", 89.0, 92.5), ("l1", "random", 91.0, 93.0)
+    ):  # fmt: skip
+        record(tmp_path, short, pruning_way=way, survivors=survivors, epochs=5)
+        assert finding.draw(records.frame(records.read_all(tmp_path)), "resnet_56") is None
+        record(tmp_path, long, pruning_way=way, survivors=survivors, epochs=50)
+    record(tmp_path, 89.4, pruning_way="B", epochs=5, seed=1)
+    record(tmp_path, 93.5, pruning_way="B", epochs=100)  # one criterion alone
+    found = records.frame(records.read_all(tmp_path))
+    (axes,) = finding.draw(found, "resnet_56").axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [
+        "chance\nrandom kernels",
+        "EXP as published\nB, random survivors",
+        "magnitude: the largest stay\nL1 kernels",
+    ]
+    marks = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xdata()[0] for line in marks] == [87, 92, 89.2, 92.5, 91, 93]
+    hollow = [line.get_markerfacecolor() == "white" for line in marks]
+    assert hollow == [True, False] * 3
+    assert "89.20 (n=2)" in [text.get_text() for text in axes.texts]
+    assert "5 epochs (hollow) and for 50 (full)" in axes.get_title(loc="left")
+    assert finding.draw(found, "vgg_16_bn") is None
 
 
 def test_criteria_are_compared_after_as_many_epochs(tmp_path):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from explib.params import Params
-from explib.report import markup, names, tables
+from explib.report import comparisons, markup, names, tables
 from explib.study import records
 from tests.conftest import ROOT
 
@@ -237,17 +237,93 @@ def test_a_mark_chooses_columns_and_their_order(tmp_path):
     assert markup.fill(text, {}) == text
 
 
-def test_the_readme_names_columns_there_are():
-    readme, made = (ROOT / "README.md").read_text(), tables.make()
-    marks = re.findall(r"<!-- table:(\w+)(.*?) -->", readme)
-    assert len(marks) > 10
+NUMBERS = {
+    "ours": pd.DataFrame(
+        {
+            "way": ["A", "B", "B"],
+            "cut": ["53.5", "53.5", "71.9"],
+            "last epoch": ["92.64 (n=1)", "93.28 ± 0.10 (n=2)", names.NOT_MEASURED],
+            "change": ["-0.75", "+0.11", ""],
+        }
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "mark, found",
+    [
+        ("n:ours; A; 53.5; last epoch", "92.64"),
+        ("n:ours; A; change", "-0.75"),
+        ("n:ours; B; 53.5; change", "0.11"),
+        ("n:ours; cut=53.5; way=B; last epoch", "93.28"),
+        ("cell:ours; B; 53.5; last epoch", "93.28 ± 0.10 (n=2)"),
+        ("n:ours; B; 53.5; last epoch minus ours; A; last epoch", "+0.64"),
+        ("n:ours; A; last epoch over ours; A; cut", "1.7"),  # 92.64 / 53.5 = 1.73
+        ("n:ours; B; 71.9; last epoch", "not measured yet"),
+        ("n:ours; B; 71.9; change", "not measured yet"),
+        ("n:ours; C; last epoch", "not measured yet"),
+        ("n:ours; A; last epoch minus ours; C; last epoch", "not measured yet"),
+        ("n:elsewhere; A; last epoch", "as it was"),
+    ],
+)
+def test_a_number_is_put_between_its_marks(mark, found):
+    kind = mark.partition(":")[0]
+    text = f"reaches <!-- {mark} -->as it was<!-- /{kind} --> % and more"
+    wanted = f"reaches <!-- {mark} -->{found}<!-- /{kind} --> % and more"
+    assert markup.fill(text, NUMBERS) == wanted
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [("ours; B; last epoch", "2 rows of ours"), ("ours; A; first", "no column 'first'")],
+)
+def test_a_mark_of_several_rows_or_of_no_column_is_an_error(place, message):
+    with pytest.raises(ValueError, match=f"{place}: .*{message}"):
+        markup.fill(f"<!-- n:{place} --><!-- /n -->", NUMBERS)
+
+
+PAGES = [path for names in tables.PAGES for path in sorted(ROOT.glob(names))]
+
+
+@pytest.fixture(scope="module")
+def made():
+    return tables.make()
+
+
+def test_the_pages_name_tables_and_columns_there_are(made):
+    text = "".join(path.read_text() for path in PAGES)
+    marks = re.findall(r"<!-- table:(\w+)(.*?) -->", text)
+    assert len(marks) > 15
     for name, columns in marks:
         assert set(column.strip() for column in columns.split("|")[1:]) <= set(made[name]), name
+    places = re.findall(r"<!-- (?:n|cell):(.*?) -->", text)
+    assert len(places) > 50
+    for place in places:
+        assert all(p.split(";")[0].strip() in made for p in re.split(" minus | over ", place))
 
 
-def test_the_readme_shows_the_tables_of_the_committed_records():
-    readme = (ROOT / "README.md").read_text()
-    assert markup.fill(readme, tables.make()) == readme, "run `make tables`"
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_page_shows_what_the_committed_records_say(path, made):
+    text = path.read_text()
+    assert markup.fill(text, made) == text, "run `make tables`"
+    assert not re.search(r"<!-- (n|cell):[^>]*-->not measured", text)
+    assert len(re.findall("<!-- (?:table|n|cell):", text)) == len(
+        re.findall("<!-- /(?:table|n|cell)", text)
+    )
+
+
+def test_what_a_page_lacks_is_said_with_its_name(tmp_path):
+    with pytest.raises(ValueError, match=r"README.md: has no table"):
+        tables.build(tmp_path / "found", pages=tmp_path)
+    (tmp_path / "docs").mkdir()
+    mark = "<!-- table:flops | network -->\n<!-- /table:flops -->\n"
+    for name in ("README.md", "docs/one.md"):
+        (tmp_path / name).write_text(mark)
+    (tmp_path / "docs/two.md").write_text("no marks")
+    written = tables.build(tmp_path / "found", pages=tmp_path)
+    assert written[:2] == [tmp_path / "README.md", tmp_path / "docs/one.md"]
+    assert "| VGG-16 |" in (tmp_path / "docs/one.md").read_text()
+    assert tmp_path / "docs/two.md" not in written
 
 
 def test_no_records_make_no_tables(tmp_path):
@@ -289,9 +365,9 @@ class TestCriteria:
 
     def test_p_values_are_corrected_for_their_number(self, tmp_path):
         # by hand: 0.01 * 3, then 0.02 * 2 and 0.5 * 1, never less than the one before
-        found = tables.holm(pd.Series([0.5, 0.01, float("nan"), 0.02]))
+        found = comparisons.holm(pd.Series([0.5, 0.01, float("nan"), 0.02]))
         assert found.tolist()[:2] == [0.5, 0.03] and found.isna()[2] and found[3] == 0.04
-        assert tables.holm(pd.Series([0.4, 0.3])).tolist() == [0.6, 0.6]
+        assert comparisons.holm(pd.Series([0.4, 0.3])).tolist() == [0.6, 0.6]
         for seed, scores in enumerate(((91.0, 90.0, 90.5), (93.0, 91.0, 91.5), (92.0, 89.0, 89.0))):
             for way, score in zip(("B", "random", "l1"), scores, strict=True):
                 record(tmp_path, score, seed=seed, pruning_way=way)
@@ -345,7 +421,7 @@ class TestCriteria:
         assert found["last epoch"].tolist() == ["91.00 (n=1)", "90.00 (n=1)"]
 
     def test_at_a_glance_the_highest_ranks_stand_first(self, tmp_path):
-        assert tables.overview(pd.DataFrame()).empty
+        assert comparisons.overview(pd.DataFrame()).empty
         for rates, *scores in (("[0.5]", 91, 90, 89), ("[0.7]", 90, 80, None)):
             for way, score in zip(("l1", "random", "bn"), scores, strict=True):
                 if score:
@@ -395,3 +471,18 @@ class TestSensitivity:
         record(tmp_path)
         record(tmp_path, groups=3, validation=100)
         assert "sensitivity" not in tables.make(tmp_path, "cifar10")
+
+
+def test_the_order_before_and_after_is_a_rank_correlation():
+    ranks = {"a": ("10.00", "91.00 (n=1)"), "b": ("20.00", "90.00 (n=1)")}
+    ranks |= {"c": ("30.00", "92.00 ± 0.10 (n=2)"), "d": ("40.00", "93.00 (n=1)")}
+    rows = [
+        {"network": "N", "published cut %": "50", "epochs": "5", "criterion": name,
+         "before fine-tuning": before, "last epoch": last}
+        for name, (before, last) in ranks.items()
+    ]  # fmt: skip
+    (line,) = comparisons.order(pd.DataFrame(rows)).to_dict("records")
+    # two neighbours change places: 1 - 6 * 2 / (4 * 15)
+    assert (line["criteria"], line["rank correlation"]) == ("4", "0.80")
+    assert comparisons.order(pd.DataFrame(rows[:3])).empty
+    assert comparisons.order(pd.DataFrame()).empty

@@ -51,6 +51,13 @@ def test_the_columns_of_accuracies_stand_below_their_titles():
     assert text.accuracy(row).split()[-3:] == ["90.00", "90.00", "12"]
 
 
+def test_an_evaluated_network_has_a_line_for_each_type():
+    row = {"way": "engine bf16", "top1": 90.0, "recorded": 90.5, "differ": 12, "rechecked_pct": 0}
+    head, line = text.evaluated([row]).splitlines()
+    assert head.split()[:3] == ["computed", "in", "top-1"]
+    assert line.split() == ["engine", "bf16", "90.00", "90.50", "12", "0.0"]
+
+
 def test_a_benchmark_that_failed_says_so():
     row = {"network": "vgg_16_bn", "task": "train", "loop": "ours, batch 9"}
     assert text.training(row | {"images_per_s": None}).endswith("failed")

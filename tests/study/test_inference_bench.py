@@ -15,7 +15,7 @@ from explib.engine import build
 from explib.pruning import checkpoints, counting, criteria, filters
 from explib.pruning import masks as masking
 from explib.pruning.layers import find_convs
-from explib.report import bench_tables, figures, inference_plots
+from explib.report import figures, inference_plots, speed_tables
 from explib.study.bench import inference
 from explib.study.records import machine
 from tests.conftest import ROOT, image, needs_compiler
@@ -131,12 +131,12 @@ def test_networks_of_each_kind_run_as_they_run_best(tmp_path):
 
 
 def test_speeds_in_the_table_are_those_of_the_record(tmp_path):
-    assert bench_tables.speed(tmp_path).empty
+    assert speed_tables.speed(tmp_path).empty
     (tmp_path / "bench").mkdir()
     made = {"provenance": {"hardware": {"name": "AMD EPYC Processor (2 cores)"}}}
     path = tmp_path / f"bench/runtime-{machine(made['provenance']['hardware']['name'])}.json"
     path.write_text(json.dumps(made | {"networks": [NETWORK]}))
-    row = bench_tables.speed(tmp_path).iloc[0]
+    row = speed_tables.speed(tmp_path).iloc[0]
     assert path.name == "runtime-amd-epyc.json" and row["hardware"] == "AMD EPYC (2 cores)"
     assert (row["network"], row["MACs cut %"]) == ("ResNet-56", "71.5")
     assert row["engine 16 bits"] == "1000 fp16"
@@ -145,8 +145,50 @@ def test_speeds_in_the_table_are_those_of_the_record(tmp_path):
     assert row["engine, best / compiled bf16"] == "2.5"
 
 
+def test_the_best_alternative_is_the_fastest_dense_one_of_the_latest_record(tmp_path):
+    assert speed_tables.alternatives(tmp_path).empty
+    (tmp_path / "bench").mkdir()
+
+    def write(name, created, images_per_s):
+        hardware = {"name": f"{name} Processor (2 cores)"}
+        row = NETWORK | {"images_per_s": images_per_s}
+        made = {"provenance": {"created": created, "hardware": hardware}, "networks": [row]}
+        (tmp_path / f"bench/runtime-{name}.json").write_text(json.dumps(made))
+
+    write("old", "2026-01-01", {"compiled fp32": 1.0, "engine fp32": 9.0})
+    found = {"eager fp32": 900.0, "compiled fp32": 200.0, "compiled bf16": 300.0}
+    found |= {"OpenVINO fp32": 400.0, "OpenVINO int8": 800.0, "engine bf16": 1000.0}
+    write("new", "2026-02-01", found)
+    (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
+    assert line["torch.compile, dense"] == "300 bf16" and line["OpenVINO, dense"] == "400 fp32"
+    assert line["OpenVINO int8, dense"] == "800 int8" and line["engine, pruned"] == "1000 bf16"
+    assert line["gain"] == "2.5" and line["hardware"] == "new (2 cores)"
+    write("newest", "2026-03-01", {"eager fp32": 900.0, "engine fp32": 1000.0})
+    (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
+    assert line["torch.compile, dense"] == line["OpenVINO, dense"] == "not measured yet"
+    assert line["gain"] == ""
+
+
+def test_shipped_networks_and_densities_are_those_of_the_record(tmp_path):
+    assert speed_tables.shipped(tmp_path).empty and speed_tables.density(tmp_path).empty
+    (tmp_path / "bench").mkdir()
+    row = {"name": "net-B", "kind": "kernels", "cut_pct": 71.48, "top1": 93.2}
+    for name, way in (("a", "engine bf16"), ("b", "engine fp16")):
+        made = {
+            "shipped": [row | {"images_per_s": {way: 100.4}}],
+            "density": [{"density": 0.5, "images_per_s": {way: 200.6}}],
+            "provenance": {"hardware": {"name": name}},
+        }
+        (tmp_path / f"bench/runtime-{name}.json").write_text(json.dumps(made))
+    table = speed_tables.shipped(tmp_path).fillna("")
+    assert table.columns[-1] == "hardware"
+    assert list(table["engine bf16"]) == ["100", ""] and list(table["top-1"]) == ["93.20"] * 2
+    table = speed_tables.density(tmp_path).fillna("")
+    assert list(table["engine fp16"]) == ["", "201"] and list(table["density"]) == ["0.5"] * 2
+
+
 def test_answers_in_the_table_are_counted_from_the_record(tmp_path):
-    assert bench_tables.exactness(tmp_path).empty
+    assert speed_tables.exactness(tmp_path).empty
     (tmp_path / "bench").mkdir()
 
     def row(network, way, top1, differ=0, rechecked_pct=0.0):
@@ -159,7 +201,7 @@ def test_answers_in_the_table_are_counted_from_the_record(tmp_path):
     rows += [row("b", "engine bf16, rechecked", 91.01, 2, 2.0)]
     made = {"rows": rows, "provenance": {"hardware": {"name": "AMD EPYC Processor"}}}
     (tmp_path / "bench/accuracy-amd-epyc.json").write_text(json.dumps(made))
-    first, second = bench_tables.exactness(tmp_path).to_dict("records")
+    first, second = speed_tables.exactness(tmp_path).to_dict("records")
     assert first["computed in"] == "engine bf16" and first["networks"] == "2"
     assert (first["top-1 off by at most"], first["on the mean"]) == ("0.10", "-0.025")
     assert (first["other answers, at most"], second["other answers, at most"]) == ("30", "2")
@@ -171,7 +213,7 @@ def test_answers_in_the_table_are_counted_from_the_record(tmp_path):
     (tmp_path / "bench/runtime-amd-epyc.json").write_text(
         json.dumps({"shipped": shipped, "networks": [], "provenance": made["provenance"]})
     )
-    assert list(bench_tables.exactness(tmp_path)["speed %"]) == ["", "90"]
+    assert list(speed_tables.exactness(tmp_path)["speed %"]) == ["", "90"]
 
 
 def test_bars_show_the_speeds_and_a_missing_one_is_no_bar():
