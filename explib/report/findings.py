@@ -10,6 +10,7 @@ import pandas as pd
 
 from explib.report import tables
 from explib.report.markup import fill
+from explib.study import records
 
 VERDICT = (
     "EXP's score ends above chance, by less after 50 epochs than after 5, and no gain over simply "
@@ -110,6 +111,8 @@ def show(*names: str, results_dir: str = "results"):
     """Some FINDINGS as the last output of a notebook, from the records of CIFAR-10."""
     from IPython.display import Markdown
 
+    if next(records.each(results_dir, "cifar10"), None) is None:
+        return Markdown(f"No record of CIFAR-10 is below `{results_dir}`.")
     lines = [f"- **{q}** {a}" for q, a in answers(tables.make(results_dir), *names).items()]
     told = "**Found on CIFAR-10**, read from the records that ship with the project:"
     return Markdown("\n".join([told, "", *lines]))

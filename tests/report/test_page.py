@@ -145,4 +145,9 @@ class TestFindings:
     def test_what_no_record_gives_says_so(self, tmp_path):
         (answer,) = findings.answers(tables.make(tmp_path), "cost").values()
         assert "not measured yet" in answer
-        assert "not measured yet" in findings.show("cost", results_dir=tmp_path).data
+        shown = findings.show("cost", results_dir=tmp_path).data
+        assert shown == f"No record of CIFAR-10 is below `{tmp_path}`."
+
+    def test_a_notebook_shows_those_it_names_with_their_questions(self):
+        shown = findings.show("dense", "cuts", results_dir=ROOT / "results").data
+        assert shown.count("\n- **") == 2 and findings.FINDINGS["cuts"][0] in shown
