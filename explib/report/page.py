@@ -15,7 +15,7 @@ import pandas as pd
 
 from explib import registry
 from explib.files import resolve, write_text
-from explib.report import comparisons, figures, findings, markup, tables
+from explib.report import comparisons, conclusions, figures, markup, tables
 from explib.report.names import network_name
 from explib.study import records
 
@@ -133,12 +133,12 @@ def _id(title: str) -> str:
 def _findings(made: dict[str, pd.DataFrame], pictures: dict[str, Path]) -> str:
     rows = "".join(
         f"<dt>{escape(question)}</dt><dd>{escape(answer)}</dd>"
-        for question, answer in findings.answers(made).items()
+        for question, answer in conclusions.answers(made).items()
     )
     main = [_figure(p, "") for stem, p in pictures.items() if stem.startswith("finding-")]
     return (
-        f'<p class="verdict">{escape(findings.VERDICT)}</p>{"".join(main[:1])}\n'
-        f'<dl>{rows}</dl><p class="quiet">{escape(findings.NOTE)}</p>'
+        f'<p class="verdict">{escape(conclusions.VERDICT)}</p>{"".join(main[:1])}\n'
+        f'<dl>{rows}</dl><p class="quiet">{escape(conclusions.NOTE)}</p>'
     )
 
 

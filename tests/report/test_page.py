@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from explib.report import findings, page, tables
+from explib.report import conclusions, page, tables
 from tests.conftest import ROOT
 from tests.report.test_tables import record
 
@@ -76,7 +76,7 @@ def test_contents_name_every_section_in_order(committed):
 
 def test_findings_and_their_figure_come_before_all_tables(committed):
     text = committed[1]
-    assert text.index(escape(findings.VERDICT)) < text.index("<dl>") < text.index("<nav")
+    assert text.index(escape(conclusions.VERDICT)) < text.index("<dl>") < text.index("<nav")
     assert text.index("<nav") < text.index("<table")
     assert "not measured yet" not in text[: text.index("<nav")]
 
@@ -132,22 +132,22 @@ def test_without_figures_or_records_it_says_what_makes_them(own, tmp_path):
         page.build(folder, "digits")
 
 
-class TestFindings:
+class TestConclusions:
     def test_numbers_come_from_the_tables(self):
         made = tables.make(ROOT / "results")
-        for question, answer in findings.answers(made).items():
+        for question, answer in conclusions.answers(made).items():
             assert "{" not in answer and "<!--" not in answer, question
             assert "not measured yet" not in answer, question
-        asked = findings.FINDINGS["dense"][0]
+        asked = conclusions.CONCLUSIONS["dense"][0]
         public = made["baselines"].set_index("name").loc["resnet_56-public", "last epoch"]
-        assert f"ResNet-56 {public} % top-1" in findings.answers(made, "dense")[asked]
+        assert f"ResNet-56 {public} % top-1" in conclusions.answers(made, "dense")[asked]
 
     def test_what_no_record_gives_says_so(self, tmp_path):
-        (answer,) = findings.answers(tables.make(tmp_path), "cost").values()
+        (answer,) = conclusions.answers(tables.make(tmp_path), "cost").values()
         assert "not measured yet" in answer
-        shown = findings.show("cost", results_dir=tmp_path).data
+        shown = conclusions.show("cost", results_dir=tmp_path).data
         assert shown == f"No record of CIFAR-10 is below `{tmp_path}`."
 
     def test_a_notebook_shows_those_it_names_with_their_questions(self):
-        shown = findings.show("dense", "cuts", results_dir=ROOT / "results").data
-        assert shown.count("\n- **") == 2 and findings.FINDINGS["cuts"][0] in shown
+        shown = conclusions.show("dense", "cuts", results_dir=ROOT / "results").data
+        assert shown.count("\n- **") == 2 and conclusions.CONCLUSIONS["cuts"][0] in shown

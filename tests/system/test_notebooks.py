@@ -11,7 +11,7 @@ import pytest
 import explib
 from explib.cli import FIELDS
 from explib.params import Params
-from explib.report import findings
+from explib.report import conclusions
 from tests.conftest import ROOT, needs_compiler
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -91,8 +91,8 @@ class TestSource:
 
     def test_ends_with_what_was_found_as_a_call_says(self, path):
         call = ast.parse(sources(path)[-1]).body[-1].value
-        assert ast.unparse(call.func) == "findings.show"
-        assert {argument.value for argument in call.args} <= set(findings.FINDINGS)
+        assert ast.unparse(call.func) == "conclusions.show"
+        assert {argument.value for argument in call.args} <= set(conclusions.CONCLUSIONS)
 
     def test_the_start_page_leads_to_it(self, path):
         assert f"]({path.name})" in START.read_text()

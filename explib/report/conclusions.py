@@ -30,7 +30,7 @@ def _against(control: str, epochs: int, survivors: str = "random") -> str:
     return "{cell:" + _EXP.format(epochs=epochs, survivors=survivors, control=control) + "}"
 
 
-FINDINGS = {
+CONCLUSIONS = {
     "dense": (
         "How accurate are the networks before pruning?",
         "ResNet-56 {n:baselines; resnet_56-public; last epoch} % top-1 (a public checkpoint), "
@@ -93,22 +93,22 @@ FINDINGS = {
 
 
 def answers(made: dict[str, pd.DataFrame], *names: str) -> dict[str, str]:
-    """{question: answer} of some FINDINGS, or of all, filled from the tables of `tables.make`.
+    """{question: answer} of some CONCLUSIONS, or of all, filled from the tables of `tables.make`.
 
     What no record gives, or no table is there for, is `not measured yet`.
     """
     found = {}
     if "ours" in made:  # of rows that nobody measured it lacks columns
         made = made | {"ours": made["ours"].reindex(columns=tables.COLUMNS, fill_value="")}
-    for name in names or FINDINGS:
-        question, answer = FINDINGS[name]
+    for name in names or CONCLUSIONS:
+        question, answer = CONCLUSIONS[name]
         marks = re.sub(r"\{(n|cell):(.*?)\}", r"<!-- \1:\2 -->not measured yet<!-- /\1 -->", answer)
         found[question] = re.sub(r"<!-- .*? -->", "", fill(marks, made))
     return found
 
 
 def show(*names: str, results_dir: str = "results"):
-    """Some FINDINGS as the last output of a notebook, from the records of CIFAR-10."""
+    """Some CONCLUSIONS as the last output of a notebook, from the records of CIFAR-10."""
     from IPython.display import Markdown
 
     if next(records.each(results_dir, "cifar10"), None) is None:
