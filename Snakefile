@@ -101,6 +101,7 @@ rule study:
     input:
         f"{RESULTS}/notebooks/digits/04_tables.ipynb",
         f"{RESULTS}/notebooks/digits/05_speed.ipynb",
+        f"{RESULTS}/notebooks/digits/07_your_network.ipynb",
 
 
 rule reproduce:
@@ -212,3 +213,16 @@ rule speed:  # alone on the machine, and without the minutes that all of it woul
         ),
     shell:
         RUN
+
+
+rule yours:  # a network and a criterion from outside the study
+    input:
+        notebook="notebooks/07_your_network.ipynb",
+    output:
+        notebook=f"{RESULTS}/notebooks/{{dataset}}/07_your_network.ipynb",
+        network=f"{RESULTS}/runs/{{dataset}}/resnet18-pruned.safetensors",
+    threads: 1
+    params:
+        given=lambda wildcards, output: json.dumps({"file": output.network}),
+    shell:
+        RUN + " --threads {threads}"

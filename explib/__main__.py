@@ -225,20 +225,18 @@ def tables(results_dir, dataset, figures, readme):
 
 
 @cli.command()
-@click.argument("notebook", required=False, type=click.Path())
-@click.argument("page", required=False, type=click.Path())
+@click.argument("page", default="", type=click.Path())
 @results_dir
-def report(notebook, page, results_dir):
-    """Write an executed NOTEBOOK as one HTML PAGE.
+@click.option("--dataset", default="cifar10", show_default=True, help="whose records")
+def report(page, results_dir, dataset):
+    """Write the findings, figures and tables as one HTML PAGE.
 
-    By default results_dir/notebooks/cifar10/04_tables.ipynb as results_dir/report.html. Everything
-    is inside the page: nothing is fetched when it is read.
+    By default results_dir/report.html. Pictures are inside the page, nothing is fetched when it is
+    read; its numbers lead to their records in results_dir.
     """
     from explib.report import page as pages
 
-    folder = resolve(results_dir)
-    executed = notebook or folder / "notebooks/cifar10/04_tables.ipynb"
-    click.echo(pages.build(executed, page or folder / "report.html"))
+    click.echo(pages.build(results_dir, dataset, page))
 
 
 @cli.group(cls=Group)

@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 from click.testing import CliRunner
-from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from explib import models
 from explib.__main__ import SECTIONS, cli
@@ -24,6 +22,7 @@ from explib.pruning import checkpoints
 from explib.study import controls, recipes, verify
 from explib.study.bench import inference, processes, training
 from tests.conftest import ROOT, make_folders
+from tests.report.test_tables import record
 
 TINY = {"epochs": 1, "batch_size": 32, "limit_train": 64, "limit_test": 40, "bn_images": 32}
 TINY |= {"threads": 1, "device": "cpu", "precision": "fp32"}
@@ -314,14 +313,14 @@ class TestStudy:
         assert "20.00 → 91.50 %" in call("recipes", "--results_dir", tmp_path)
 
     def test_a_page_is_written_where_it_is_asked_for(self, tmp_path, monkeypatch):
-        cell = new_code_cell("1", outputs=[new_output("stream", text="one")])
-        notebook = tmp_path / "notebooks/cifar10/04_tables.ipynb"
-        notebook.parent.mkdir(parents=True)
-        nbformat.write(new_notebook(cells=[cell]), notebook)
+        record(tmp_path)
+        picture = tmp_path / "figures/cifar10/criteria-resnet_56.svg"
+        picture.parent.mkdir(parents=True)
+        picture.write_text("<svg/>")
         found = call("report", "--results_dir", tmp_path).strip()
-        assert found == str(tmp_path / "report.html") and "one" in Path(found).read_text()
+        assert found == str(tmp_path / "report.html") and "made-up" in Path(found).read_text()
         monkeypatch.chdir(tmp_path)
-        assert call("report", notebook, "page.html").strip() == "page.html"
+        assert call("report", "page.html", "--results_dir", tmp_path).strip() == "page.html"
         assert (tmp_path / "page.html").read_bytes() == (tmp_path / "report.html").read_bytes()
 
 

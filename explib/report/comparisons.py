@@ -9,22 +9,23 @@ from scipy import stats
 RATES = ["arch", "compress_rate"]
 
 
-def overview(compared: pd.DataFrame) -> pd.DataFrame:
+def overview(compared: pd.DataFrame, cells: str = "last epoch") -> pd.DataFrame:
     """The table of `criteria` at a glance: a line a criterion, a column a network, cut and epochs.
 
-    Cells are top-1 at the last epoch; what ranks highest on the mean of the columns stands first.
+    Cells are of this column, by default top-1 at the last epoch, by which what ranks highest on the
+    mean of the columns stands first.
     """
     if compared.empty:
         return compared
     epochs = compared["epochs"].map(lambda e: "1 epoch" if e == "1" else f"{e} epochs")
     column = compared["network"] + ", " + compared["published cut %"] + " %, " + epochs
-    cells = compared.assign(column=column).pivot(
-        index="criterion", columns="column", values="last epoch"
-    )
-    ranks = cells.map(lambda cell: float(cell.split()[0]), na_action="ignore").rank(pct=True)
-    best = ranks.mean(axis=1).sort_values(ascending=False, kind="stable").index
-    cells = cells.loc[best, list(dict.fromkeys(column))]
-    return cells.replace({r" \(n=1\)": ""}, regex=True).rename_axis(columns=None).reset_index()
+    table = compared.assign(column=column).pivot(index="criterion", columns="column")
+    ranks = table["last epoch"].map(lambda cell: float(cell.split()[0]), na_action="ignore")
+    ranks = ranks.rank(pct=True).mean(axis=1).sort_values(ascending=False, kind="stable")
+    found = table[cells].loc[ranks.index, list(dict.fromkeys(column))]
+    if cells == "last epoch":
+        found = found.replace({r" \(n=1\)": ""}, regex=True)
+    return found.rename_axis(columns=None).reset_index()
 
 
 def order(compared: pd.DataFrame) -> pd.DataFrame:

@@ -338,7 +338,20 @@ _SEE = {
 
 def what_to_see(name: str) -> str:
     """A sentence on what a figure of `build` shows, by the name of its file."""
-    return _SEE[name.split("-")[0]]
+    return _SEE[kind_of(name)]
+
+
+def chosen(drawn: list[Path]) -> list[Path]:
+    """Of the files of `build` those to look at first: of figures that show single runs one each."""
+    pictures = [path for path in drawn if path.suffix == ".png"]
+    single = {"curves", "levels", "scores", "sparsity"}
+    first = {kind_of(path.stem): path for path in reversed(pictures)}
+    return [p for p in pictures if kind_of(p.stem) not in single or first[kind_of(p.stem)] == p]
+
+
+def kind_of(name: str) -> str:
+    """What a figure of `build` is of, by the name of its file: `criteria-resnet_56` is criteria."""
+    return name.split("-")[0]
 
 
 def _benchmarks(folder: Path) -> dict[str, Figure]:

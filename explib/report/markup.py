@@ -1,6 +1,7 @@
 """Tables as text: Markdown, HTML, between the marks of a page."""
 
 import re
+from html import escape
 
 import pandas as pd
 
@@ -58,6 +59,28 @@ def to_html(table: pd.DataFrame, caption: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{caption}</title><style>{_CSS}</style></head>\n"
         f"<body><figure><figcaption>{caption}</figcaption>\n{body}</figure></body></html>\n"
+    )
+
+
+def to_cells(table: pd.DataFrame, cells: dict[str, list[str]], wide: set[str]) -> str:
+    """A table as HTML of these cells, {column: HTML of each row}; `wide` columns get that class."""
+
+    def tag(kind: str, column: str, content: str) -> str:
+        text = re.sub("<.*?>", "", content)
+        names = ["number"] * numbers[column] + ["wide"] * (column in wide)
+        names += ["open"] * (text == NOT_MEASURED) + ["long"] * (kind == "td" and len(text) > 24)
+        return f'<{kind} class="{" ".join(names)}">{content}</{kind}>'.replace(' class=""', "")
+
+    numbers = {column: _is_number(table[column]) for column in table}
+    head = "".join(tag("th", column, escape(column)) for column in table)
+    rows = zip(*(cells[column] for column in table), strict=True)
+    body = "".join(
+        f"<tr>{''.join(tag('td', *pair) for pair in zip(table, row, strict=True))}</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -264,3 +264,17 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
         write_bytes(path.with_name(f"{path.name}.{kind}"), stream.getvalue())
         for kind, stream in {"svg": svg, "png": png}.items()
     ]
+
+
+def picture(path: str | Path, width: int = 760):
+    """A PNG file as a notebook's output of at most `width` pixels and 64 colours: some 20 KB."""
+    from IPython.display import Image
+    from PIL import Image as pillow
+
+    with pillow.open(path) as whole:
+        height = round(whole.height * min(1, width / whole.width))
+        small = whole.convert("RGB").resize((min(width, whole.width), height), pillow.LANCZOS)
+    stream = io.BytesIO()
+    colours = small.quantize(64, pillow.Quantize.FASTOCTREE, dither=pillow.Dither.NONE)
+    colours.save(stream, "PNG", optimize=True)
+    return Image(stream.getvalue(), format="png")

@@ -52,10 +52,10 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """Runs equal but for their seeds, one row a group, the chosen one first.
 
     Adds to the columns of `records.frame`: n (seeds), by_seed (their last accuracies), last_std
-    (None for one seed), runs (the index of each in `frame`); last, best, before, dense, macs,
-    weights, sparsity, nominal_sparsity and wall_s are means. survivors are "" where nobody chooses
-    them, rates spelt alike. Takes finished fine-tunes; with `usual` only those with the published
-    method's settings, masks that follow the seed, and all the data.
+    (None for one seed), runs (the index of each in `frame`), records (the file of each); last,
+    best, before, dense, macs, weights, sparsity, nominal_sparsity and wall_s are means. survivors
+    are "" where nobody chooses them, rates spelt alike. Takes finished fine-tunes; with `usual`
+    only those with the published method's settings, masks that follow the seed, and all the data.
     """
     chosen = finished(frame, "finetune", usual)
     if chosen.empty:
@@ -80,6 +80,7 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     table["runs"] = same.map(chosen.groupby(key, sort=False).groups)
     by = chosen.astype(dict.fromkeys(means, float)).groupby(key, sort=False)
     table[means] = by[means].mean().loc[same].values
+    table["records"] = by["record"].agg(list).loc[same].values
     table["n"] = by.size().loc[same].values
     table["last_std"] = by["last"].std().loc[same].values
     scores = by[["seed", "last"]].agg(list).loc[same]

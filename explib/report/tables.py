@@ -37,10 +37,10 @@ CAPTIONS = {
     "speed": "Images per second, dense in torch and in the engine",
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
-_COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
-_COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
-_COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hours", "precision"]
-_COLUMNS += ["hardware"]
+COLUMNS = ["network", "way", "published cut %", "cut by its convention %", "true cut %"]
+COLUMNS += ["kernels pruned %", "weights M", "published top-1", "dense", "last epoch"]
+COLUMNS += ["best epoch", "before fine-tuning", "change", "epochs", "hours", "precision"]
+COLUMNS += ["hardware", "records"]
 ALWAYS = ("vgg_16_bn", "resnet_56")
 """Networks whose rows are in the tables even before they are measured."""
 _RATES = ["arch", "compress_rate"]
@@ -80,7 +80,7 @@ def accuracy(frame: pd.DataFrame, dataset: str, survivors: str, usual: bool = Tr
 
 def _ordered(lines: list[dict]) -> pd.DataFrame:
     table = pd.DataFrame(lines)
-    return table[[column for column in _COLUMNS if column in table]]
+    return table[[column for column in COLUMNS if column in table]]
 
 
 def _line(run: Any, row: Any, way: str = "") -> dict:
@@ -117,6 +117,7 @@ def _line(run: Any, row: Any, way: str = "") -> dict:
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "precision": run["computed_in"],
         "hardware": hardware(run["hardware"]),
+        "records": run["records"],
     }
 
 
@@ -166,7 +167,7 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "against L1 kernels": comparisons.cell(against, index, "l1"),
         }
         lines.append(
-            first | {k: line[k] for k in _COLUMNS if k in line and k not in (*first, "way")}
+            first | {k: line[k] for k in COLUMNS if k in line and k not in (*first, "way")}
         )
     return pd.DataFrame(lines)
 
@@ -206,6 +207,7 @@ def sensitivity(frame: pd.DataFrame) -> pd.DataFrame:
                 "epochs": f"{run['trained']:g}",
                 "precision": run["computed_in"],
                 "hardware": hardware(run["hardware"]),
+                "records": run["records"],
             }
         )
     return pd.DataFrame(lines)
@@ -235,6 +237,7 @@ def baselines(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
             "MACs M": f"{run['macs_dense'] / 1e6:.2f}",
             "weights M": f"{run['weights_dense'] / 1e6:.3f}",
             "hardware": hardware(run["hardware"]),
+            "records": [run["record"]],
         }
         for _, run in selection.finished(frame, "baseline", usual).iterrows()
     ]
@@ -249,8 +252,14 @@ def recount() -> pd.DataFrame:
     return table.map(lambda value: f"{value:.2f}" if isinstance(value, float) else value)
 
 
-def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[str, pd.DataFrame]:
-    """Every table of a data set by name, the empty ones left out; all cells are text."""
+def make(
+    results_dir: str | Path = "results", dataset: str = "cifar10", sources: bool = False
+) -> dict[str, pd.DataFrame]:
+    """Every table of a data set by name, the empty ones left out; all cells are text.
+
+    sources: tables of runs get one more column, records: the files of each row's runs, lists of
+    paths below results_dir.
+    """
     frame = records.frame(records.each(results_dir, dataset))
     usual, main = dataset != "digits", dataset == "cifar10"
     compared = criteria(frame, usual)
@@ -275,7 +284,12 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "shipped": speed_tables.shipped(results_dir) if main else pd.DataFrame(),
         "exactness": speed_tables.exactness(results_dir) if main else pd.DataFrame(),
     }
-    return {name: table.fillna("") for name, table in tables.items() if not table.empty}
+    left_out = [] if sources else ["records"]
+    return {
+        name: table.fillna("").drop(columns=left_out, errors="ignore")
+        for name, table in tables.items()
+        if not table.empty
+    }
 
 
 PAGES = ("README.md", "results/README.md", "docs/*.md")

@@ -91,9 +91,13 @@ def identity(record: dict) -> str:
 
 def write(record: dict, results_dir: str | Path = "results") -> Path:
     """Write a record to results_dir/records/DATASET/; a later equal run replaces its own only."""
+    return write_json(resolve(results_dir) / place(record), record)
+
+
+def place(record: dict) -> str:
+    """Where a record is, from the results folder: `records/DATASET/KIND-IDENTITY.json`."""
     folder = file_name(record["params"]["dataset"])
-    name = f"{folder}/{record['kind']}-{identity(record)}.json"
-    return write_json(resolve(results_dir) / "records" / name, record)
+    return f"records/{folder}/{record['kind']}-{identity(record)}.json"
 
 
 def read(path: str | Path) -> dict:
@@ -185,9 +189,9 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
     from); macs_dense, macs (multiply-adds), weights_dense, weights (counts), published_m (millions,
     the published convention); dense, before, last, best (top-1, per cent), best_epoch; sparsity,
     nominal_sparsity (share of kernels), wall_s, images_per_s, device, hardware, computed_in (the
-    precision that `precision: auto` became), torch (its version), history (a list), trained (epochs
-    in all, to two decimals, which `epochs` is not for a layerwise run). Of the layers, most of a
-    record, nothing.
+    precision that `precision: auto` became), torch (its version), history (a list), record (its
+    `place`), trained (epochs in all, to two decimals, which `epochs` is not for a layerwise run).
+    Of the layers, most of a record, nothing.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     rows = [
@@ -215,6 +219,7 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
             "computed_in": record["hardware"].get("precision", ""),
             "torch": record.get("provenance", {}).get("versions", {}).get("torch", ""),
             "history": record["history"],
+            "record": place(record),
             "trained": round((epochs_of(record["history"]) or [0])[-1], 2),
         }
         for record in records

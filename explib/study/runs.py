@@ -62,7 +62,7 @@ def _baseline(params: Params, folder: Folder) -> dict:
     if kept and not (path.is_file() and sha256(path) == sha256(own)):
         write_bytes(path, own.read_bytes())
     if done and (params.resume or path.is_file()):
-        return folder.publish(done)
+        return folder.show(done)
     network = load_dense(params) if params.resume else fresh(params)
     device, data = _begin(params, network, folder)
     if params.resume:
@@ -85,7 +85,7 @@ def finetune(params: Params, folder: Folder) -> dict:
     last stays in job_dir.
     """
     if done := folder.finished("finetune"):
-        return folder.publish(done)
+        return folder.show(done)
     dense = load_dense(params)
     device, data = _begin(params, dense, folder)
     names = [name for name, rate in dense.rates.items() if rate > 0]

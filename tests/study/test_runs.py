@@ -156,10 +156,13 @@ class TestFinetune:
         assert found["accuracy"]["best"] == max(curve) and found["accuracy"]["last"] == curve[-1]
         assert found["accuracy"]["best_epoch"] == curve.index(max(curve)) + 1
 
-    def test_a_finished_run_is_not_computed_again(self, trained, monkeypatch):
+    def test_a_finished_run_is_not_computed_again(self, trained, monkeypatch, capsys):
         found = as_json(runs.finetune(trained))
         monkeypatch.setattr(runs, "_Training", None)
+        capsys.readouterr()
         assert runs.finetune(trained) == found
+        said = capsys.readouterr().err
+        assert f"{trained.name}: nothing trained, its record of 20" in said
         for path in (networks.resolve(trained.results_dir) / "records/digits").glob("finetune*"):
             path.unlink()
         runs.finetune(trained)
