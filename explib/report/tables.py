@@ -12,7 +12,7 @@ from explib import registry
 from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
-from explib.report import selection
+from explib.report import inference_tables, selection
 from explib.report.markup import fill, to_html, to_markdown
 from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
@@ -31,6 +31,7 @@ CAPTIONS = {
     "training": "Training and evaluation, the plain loop and ours",
     "sparse_training": "One batch forward and backward, over all kernels and the surviving ones",
     "processes": "One run in several processes",
+    "inference": "Images per second, the engine beside what one would use instead",
     "speed": "Images per second, dense in torch and in the engine",
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
@@ -337,6 +338,7 @@ def make(results_dir: str | Path = "results", dataset: str = "cifar10") -> dict[
         "training": bench.training(results_dir) if main else pd.DataFrame(),
         "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
         "processes": bench.processes(results_dir) if main else pd.DataFrame(),
+        "inference": inference_tables.inference(results_dir) if main else pd.DataFrame(),
         "speed": bench.speed(results_dir) if main else pd.DataFrame(),
         "exactness": bench.exactness(results_dir) if main else pd.DataFrame(),
     }
