@@ -63,21 +63,22 @@ class TestPeers:
         signed = [i for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
         shapes = {tuple(i.dims) for i in signed if len(i.dims) == 4}
         assert shapes == {(16, 3, 3, 3), (8, 16, 3, 3)}
-        scales = {tuple(w.dims) for name, w in weights.items() if name.endswith("weight_scale")}
-        assert scales == {(16,), (8,)}
+        scales = {tuple(w.dims) for name, w in weights.items() if name.endswith("_scale")}
+        assert scales == {(16,), (8,), ()}  # one for each filter, and each activation's one
 
     @needs_peers
     def test_top1_counts_what_int8_gets_right(self, tmp_path):
         own = network()
         images = torch.randint(0, 255, (6, 3, 8, 8), dtype=torch.uint8)
-        data = Data("noise", Split(images, torch.zeros(6)), Split(images, torch.zeros(6)))
+        split = Split(images, torch.zeros(6, dtype=torch.int64))
+        data = Data("noise", split, split, classes=("none",) * 8)
         others = comparison.Peers(own, tmp_path, ["openvino int8"])
         batches = list(comparison.eval_batches(data.test, data, 250))
         forward = peers.in_openvino(others.files["int8"], (6, 3, 8, 8), "int8", 1)
         labels = forward(batches[0][0]).argmax(1).clone()
         assert sorted(others.files) == ["dense", "int8"]
         labels[:3] += 1
-        data = Data("noise", data.train, Split(images, labels))
+        data = replace(data, test=Split(images, labels % 8))
         assert others.top1(data) == 50
 
     def test_without_the_packages_their_ways_are_lacking_and_said_to_be(
