@@ -72,4 +72,5 @@ bench: .venv/ready  ## how fast this machine scores, trains, evaluates and runs 
 	$(BIN)/explib bench scoring
 	$(BIN)/explib bench training
 	$(BIN)/explib bench processes
-	$(BIN)/explib bench inference
+	$(BIN)/explib bench inference --sweep
+	$(BIN)/explib bench runtime

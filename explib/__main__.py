@@ -241,7 +241,7 @@ def report(page, results_dir, dataset):
 
 @cli.group(cls=Group)
 def bench():
-    """Measure speed: scoring, training, processes, inference.
+    """Measure speed: scoring, training, processes, inference, runtime.
 
     Each writes what it measures to results_dir/bench.
     """
@@ -288,13 +288,43 @@ def processes(counts, results_dir):
 
 
 @bench.command()
+@click.argument("networks", metavar="[NETWORK]...", nargs=-1)
+@click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
+@click.option("--seconds", default=0.5, show_default=True, help="of calls for each figure")
+@click.option("--way", "ways", multiple=True, help="only this one, by its name; several times")
+@click.option("--sweep", is_flag=True, help="the engine at five densities, too")
+@click.option("--quick", is_flag=True, help="the smallest batch only; nothing is written")
+@click.option("--again", is_flag=True, help="also what is measured already")
+@results_dir
+@answer("done")
+def inference(networks, results_dir, sweep, ways, **options):
+    """Images per second of pruned NETWORKs beside the best alternatives.
+
+    The engine, and the dense network in torch.compile, OpenVINO and ONNX Runtime (pip install
+    "explib[peers]"), by turns: resnet_56, vgg_16_bn, resnet18, resnet50, mobilenet_v2. An
+    interrupted measurement goes on with the next network.
+    """
+    from explib.study.bench import comparison
+
+    rows = comparison.measure(
+        networks or tuple(comparison.CASES),
+        names=ways or comparison.USUAL,
+        densities=comparison.DENSITIES if sweep else (),
+        results_dir=results_dir,
+        **options,
+    )
+    return each(rows, "compared")
+
+
+@bench.command()
 @click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
 @results_dir
 @answer("speeds")
-def inference(threads, results_dir):
-    """Images per second, dense in torch and in the engine.
+def runtime(threads, results_dir):
+    """Images per second of the study's networks, by density and accuracy.
 
-    Also draws its figures. Minutes, most of them in torch.compile.
+    Dense in torch and in the engine; also draws its figures. Minutes, most of them in
+    torch.compile.
     """
     from explib.report import inference_plots, plots
     from explib.study.bench import inference as measuring

@@ -20,7 +20,7 @@ from explib.files import load_tensors
 from explib.params import Params
 from explib.pruning import checkpoints
 from explib.study import controls, recipes, verify
-from explib.study.bench import inference, processes, training
+from explib.study.bench import comparison, inference, processes, training
 from tests.conftest import ROOT, make_folders
 from tests.report.test_tables import record
 
@@ -325,7 +325,24 @@ class TestStudy:
 
 
 class TestBench:
-    def test_inference_writes_its_record_and_draws_it(self, tmp_path, monkeypatch):
+    def test_inference_hands_on_what_it_is_asked_for(self, tmp_path, monkeypatch):
+        given = []
+
+        def measure(networks, **options):
+            given.append((networks, options))
+            yield {"arch": "resnet18", "kept": "2026-01-01"}
+
+        monkeypatch.setattr(comparison, "measure", measure)
+        text = call("bench", "inference", "resnet18", "--quick", "--results_dir", tmp_path)
+        assert "resnet18: measured already, 2026-01-01" in text and "1 rows" in text
+        call("bench", "inference", "--sweep", "--threads", 2, "--way", "openvino int8")
+        (first, quick), (every, sweep) = given
+        assert first == ("resnet18",) and every == tuple(comparison.CASES)
+        assert quick["quick"] and quick["names"] == comparison.USUAL and not quick["densities"]
+        assert sweep["densities"] == comparison.DENSITIES and sweep["threads"] == 2
+        assert sweep["names"] == ("openvino int8",) and not sweep["again"]
+
+    def test_runtime_writes_its_record_and_draws_it(self, tmp_path, monkeypatch):
         path = ROOT / "results/bench/runtime-amd-epyc.json"
         record, given = json.loads(path.read_text()), []
 
@@ -334,7 +351,7 @@ class TestBench:
             return record
 
         monkeypatch.setattr(inference, "measure", measure)
-        text = call("bench", "inference", "--threads", 2, "--results_dir", tmp_path)
+        text = call("bench", "runtime", "--threads", 2, "--results_dir", tmp_path)
         assert given == [(2, str(tmp_path))] and "resnet_56 batch 128" in text
         assert (tmp_path / "bench" / path.name).read_bytes() == path.read_bytes()
         drawn = sorted(path.name for path in (tmp_path / "figures/cifar10").glob("*.svg"))

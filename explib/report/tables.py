@@ -10,7 +10,7 @@ from explib import registry
 from explib.files import resolve, write_text
 from explib.rates import parse_rates
 from explib.report import bench_tables as bench
-from explib.report import comparisons, selection, speed_tables
+from explib.report import comparisons, inference_tables, selection, speed_tables
 from explib.report.markup import fill, to_html, to_markdown
 from explib.report.names import NOT_MEASURED, criterion_name, network_name
 from explib.study import published, records
@@ -34,6 +34,7 @@ CAPTIONS = {
     "alternatives": "Images per second, at the fastest precision each",
     "shipped": "The shipped networks: top-1 and images per second, batch 128",
     "density": "ResNet-56 in the engine, by the share of kernels that survive",
+    "inference": "Images per second, the engine beside what one would use instead",
     "speed": "Images per second, dense in torch and in the engine",
     "exactness": "The engine's answers beside torch's, over the shipped networks",
 }
@@ -279,6 +280,7 @@ def make(
         "sparse_training": bench.sparse_training(results_dir) if main else pd.DataFrame(),
         "processes": bench.processes(results_dir) if main else pd.DataFrame(),
         "alternatives": speed_tables.alternatives(results_dir) if main else pd.DataFrame(),
+        "inference": inference_tables.inference(results_dir) if main else pd.DataFrame(),
         "speed": speed_tables.speed(results_dir) if main else pd.DataFrame(),
         "density": speed_tables.density(results_dir) if main else pd.DataFrame(),
         "shipped": speed_tables.shipped(results_dir) if main else pd.DataFrame(),

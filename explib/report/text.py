@@ -120,6 +120,22 @@ def speeds(found: dict) -> str:
     return "\n".join(lines)
 
 
+def compared(row: dict) -> str:
+    """A row of `explib.study.bench.comparison.measure`: images/s by way, and what is lacking."""
+    if "kept" in row:
+        return f"{row['arch']}: measured already, {row['kept']}; --again measures it anew"
+    cut = f"{row['cut_pct']:.1f} % of the multiply-adds cut"
+    lines = [f"{row['label']} batch {row['batch']}, {cut}"]
+    for way, speed in row["images_per_s"].items():
+        spread = f"± {row['spread_pct'][way] / 2:.0f} %, {row['calls'][way]} calls"
+        lines.append(f"  {way:24s} {speed:10.1f} images/s {spread}")
+    for found in row["sweep"]:
+        name = f"engine fp32 at {found['density']:g}"
+        lines.append(f"  {name:24s} {found['images_per_s']['engine fp32']:10.1f} images/s")
+    lines += [f"  top-1 of {name}: {value:.2f} %" for name, value in row["top1"].items()]
+    return "\n".join(lines + [f"  not timed: {n}: {why}" for n, why in row["lacking"].items()])
+
+
 def done(rows: list[dict]) -> str:
     """The last line after rows that were printed one by one."""
     return f"{len(rows)} rows"

@@ -1,4 +1,7 @@
-"""Networks as the engine's ops, run op by op in torch: the table of rules, without the kernels."""
+"""Networks as the engine's ops, run op by op in torch: the table of rules, without the kernels.
+
+The table lies in rules, arithmetic, axes, nodes and views; reference runs what it makes.
+"""
 
 import pytest
 import torch

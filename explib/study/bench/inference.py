@@ -1,6 +1,6 @@
 """How fast networks run: dense torch, the engine, and a physically smaller network.
 
-`explib bench inference` measures images per second, the median of repeated calls by turns, all in
+`explib bench runtime` measures images per second, the median of repeated calls by turns, all in
 one process on the same threads. Networks pruned at published rates have random weights: speed
 depends on which kernels survive, not on their values.
 """
@@ -43,6 +43,7 @@ ENGINE = {
 }
 BATCHES = (128, 1)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 TURN = 0.1
 """Seconds of one way's turn, at least a call."""
 RECHECK = 0.5
@@ -53,8 +54,8 @@ Ways = list[tuple[Any, Callable]]
 """Names of ways to run a network, and what runs it; of several of one name the fastest counts."""
 
 
-def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict[Any, float]:
-    """Images per second of each way by name: the median of at least five calls, after two.
+def by_turns(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> list[list[float]]:
+    """Seconds of each call of each way: at least five calls, after two.
 
     The ways run by turns, `seconds` each in all, so that what else the machine does slows them
     alike. The process keeps the memory it frees: else torch's networks, which the engine is
@@ -74,19 +75,29 @@ def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict
                     forward(images)
                     ended = time.perf_counter()
                     own.append(ended - started)
+    return times
+
+
+def images_per_s(ways: Ways, images: torch.Tensor, seconds: float = 1.0) -> dict[Any, float]:
+    """Images per second of each way by name, from the median of its calls; see `by_turns`."""
     fastest: dict[Any, float] = {}
-    for (name, _), own in zip(ways, times, strict=True):
+    for (name, _), own in zip(ways, by_turns(ways, images, seconds), strict=True):
         fastest[name] = max(fastest.get(name, 0.0), len(images) / statistics.median(own))
     return fastest
 
 
-def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list[Callable]:
-    """A dense network as fast as torch makes it, in both memory formats.
+def compiled(
+    model: nn.Module,
+    images: torch.Tensor,
+    dtype: torch.dtype,
+    layouts: Sequence[torch.memory_format] = LAYOUTS,
+) -> list[Callable]:
+    """A dense network as fast as torch makes it, in each memory format.
 
     BatchNorm folded, weights frozen.
     """
     forwards = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    for layout in layouts:
         folded = optimization.fuse(model).to(dtype).to(memory_format=layout)
         with inductor.patch(freezing=True), torch.no_grad():
             fast = torch.compile(folded)
@@ -99,7 +110,12 @@ def compiled(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> list
     return forwards
 
 
-def dense_ways(model: nn.Module, images: torch.Tensor, names: Sequence[str] = DENSE) -> Ways:
+def dense_ways(
+    model: nn.Module,
+    images: torch.Tensor,
+    names: Sequence[str] = DENSE,
+    layouts: Sequence[torch.memory_format] = LAYOUTS,
+) -> Ways:
     """A network in torch; names: of DENSE.
 
     Without a C++ compiler those that torch would compile are left out.
@@ -110,16 +126,19 @@ def dense_ways(model: nn.Module, images: torch.Tensor, names: Sequence[str] = DE
         build.library()
         for name, dtype in (("compiled fp32", torch.float32), ("compiled bf16", torch.bfloat16)):
             if name in names:
-                ways += [(name, forward) for forward in compiled(model, images, dtype)]
+                ways += [(name, forward) for forward in compiled(model, images, dtype, layouts)]
     except engine.NoCompiler:
         pass
     return [way for way in ways if way[0] in names]
 
 
-def engine_ways(model: nn.Module, images: torch.Tensor) -> Ways:
-    """A masked network in the engine, in the types this machine has."""
+def engine_ways(
+    model: nn.Module, images: torch.Tensor, names: Sequence[str] = tuple(ENGINE)
+) -> Ways:
+    """A masked network in the engine, in the types this machine has; names: of ENGINE."""
     ways: Ways = []
-    for name, dtype in ENGINE.items():
+    for name in names:
+        dtype = ENGINE[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
             fast = engine.compile(model, images[:1], dtype=dtype)
@@ -136,11 +155,15 @@ def fresh(arch: str) -> nn.Module:
     With BatchNorm statistics of random images: without them values outgrow float16.
     """
     torch.manual_seed(0)
-    model = models.build(arch)
+    return with_statistics(models.build(arch), torch.randn(16, 3, 32, 32))
+
+
+def with_statistics(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The model itself in evaluation mode, its BatchNorm statistics those of the images."""
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = 1.0
     with torch.no_grad():
-        model(torch.randn(16, 3, 32, 32))
+        model.train()(images)
     return model.eval()
 
 
