@@ -273,7 +273,9 @@ def picture(path: str | Path, width: int = 760):
 
     with pillow.open(path) as whole:
         height = round(whole.height * min(1, width / whole.width))
-        small = whole.convert("RGB").resize((min(width, whole.width), height), pillow.LANCZOS)
+        small = whole.convert("RGB").resize(
+            (min(width, whole.width), height), pillow.Resampling.LANCZOS
+        )
     stream = io.BytesIO()
     colours = small.quantize(64, pillow.Quantize.FASTOCTREE, dither=pillow.Dither.NONE)
     colours.save(stream, "PNG", optimize=True)

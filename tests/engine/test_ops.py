@@ -1,4 +1,7 @@
-"""The engine's kernels against torch, op by op and for every classification CNN of torchvision."""
+"""The engine's kernels against torch, op by op and for every classification CNN of torchvision.
+
+Where windows lie and what is gathered comes from geometry.
+"""
 
 import pytest
 import torch
