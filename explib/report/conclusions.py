@@ -63,9 +63,10 @@ CONCLUSIONS = {
     ),
     "magnitude": (
         "Is it better than magnitude?",
-        f"Not found. EXP as published − L1: {_against('L1 kernels', 5)} after 5 epochs, "
+        f"No: EXP as published − L1: {_against('L1 kernels', 5)} after 5 epochs, "
         f"{_against('L1 kernels', 50)} after 50. With the largest kernels of each redundant set "
-        f"kept: {_against('L1 kernels', 5, 'L1')} and {_against('L1 kernels', 50, 'L1')}.",
+        f"kept no difference was found: {_against('L1 kernels', 5, 'L1')} and "
+        f"{_against('L1 kernels', 50, 'L1')}.",
     ),
     "cost": (
         "What does pruning cost?",
