@@ -19,7 +19,7 @@ help:  ## this list
 	@touch $@
 
 lock: .venv/ready  ## requirements.lock as pyproject.toml asks now; all of it anew: make lock UPGRADE=--upgrade
-	$(UV) compile --quiet --all-extras --universal --python-version 3.11 --generate-hashes \
+	$(UV) compile --quiet --extra study --extra test --extra slurm --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-header $(UPGRADE) --output-file requirements.lock pyproject.toml
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes

@@ -43,7 +43,7 @@ TWELVE = [n for n, parts in MAIN.items() if parts[0] in "AB" and len(parts) == 2
 OURS = [n for n, parts in MAIN.items() if parts[-1] == "l1"]
 OTHERS = [n for n, parts in PARTS["cifar10"].items() if n not in MAIN and len(parts) == 2]
 
-GPUS = gpus.found()
+GPUS = gpus.visible()
 MEMORY_MB = {"digits": 3_000, "cifar10": 8_000, "imagenet": 32_000}  # of a run, generously
 ALONE = contextlib.ExitStack()
 

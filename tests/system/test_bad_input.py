@@ -292,7 +292,7 @@ def test_images_of_a_size_that_a_network_does_not_take(tmp_path):
         networks.fresh(params)
 
 
-@pytest.mark.parametrize(("command", "status"), [("controls", 2), ("verify", 1), ("report", 1)])
+@pytest.mark.parametrize(("command", "status"), [("controls", 2), ("verify", 1)])
 def test_what_a_command_does_not_know_is_one_line(command, status):
     found, line = answer(command, "nothing")
     assert (found, line[:7]) == (status, "Error: ") and "nothing" in line, line

@@ -32,6 +32,7 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "rates.py": "test_params.py",
     "report/bench_plots.py": "study/test_bench.py",
     "report/bench_tables.py": "study/test_bench.py",
+    "report/conclusions.py": "report/test_page.py",
     "report/comparisons.py": "report/test_tables.py",
     "report/finding.py": "report/test_figures.py",
     "report/speed_tables.py": "study/test_inference_bench.py",
