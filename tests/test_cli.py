@@ -256,7 +256,7 @@ def test_options_stand_above_the_file(tmp_path):
         (["tables", "--dataset", "digits", "--readme"], 2, "README.md has the tables of 'cifar10'"),
         (["controls", "googlenet"], 2, "arch: 'googlenet' has no controls"),
         (["recipes", "-f", "not-there.yaml"], 2, "not-there.yaml: cannot be read"),
-        (["report", "--dataset", "cifar11"], 2, "dataset: 'cifar11' is unknown"),
+        (["report", "--dataset", "cifar11"], 1, "cifar11: no figures"),
         (["verify", "not-there.safetensors"], 1, "not-there.safetensors"),
         (["bench", "processes", "0"], 2, "0 is not in the range"),
         (["flops", "--compress_rate", "[1.5]"], 2, "compress_rate: rate 1.5"),
