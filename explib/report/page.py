@@ -34,7 +34,7 @@ SECTIONS = {
     "FLOPs, recounted": (("published_vs_true",), ("flops",)),
     "Speed of pruned networks": (
         ("speed", "accuracy_vs_speed", "speed_vs_density"),
-        ("alternatives", "speed", "shipped", "density", "exactness"),
+        ("alternatives", "inference", "speed", "shipped", "density", "exactness"),
     ),
     "Speed of training, and its recipe": (
         ("training", "sparse_training", "recipes"),
@@ -70,7 +70,8 @@ GIVEN = {
 """Columns that say what was measured; all others are numbers that lead to their records."""
 BENCH = {
     **dict.fromkeys(("training", "sparse_training"), "training-{machine}"),
-    **dict.fromkeys(("alternatives", "speed", "shipped", "density"), "runtime-{machine}"),
+    **dict.fromkeys(("speed", "shipped", "density"), "runtime-{machine}"),
+    **dict.fromkeys(("alternatives", "inference"), "inference-{machine}"),
     **dict.fromkeys(("controls", "settings"), "controls-{arch}"),
     "exactness": "accuracy-{machine}",
     "processes": "processes",

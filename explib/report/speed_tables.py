@@ -96,6 +96,7 @@ ALTERNATIVES = {
     "torch.compile, dense": ("compiled",),
     "OpenVINO, dense": ("openvino fp32", "openvino bf16", "openvino fp16"),
     "OpenVINO int8, dense": ("openvino int8",),
+    "ONNX Runtime, dense": ("onnxruntime",),
     "engine, pruned": ("engine",),
 }
 """Columns of `alternatives`, and how the names begin of what was timed for each."""
@@ -104,21 +105,22 @@ ALTERNATIVES = {
 def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of each backend, at its fastest precision.
 
-    Of the record of explib.study.bench.inference that is the latest. `gain` is the pruned network's
-    over the fastest dense one; int8, whose answers differ, does not count.
+    Of the record of explib.study.bench.comparison that is the latest. `gain` is the pruned
+    network's over the fastest dense one; int8, whose answers differ, does not count.
     """
-    found = [record for record, _ in _records(results_dir, "runtime")]
+    found = [record for record, _ in _records(results_dir, "inference")]
     if not found:
         return pd.DataFrame()
     record = max(found, key=lambda record: record["provenance"].get("created", ""))
     name, lines = record["provenance"]["hardware"]["name"], []
     for row in record["networks"]:
         best = {column: _fastest(row, names) for column, names in ALTERNATIVES.items()}
-        line = {"network": network_name(row["arch"]), "batch": str(row["batch"])}
+        line = {"network": row["label"], "batch": str(row["batch"])}
         for column, (speed, precision) in best.items():
             line[column] = f"{speed:.0f} {precision}" if speed else NOT_MEASURED
         ours = best["engine, pruned"][0]
-        dense = max(best["torch.compile, dense"][0], best["OpenVINO, dense"][0])
+        exact = ("torch.compile, dense", "OpenVINO, dense", "ONNX Runtime, dense")
+        dense = max(best[column][0] for column in exact)
         line["gain"] = f"{ours / dense:.1f}" if ours and dense else ""
         lines.append(line | {"hardware": hardware(name)})
     return pd.DataFrame(lines)
@@ -127,7 +129,7 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
 def _fastest(row: dict, names: tuple[str, ...]) -> tuple[float, str]:
     """The most images per second of what was timed under such names, and its precision."""
     found = row["images_per_s"].items()
-    own = [(speed, name.split()[-1]) for name, speed in found if name.lower().startswith(names)]
+    own = [(speed, name.split()[-1]) for name, speed in found if name.startswith(names)]
     return max(own, default=(0.0, ""))
 
 

@@ -151,17 +151,19 @@ def test_the_best_alternative_is_the_fastest_dense_one_of_the_latest_record(tmp_
 
     def write(name, created, images_per_s):
         hardware = {"name": f"{name} Processor (2 cores)"}
-        row = NETWORK | {"images_per_s": images_per_s}
+        row = NETWORK | {"label": "ResNet-56", "images_per_s": images_per_s}
         made = {"provenance": {"created": created, "hardware": hardware}, "networks": [row]}
-        (tmp_path / f"bench/runtime-{name}.json").write_text(json.dumps(made))
+        (tmp_path / f"bench/inference-{name}.json").write_text(json.dumps(made))
 
     write("old", "2026-01-01", {"compiled fp32": 1.0, "engine fp32": 9.0})
     found = {"eager fp32": 900.0, "compiled fp32": 200.0, "compiled bf16": 300.0}
-    found |= {"OpenVINO fp32": 400.0, "OpenVINO int8": 800.0, "engine bf16": 1000.0}
+    found |= {"openvino fp32": 400.0, "openvino int8": 800.0, "engine bf16": 1000.0}
+    found |= {"onnxruntime fp32": 350.0, "filters openvino fp32": 950.0}
     write("new", "2026-02-01", found)
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
     assert line["torch.compile, dense"] == "300 bf16" and line["OpenVINO, dense"] == "400 fp32"
     assert line["OpenVINO int8, dense"] == "800 int8" and line["engine, pruned"] == "1000 bf16"
+    assert line["ONNX Runtime, dense"] == "350 fp32"
     assert line["gain"] == "2.5" and line["hardware"] == "new (2 cores)"
     write("newest", "2026-03-01", {"eager fp32": 900.0, "engine fp32": 1000.0})
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")

@@ -37,12 +37,12 @@ class Planned : public Network {
         threads = plan.threads;
     }
 
-    // Blocks fill their lanes from so many images on; below it, and where the maps of a block are so
+    // Blocks whose lanes are mostly full; with fewer images, and where the maps of a block are so
     // large that no cache holds them, images go one by one (which bfloat16 would not compute in)
     bool interleave(int64_t images) const override {
         if (sizeof(T) == sizeof(typename Types<T>::Scalar) && by_block.largest() > LARGEST_BLOCK)
             return false;
-        return images >= Types<T>::lanes / 2 && blocks(images) * Types<T>::lanes <= 2 * images;
+        return 3 * blocks(images) * Types<T>::lanes <= 5 * images;  // of the lanes 3 in 5 are used
     }
     int64_t blocks(int64_t images) const override {
         return (images + Types<T>::lanes - 1) / Types<T>::lanes;
