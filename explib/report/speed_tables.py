@@ -97,6 +97,7 @@ ALTERNATIVES = {
     "OpenVINO, dense": ("openvino fp32", "openvino bf16", "openvino fp16"),
     "OpenVINO int8, dense": ("openvino int8",),
     "ONNX Runtime, dense": ("onnxruntime",),
+    "OpenVINO, filters": ("filters openvino",),
     "engine, pruned": ("engine",),
 }
 """Columns of `alternatives`, and how the names begin of what was timed for each."""
@@ -117,7 +118,8 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
         best = {column: _fastest(row, names) for column, names in ALTERNATIVES.items()}
         line = {"network": row["label"], "batch": str(row["batch"])}
         for column, (speed, precision) in best.items():
-            line[column] = f"{speed:.0f} {precision}" if speed else NOT_MEASURED
+            said = "" if precision in column else f" {precision}"
+            line[column] = f"{speed:.0f}{said}" if speed else NOT_MEASURED
         ours = best["engine, pruned"][0]
         exact = ("torch.compile, dense", "OpenVINO, dense", "ONNX Runtime, dense")
         dense = max(best[column][0] for column in exact)

@@ -162,8 +162,8 @@ def test_the_best_alternative_is_the_fastest_dense_one_of_the_latest_record(tmp_
     write("new", "2026-02-01", found)
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
     assert line["torch.compile, dense"] == "300 bf16" and line["OpenVINO, dense"] == "400 fp32"
-    assert line["OpenVINO int8, dense"] == "800 int8" and line["engine, pruned"] == "1000 bf16"
-    assert line["ONNX Runtime, dense"] == "350 fp32"
+    assert line["OpenVINO int8, dense"] == "800" and line["engine, pruned"] == "1000 bf16"
+    assert line["ONNX Runtime, dense"] == "350 fp32" and line["OpenVINO, filters"] == "950 fp32"
     assert line["gain"] == "2.5" and line["hardware"] == "new (2 cores)"
     write("newest", "2026-03-01", {"eager fp32": 900.0, "engine fp32": 1000.0})
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
