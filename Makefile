@@ -18,9 +18,11 @@ help:  ## this list
 	$(UV) install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lock: .venv/ready  ## requirements.lock as pyproject.toml asks now; all of it anew: make lock UPGRADE=--upgrade
-	$(UV) compile --quiet --extra study --extra test --extra slurm --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --no-header $(UPGRADE) --output-file requirements.lock pyproject.toml
+LOCK := $(UV) compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+
+lock: .venv/ready  ## requirements*.lock as pyproject.toml asks now; all of it anew: make lock UPGRADE=--upgrade
+	$(LOCK) $(UPGRADE) --extra study --extra test --extra slurm --output-file requirements.lock pyproject.toml
+	$(LOCK) $(UPGRADE) --extra peers --constraint requirements.lock --output-file requirements-peers.lock pyproject.toml
 
 study: .venv/ready  ## the whole study on the embedded digits: a few minutes
 	@echo 'Two networks trained on digits, pruned in two ways, fine-tuned, measured; then one from outside the study.'

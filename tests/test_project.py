@@ -28,28 +28,37 @@ def test_conda_users_get_the_same_packages():
     assert f"python{PROJECT['requires-python']}" in environment
 
 
-LOCK = (ROOT / "requirements.lock").read_text()
-LOCKED = [Requirement(line.rstrip(" \\")) for line in LOCK.splitlines() if not line.startswith(" ")]
+LOCKS = {
+    name: (ROOT / name).read_text() for name in ("requirements.lock", "requirements-peers.lock")
+}
+
+
+def locked(name):
+    """The packages of a lock file, each at its version."""
+    lines = [line for line in LOCKS[name].splitlines() if not line.startswith(" ")]
+    return [Requirement(line.rstrip(" \\")) for line in lines]
 
 
 def test_every_package_asked_for_is_locked_at_a_version_within_its_bound():
-    # peers apart: only who measures against them needs them
-    extras = {**PROJECT["optional-dependencies"], "peers": []}
-    asked = sum(extras.values(), PROJECT["dependencies"])
-    for wanted in (r for r in map(Requirement, asked) if r.name != "explib"):
-        found = [r for r in LOCKED if r.name == canonicalize_name(wanted.name)]
-        versions = [next(iter(requirement.specifier)).version for requirement in found]
-        assert versions, f"{wanted.name} is not in requirements.lock; run make lock"
-        assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: {versions}"
+    extras = dict(PROJECT["optional-dependencies"])
+    peers = {"requirements-peers.lock": extras.pop("peers")}  # only who measures needs them
+    asked = {"requirements.lock": sum(extras.values(), PROJECT["dependencies"])} | peers
+    for name, packages in asked.items():
+        for wanted in (r for r in map(Requirement, packages) if r.name != "explib"):
+            found = [r for r in locked(name) if r.name == canonicalize_name(wanted.name)]
+            versions = [next(iter(requirement.specifier)).version for requirement in found]
+            assert versions, f"{wanted.name} is not in {name}; run make lock"
+            assert all(wanted.specifier.contains(v) for v in versions), f"{wanted}: {versions}"
 
 
-def test_the_lock_holds_names_versions_and_hashes_only():
-    for line in LOCK.splitlines():
+@pytest.mark.parametrize("name", LOCKS)
+def test_the_lock_holds_names_versions_and_hashes_only(name):
+    for line in LOCKS[name].splitlines():
         assert re.fullmatch(
             r"[a-z0-9-]+==[^ ]+( ; [^/]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?", line
         )
-    hashes = re.split(r"^\S.*", LOCK, flags=re.M)[1:]
-    assert len(hashes) == len(LOCKED) and all("sha256" in each for each in hashes)
+    hashes = re.split(r"^\S.*", LOCKS[name], flags=re.M)[1:]
+    assert len(hashes) == len(locked(name)) and all("sha256" in each for each in hashes)
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: f"{path.parent.name}/{path.stem}")
