@@ -312,8 +312,15 @@ def batches_per_epoch(data: Data, batch_size: int) -> int:
 
 
 def eval_batches(
-    split: Split | Folders, data: Data, batch_size: int = 500
+    split: Split | Folders, data: Data, batch_size: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All images of a split in order, normalized, not augmented."""
+    """All images of a split in order, normalized, not augmented; by default 500 at a time.
+
+    A GPU that has them in memory gets more where they are small: it waits for each call.
+    """
+    if not batch_size:
+        batch_size = 500
+        if isinstance(split, Split) and split.images.is_cuda:
+            batch_size = max(500, 2_500_000 // split.images[0, 0].numel())
     for images, labels in split.in_order(batch_size, data.workers):
         yield normalize(images, data), labels

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,22 @@ from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.params import Params
 from explib.pruning.masks import Masks
-from explib.training import distributed, soft_labels
+from explib.training import distributed, soft_labels, turns
 from explib.training.backend import train_mode
 from explib.training.evaluation import accuracy
-from explib.training.step import Fading, masks_held, momentum_of, recorded, step_of
+from explib.training.step import (
+    Fading,
+    Recorded,
+    masks_held,
+    momentum_of,
+    recorded,
+    step_of,
+    synchronize,
+)
+
+AHEAD = 32
+"""Steps that may wait for a GPU: who has to wait for all of it, as other runs' evaluation and
+recording do, waits for these, too."""
 
 
 class Diverged(RuntimeError):
@@ -199,12 +212,15 @@ class _Trainer:
         They are read from the device once.
         """
         train_mode(self.model, self.params.freeze_bn)
-        course = []
-        for number, parts in enumerate(self.inputs(epoch, count)):
-            set_lr(self.optimizer, lr_at(self.params, epoch + number / self.steps))
-            course.append(step(parts).clone())  # a recorded step writes into the same memory
-            self.fading.after(epoch * self.steps + number)
-            bar.update()
+        course, inputs = [], self.inputs(epoch, count)
+        with turns.passed() if isinstance(step, Recorded) else nullcontext():
+            for number, parts in enumerate(inputs):
+                set_lr(self.optimizer, lr_at(self.params, epoch + number / self.steps))
+                course.append(step(parts).clone())  # a recorded step writes into the same memory
+                self.fading.after(epoch * self.steps + number)
+                bar.update()
+                if number % AHEAD == AHEAD - 1 or number == count - 1:
+                    synchronize(self.data.train.labels.device)
         return distributed.sum_over_ranks(torch.stack(course)).cpu().double()
 
     def entry(self, course: torch.Tensor, epoch: int, seconds: float) -> dict:
@@ -309,15 +325,15 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
     own_steps = slice(first - epochs[0] * steps, first - epochs[0] * steps + count)
     whole = [epoch_plan(data, params.batch_size, params.seed, epoch) for epoch in epochs]
     plans = torch.cat(whole)[own_steps]
-    turns, each = pieces(data, params)
-    own = plans.view(len(plans), 4, turns, -1, each)[:, :, :, distributed.rank()]
+    parts, each = pieces(data, params)
+    own = plans.view(len(plans), 4, parts, -1, each)[:, :, :, distributed.rank()]
     own = own.permute(0, 2, 1, 3).reshape(-1, 4, each)
     inputs = iter(data.train.inputs(own, data.workers))
     if soft:
         logits = torch.cat([soft(epoch) for epoch in epochs])[own_steps].reshape(len(own), each, -1)
         inputs = ((*given, known) for given, known in zip(inputs, logits, strict=True))
-    for _ in plans:
-        yield [next(inputs) for _ in range(turns)]
+    # what is above is done now, and not when the first one is asked for
+    return ([next(inputs) for _ in range(parts)] for _ in plans)
 
 
 def raise_diverged(

@@ -1,6 +1,7 @@
 """One step of training: its loss, its recording as a CUDA graph, masks that hold or fade."""
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -83,7 +84,7 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
                 step(parts)
         torch.cuda.current_stream().wait_stream(stream)
         try:
-            replay = _captured(step, parts)
+            replay = Recorded(step, parts)
         except RuntimeError as error:
             why = str(error).strip().split("\n")[0]
             warnings.warn(
@@ -95,19 +96,29 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
     return replay
 
 
-def _captured(step: Callable, parts: list[tuple]) -> Callable:
-    graph, parts = torch.cuda.CUDAGraph(), [tuple(t.clone() for t in part) for part in parts]
-    with torch.cuda.graph(graph):
-        result = step(parts)
+class Recorded:
+    """A step as a CUDA graph: called like the step that it was made of, on inputs of its shapes."""
 
-    def replay(chosen):
-        for own, new in zip(parts, chosen, strict=True):
+    def __init__(self, step: Callable, parts: list[tuple]):
+        self.parts = [tuple(t.clone() for t in part) for part in parts]
+        self.graph = torch.cuda.CUDAGraph()
+        gc.collect()  # graphs that are garbage must not go while another one is recorded
+        # other threads may ask for memory meanwhile, for runs of their own
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result = step(self.parts)
+
+    def __call__(self, chosen: list[tuple]) -> torch.Tensor:
+        for own, new in zip(self.parts, chosen, strict=True):
             for mine, given in zip(own, new, strict=True):
                 mine.copy_(given)
-        graph.replay()
-        return result
+        self.graph.replay()
+        return self.result
 
-    return replay
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what this thread gave it; on a CPU all is done already."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 @contextmanager

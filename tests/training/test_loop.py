@@ -403,7 +403,7 @@ class TestRecordedStep:
             return noting
 
         for name in ("stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+            monkeypatch.setattr(torch.cuda, name, lambda _, **how: contextlib.nullcontext())
         for name in ("Stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda: Mock())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -445,7 +445,7 @@ class TestRecordedStep:
         calls.clear()
 
         @contextlib.contextmanager
-        def breaks(_):
+        def breaks(_, capture_error_mode):
             net[0].weight.grad = torch.full_like(net[0].weight, math.nan)  # as a capture may leave
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
             yield

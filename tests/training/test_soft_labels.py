@@ -18,7 +18,7 @@ PARAMS = Params(
 
 @pytest.fixture(autouse=True)
 def in_three_chunks(monkeypatch):
-    monkeypatch.setattr(soft_labels, "CHUNK", 20)  # two batches of 8, of the six in an epoch
+    monkeypatch.setitem(soft_labels.CHUNK, "cpu", 20)  # two batches of 8, of the six in an epoch
 
 
 class Teacher:
