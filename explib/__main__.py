@@ -119,9 +119,9 @@ def finetune(params):
 def batch(files, seeds, seconds, epochs, at_once, results_dir):
     """Run several YAML FILES in one process.
 
-    One after another, or several at once on one GPU. Baselines (NAME-baseline.yaml) come first, with their own seed only: all runs of a network start
-    from the same one. What is done is not done again, what was interrupted goes on; a run that
-    fails is reported, and the others go on.
+    One after another, or several at once on one GPU. Baselines (NAME-baseline.yaml) come first,
+    with their own seed only: all runs of a network start from the same one. What is done is not
+    done again, what was interrupted goes on; a run that fails is reported, and the others go on.
     """
     from explib.study import batch as batches
 
