@@ -1,9 +1,10 @@
-"""Training on a CPU at the speed of its memory: BatchNorm, shortcut and ReLU in one pass.
+"""Training at the speed of memory: BatchNorm, shortcut and ReLU in one pass.
 
-On a CPU a ResNet spends more time between its convolutions than in them. `fuse` rewrites a network,
-whose weights it shares, so that what lies between them reads and writes each activation once per
-direction; the arithmetic is that of the plain network, up to rounding. Also, a small convolution
-(maps of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is trained as `strided` does.
+A ResNet spends as much time between its convolutions as in them, on a CPU and on a GPU. `fuse`
+rewrites a network, whose weights it shares, so that what lies between them reads and writes each
+activation once per direction; the arithmetic is that of the plain network, up to rounding. On a CPU
+also, a small convolution (maps of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is
+trained as `strided` does.
 """
 
 import ctypes
@@ -51,6 +52,17 @@ def keep_memory() -> bool:
         return False
     large = mallopt(mmap, 1 << 30) or mallopt(mmap, 32 << 20)  # older ones take no more
     return bool(large and mallopt(trim, (1 << 31) - 1))
+
+
+@functools.cache
+def on_gpu():
+    """The passes of a GPU, `explib.engine.gpu`; None, with a warning, where Triton is missing."""
+    try:
+        from explib.engine import gpu
+    except ImportError as error:
+        warnings.warn(f"training on this GPU is slower than it could be: {error}", stacklevel=2)
+        return None
+    return gpu
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int, bool, int]:
@@ -201,11 +213,14 @@ class NormAct(nn.Module):
             or (not norm.training and torch.is_grad_enabled())
             or x.dtype not in (torch.float32, torch.bfloat16)
             or (add is not None and add.shape != x.shape)
+            or (x.is_cuda and not (norm.training and norm.momentum is not None))
         ):
             y = norm(x) if add is None else norm(x) + add
             return F.relu(y) if self.relu else y
         x = x.contiguous(memory_format=torch.channels_last)
         add = _like(x, add)
+        if x.is_cuda:
+            return on_gpu().norm_act(norm, x, add, self.relu)
         if norm.training:
             count = x.numel() // x.shape[1]
             return norm_act(norm, x, add, self.relu, count, (normalize, backward))
@@ -237,32 +252,35 @@ class SmallConv(nn.Module):
 
 
 def fuse(model: nn.Module, like: torch.Tensor) -> nn.Module:
-    """A network that computes what `model` does, faster on a CPU, with the same weights and modes.
+    """A network that computes what `model` does, faster, with the same weights and modes.
 
-    like: images as it takes them, of whatever content. The model itself, with a warning that says
-    why, where it cannot be traced, where training mode changes more than its layers do, or where
-    nothing could be compiled.
+    like: images as it takes them, of whatever content, on its device. The model itself, with a
+    warning that says why, where it cannot be traced, where training mode changes more than its
+    layers do, or where nothing could be compiled.
     """
     try:
         return fused(model, like)
     except NotImplementedError as error:
-        warnings.warn(f"training on this CPU is slower than it could be: {error}", stacklevel=2)
+        place = "GPU" if like.is_cuda else "CPU"
+        warnings.warn(f"training on this {place} is slower than it could be: {error}", stacklevel=2)
         return model
-    except native.NoCompiler:  # which `library` has said
+    except native.NoCompiler:  # which `library` or `on_gpu` has said
         return model
 
 
 def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     """The network of `fuse`. NotImplementedError or NoCompiler, saying why, where there is none."""
     graph = _traced(model, like)
-    if library() is None:
-        raise native.NoCompiler("its C++ could not be compiled")
+    if (on_gpu if like.is_cuda else library)() is None:
+        raise native.NoCompiler("its passes could not be compiled")
     modules = dict(model.named_modules())
     made = fx.GraphModule(model, graph)
     for node in list(graph.nodes):
         module: Any = modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(made, node, module, modules)
+        elif like.is_cuda:
+            continue
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):

@@ -12,7 +12,7 @@ from torch import nn
 
 from explib.errors import extra
 from explib.pruning import counting
-from explib.pruning.layers import Conv, Inputs, modes_kept
+from explib.pruning.layers import Conv, Inputs, modes_kept, on_device_of
 from explib.pruning.masks import Masks
 from explib.rates import number_to_prune
 
@@ -99,7 +99,8 @@ def narrowed(model: nn.Module, masks: Masks, example_inputs: Inputs) -> nn.Modul
         import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()
-    graph = tp.DependencyGraph().build_dependency(small, example_inputs=example_inputs)
+    given = on_device_of(small, example_inputs)
+    graph = tp.DependencyGraph().build_dependency(small, example_inputs=given)
     for name, mask in masks.items():
         gone = (~mask.any(1)).nonzero().flatten().tolist()
         if gone:
@@ -116,8 +117,9 @@ def _groups(model: nn.Module, example_inputs: Inputs) -> dict[str, tuple[torch.T
     with extra():
         import torch_pruning as tp
 
+    given = on_device_of(model, example_inputs)
     with modes_kept(model):
-        graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=example_inputs)
+        graph = tp.DependencyGraph().build_dependency(model.eval(), example_inputs=given)
     score = tp.importance.GroupMagnitudeImportance(p=1)
     names = {id(module): name for name, module in model.named_modules()}
     groups = {}

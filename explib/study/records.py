@@ -33,13 +33,16 @@ STATES = ("done", "diverged")
 def provenance(device: str = "cpu") -> dict:
     """Code, library versions and hardware of this process, for a record.
 
-    A copy without its .git, as on a rented machine, is told its commit by EXPLIB_COMMIT; whether it
-    is as that was committed, nobody can say then.
+    A copy without its history, as on a rented machine, is told its commit by EXPLIB_COMMIT; whether
+    it is as that was committed, nobody can say then.
     """
-    changes = _git("status", "--porcelain", "--untracked-files=all", "--", "explib")
+    told = os.environ.get("EXPLIB_COMMIT", "")
+    changes = (
+        None if told else _git("status", "--porcelain", "--untracked-files=all", "--", "explib")
+    )
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD") or os.environ.get("EXPLIB_COMMIT", ""),
+        "git_commit": told or _git("rev-parse", "HEAD") or "",
         "git_dirty": None if changes is None else bool(changes),
         "versions": {
             "explib": explib.__version__,

@@ -136,10 +136,13 @@ def networks(
     """
     if compile == "on":
         return {"torch.compile": torch.compile(model, dynamic=False)}
-    if compile == "off" or device != "cpu":
+    if compile == "off" or (compile == "sparse" and device != "cpu"):
         if compile == "sparse" and masks:
             raise ValueError(_NOT_SPARSE)
         return {"eager": model}
+    if device != "cpu":
+        quick = fuse(model, example.to(device))
+        return {"eager" if quick is model else "fused passes": quick}
     network = training.sparse(model, masks, example) if masks else None
     if compile == "sparse" and masks:
         if network is None:

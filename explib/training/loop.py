@@ -112,7 +112,7 @@ def train(
     if resume:
         trainer.load_momentum(resume["momentum"])
     faded = not masks or first >= params.fade_epochs
-    with masks_held(model, masks, optimizer, faded), trainer.progress(first) as bar:
+    with masks_held(model, masks, optimizer, faded, plain=True), trainer.progress(first) as bar:
         step = trainer.start(first)
         for epoch in range(first, trainer.epochs):
             yield trainer.epoch(epoch, step, bar)

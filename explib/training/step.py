@@ -76,7 +76,10 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
     Recording takes a few real steps; weights, statistics and momentum are put back afterwards.
     Where it fails, a warning says why, and the step itself is what is returned.
     """
-    stream, replay = torch.cuda.Stream(), step
+    # the stream that is in use, where it may record: there are only so many of them
+    stream, replay = torch.cuda.current_stream(), step
+    if stream == torch.cuda.default_stream():
+        stream = torch.cuda.Stream()
     with _put_back(model, optimizer):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -84,7 +87,7 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
                 step(parts)
         torch.cuda.current_stream().wait_stream(stream)
         try:
-            replay = Recorded(step, parts)
+            replay = Recorded(step, parts, stream)
         except RuntimeError as error:
             why = str(error).strip().split("\n")[0]
             warnings.warn(
@@ -99,12 +102,12 @@ def recorded(step: Callable, model: nn.Module, optimizer, parts: list[tuple]) ->
 class Recorded:
     """A step as a CUDA graph: called like the step that it was made of, on inputs of its shapes."""
 
-    def __init__(self, step: Callable, parts: list[tuple]):
+    def __init__(self, step: Callable, parts: list[tuple], stream):
         self.parts = [tuple(t.clone() for t in part) for part in parts]
         self.graph = torch.cuda.CUDAGraph()
         gc.collect()  # graphs that are garbage must not go while another one is recorded
         # other threads may ask for memory meanwhile, for runs of their own
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.result = step(self.parts)
 
     def __call__(self, chosen: list[tuple]) -> torch.Tensor:
@@ -168,11 +171,24 @@ class Fading:
 
 
 @contextmanager
-def masks_held(model: nn.Module, masks: Masks, optimizer, faded: bool) -> Iterator[None]:
-    """Masks held; where they still fade, the pruned weights keep their values for now."""
-    release = (holding.hold if faded else holding.mask_gradients)(model, masks, optimizer)
+def masks_held(
+    model: nn.Module, masks: Masks, optimizer, faded: bool, plain: bool = False
+) -> Iterator[None]:
+    """Masks held; where they still fade, the pruned weights keep their values for now.
+
+    plain: the optimizer is an SGD of ours, and nobody else touches the weights. Of a weight and a
+    momentum of 0 that leaves 0 where the gradient is 0, and a GPU would take a tenth of its time
+    for more.
+    """
+    light = plain and any(p.is_cuda for p in model.parameters())
+    if light and faded:
+        masking.apply(model, masks)
+    hold = holding.hold if faded and not light else holding.mask_gradients
+    release = hold(model, masks, optimizer)
     try:
         yield
+        if light and faded and not masking.held(model, masks):
+            raise RuntimeError("masks: a pruned kernel is not zero any more after training")
     finally:
         release()
 

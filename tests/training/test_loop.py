@@ -403,8 +403,8 @@ class TestRecordedStep:
             return noting
 
         for name in ("stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, lambda _, **how: contextlib.nullcontext())
-        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **how: contextlib.nullcontext())
+        for name in ("Stream", "current_stream", "default_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda: Mock())
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(loop, "step_of", steps)
@@ -445,7 +445,7 @@ class TestRecordedStep:
         calls.clear()
 
         @contextlib.contextmanager
-        def breaks(_, capture_error_mode):
+        def breaks(_, stream, capture_error_mode):
             net[0].weight.grad = torch.full_like(net[0].weight, math.nan)  # as a capture may leave
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
             yield
