@@ -2,9 +2,9 @@
 
 A ResNet spends as much time between its convolutions as in them, on a CPU and on a GPU. `fuse`
 rewrites a network, whose weights it shares, so that what lies between them reads and writes each
-activation once per direction; the arithmetic is that of the plain network, up to rounding. On a CPU
-also, a small convolution (maps of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is
-trained as `strided` does.
+activation once per direction; the arithmetic is that of the plain network, up to rounding. On a GPU
+also convolutions of few channels are computed otherwise (`gpu_convs`). On a CPU a small one (maps
+of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is trained as `strided` does.
 """
 
 import ctypes
@@ -56,13 +56,20 @@ def keep_memory() -> bool:
 
 @functools.cache
 def on_gpu():
-    """The passes of a GPU, `explib.engine.gpu`; None, with a warning, where Triton is missing."""
+    """What a GPU computes with, `gpu_norms` and `gpu_convs`, tried once.
+
+    None, with a warning, where Triton is missing or cannot compile here.
+    """
     try:
-        from explib.engine import gpu
-    except ImportError as error:
-        warnings.warn(f"training on this GPU is slower than it could be: {error}", stacklevel=2)
+        from explib.engine import gpu_convs, gpu_norms
+
+        gpu_norms.check()
+        gpu_convs.check()
+    except Exception as error:  # of a compiler, a driver, Triton's own: it has many
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        warnings.warn(f"training on this GPU is slower than it could be: {why}", stacklevel=2)
         return None
-    return gpu
+    return gpu_norms, gpu_convs
 
 
 def _rows(x: torch.Tensor) -> tuple[int, int, bool, int]:
@@ -220,7 +227,7 @@ class NormAct(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         add = _like(x, add)
         if x.is_cuda:
-            return on_gpu().norm_act(norm, x, add, self.relu)
+            return on_gpu()[0].norm_act(norm, x, add, self.relu)
         if norm.training:
             count = x.numel() // x.shape[1]
             return norm_act(norm, x, add, self.relu, count, (normalize, backward))
@@ -280,7 +287,8 @@ def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(made, node, module, modules)
         elif like.is_cuda:
-            continue
+            if is_plain_conv(module, (3,)) and on_gpu()[1].takes(module):
+                _replace(made, node, [node], on_gpu()[1].Conv(module), node.args)
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):

@@ -118,14 +118,17 @@ def _gpu_lost() -> bool:
 
 
 def _threads(waiting: _Waiting, count: int) -> Iterator[tuple[bool, str]]:
-    """Run them in threads that share a GPU, each with a stream of its own."""
+    """Run them in threads that share a GPU, each with streams of its own."""
     answers: queue.Queue = queue.Queue()
 
     def work() -> None:
         try:
-            with turns.held(), torch.cuda.stream(torch.cuda.Stream()):
+            with turns.held():
+                # others wait for a dense network: its kernels come before theirs
+                usual, first = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
                 while job := _next(waiting):
-                    answers.put(waiting.run(job))
+                    with torch.cuda.stream(first if job[0] is runs.baseline else usual):
+                        answers.put(waiting.run(job))
         finally:
             answers.put(None)
 

@@ -16,7 +16,7 @@ from explib.files import load_tensors, resolve, save_tensors
 from explib.params import Params
 from explib.registry import file_name
 
-CHUNK = {"cpu": 1024, "cuda": 8192}
+CHUNK = {"cpu": 1024, "cuda": 2048}
 """Images, about, that the dense network is asked about at once: a GPU waits for each call."""
 
 

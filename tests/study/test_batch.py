@@ -71,7 +71,7 @@ class TestAtOnce:
     def there(self, monkeypatch):
         monkeypatch.setattr(batch, "gpu_there", lambda: True)
         monkeypatch.setattr(batch, "_gpu_lost", lambda: False)
-        monkeypatch.setattr(batch.torch.cuda, "Stream", lambda: None)
+        monkeypatch.setattr(batch.torch.cuda, "Stream", lambda priority=0: None)
         monkeypatch.setattr(batch.torch.cuda, "stream", contextlib.nullcontext)
 
     def made(self, monkeypatch, work):

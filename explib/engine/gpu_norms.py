@@ -251,3 +251,24 @@ def norm_act(norm: nn.BatchNorm2d, x: torch.Tensor, add: torch.Tensor | None, re
         x, add, norm.weight, norm.bias, norm.running_mean, norm.running_var,
         norm.num_batches_tracked, norm.eps, norm.momentum, relu,
     )  # fmt: skip
+
+
+def check() -> None:
+    """RuntimeError where this GPU computes something else than torch does."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    x, add, dy = (
+        torch.randn(4, 24, 8, 8, device="cuda", generator=draw)
+        .add(1)
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(3)
+    )
+    results = []
+    for own in (True, False):
+        norm = nn.BatchNorm2d(24).cuda()
+        given = [x.clone().requires_grad_(), add.clone().requires_grad_()]
+        y = norm_act(norm, *given, True) if own else torch.relu(norm(given[0]) + given[1])
+        gradients = torch.autograd.grad(y, [*given, norm.weight, norm.bias], dy)
+        results.append([y.detach(), *gradients, norm.running_mean, norm.running_var])
+    for found, wanted in zip(*results, strict=True):
+        if not (found - wanted).norm() <= 1e-3 * wanted.norm():
+            raise RuntimeError("BatchNorm in Triton is wrong")
