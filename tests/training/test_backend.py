@@ -1,6 +1,7 @@
 """What a network is trained by: what is asked for, what is measured, what that leaves behind."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.conftest import image, needs_compiler
 from tests.training.test_loop import PARAMS, equal
 
 AUTO = Params(arch="resnet_56", device="cpu", threads=1)
+GPU = AUTO.replace(device="auto", precision="bf16")
 LONG = 10**9
 
 
@@ -40,6 +42,28 @@ def fastest(monkeypatch):
         return asked
 
     return be
+
+
+@pytest.fixture
+def gpu_makes(monkeypatch):
+    """Have `fuse` make something of a network on a GPU, which need not be there."""
+
+    def be(passes):
+        example = SimpleNamespace(to=lambda device: SimpleNamespace(device=device))
+        monkeypatch.setattr(backend, "example_of", lambda params: example)
+
+        def fuse(model, like):
+            assert like.device == "cuda"  # where the passes are made and compared
+            return passes(model)
+
+        monkeypatch.setattr(backend, "fuse", fuse)
+
+    return be
+
+
+def trained_by(model, compile, device, masks=None):
+    """By what a network is trained on a device, of what `compile` allows."""
+    return backend.choose(model, GPU.replace(compile=compile), device, LONG, masks).how
 
 
 def pruned(rate, build=lambda: models.resnet.build(10, depth=8)):
@@ -68,24 +92,36 @@ class TestWhatIsAskedFor:
             assert chosen(x).dtype == torch.float32 and chosen.measured == {}
         assert seen == [torch.float32, torch.bfloat16]
 
-    def test_torch_compile_only_where_it_is_asked_for(self, monkeypatch):
+    def test_torch_compile_only_where_it_is_asked_for(self, monkeypatch, gpu_makes):
         compiled = []
         monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(1) or model)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         model, _ = pruned(0)
-        found = {}
-        for wanted, device in (
-            *(("auto", "cpu"), ("on", "cpu")),
-            *(("auto", "cuda"), ("on", "cuda"), ("off", "cuda")),
-        ):
-            params = AUTO.replace(compile=wanted, precision="bf16", device="auto")
-            found[wanted, device] = backend.choose(model, params, device, LONG).how
+        assert trained_by(model, "on", "cpu") == "torch.compile"
+        assert trained_by(model, "auto", "cpu") in ("fused passes", "eager")
+        gpu_makes(lambda model: model)
+        assert trained_by(model, "on", "cuda") == "torch.compile"
+        assert trained_by(model, "auto", "cuda") == trained_by(model, "off", "cuda") == "eager"
         assert len(compiled) == 2
-        assert {key for key, how in found.items() if how == "torch.compile"} == {
-            ("on", "cpu"),
-            ("on", "cuda"),
-        }
-        assert found["auto", "cuda"] == found["off", "cuda"] == "eager"
+
+    def test_a_gpu_has_fused_passes_unless_none_can_be_made_or_are_wanted(self, gpu_makes):
+        model, masks = pruned(0.7)
+        passes = torch.nn.Sequential(model)
+        gpu_makes(lambda model: passes)
+        chosen = backend.choose(model, GPU, "cuda", LONG, masks)
+        assert (chosen.how, chosen.precision, chosen.network) == ("fused passes", "bf16", passes)
+        assert chosen.measured == {}  # nothing to choose
+        off = backend.choose(model, GPU.replace(compile="off"), "cuda", LONG, masks)
+        assert (off.how, off.network) == ("eager", model)
+        gpu_makes(lambda model: model)  # as without Triton
+        plain = backend.choose(model, GPU, "cuda", LONG, masks)
+        assert (plain.how, plain.network) == ("eager", model)
+
+    def test_a_gpu_cannot_leave_pruned_kernels_out(self, gpu_makes):
+        gpu_makes(torch.nn.Sequential)
+        model, masks = pruned(0.7)
+        with pytest.raises(ValueError, match="compile: 'sparse' needs a CPU"):
+            trained_by(model, "sparse", "cuda", masks)
+        assert trained_by(model, "sparse", "cuda") == "eager"  # nothing to leave out
 
     @needs_compiler
     def test_restricts_what_is_tried(self, fastest):
