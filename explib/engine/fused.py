@@ -65,6 +65,8 @@ def on_gpu():
 
         gpu_norms.check()
         gpu_convs.check()
+    except torch.OutOfMemoryError:  # says nothing about Triton
+        raise
     except Exception as error:  # of a compiler, a driver, Triton's own: it has many
         why = str(error).strip().split("\n")[0] or type(error).__name__
         warnings.warn(f"training on this GPU is slower than it could be: {why}", stacklevel=2)
@@ -205,6 +207,12 @@ def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
+def _tracks(norm: nn.BatchNorm2d) -> bool:
+    """Whether running statistics follow each batch by a fixed share, as a GPU's passes take it."""
+    numbers = norm.momentum, norm.num_batches_tracked
+    return norm.track_running_stats and None not in numbers
+
+
 class NormAct(nn.Module):
     """A BatchNorm2d of the network with what follows it: relu(norm(x) + add)."""
 
@@ -220,7 +228,7 @@ class NormAct(nn.Module):
             or (not norm.training and torch.is_grad_enabled())
             or x.dtype not in (torch.float32, torch.bfloat16)
             or (add is not None and add.shape != x.shape)
-            or (x.is_cuda and not (norm.training and norm.momentum is not None))
+            or (x.is_cuda and not (norm.training and _tracks(norm)))
         ):
             y = norm(x) if add is None else norm(x) + add
             return F.relu(y) if self.relu else y

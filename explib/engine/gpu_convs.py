@@ -27,7 +27,8 @@ def _beside(x, row, rows, height, width, channels: tl.constexpr, DOWN, RIGHT):
     """The pixels (rows, channels) so far down and right of these; 0 outside of their image."""
     line, column = (row // width) % height + DOWN, row % width + RIGHT
     inside = (row < rows) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
-    at = (row + DOWN * width + RIGHT)[:, None] * channels + tl.arange(0, channels)[None, :]
+    beside = (row + DOWN * width + RIGHT).to(tl.int64)
+    at = beside[:, None] * channels + tl.arange(0, channels)[None, :]
     return tl.load(x + at, inside[:, None], 0.0)
 
 
@@ -46,7 +47,7 @@ def _convolve(
         place = weight + (TAP + STRIDE * tap) * INTO * OUT
         own = tl.load(place + into[:, None] * IN_STRIDE + out[None, :] * OUT_STRIDE)
         total = tl.dot(pixels, own, total)
-    at = row[:, None] * OUT + out[None, :]
+    at = row.to(tl.int64)[:, None] * OUT + out[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), (row < rows)[:, None])
 
 
@@ -63,7 +64,8 @@ def _weights(
     right = tl.zeros((INTO, OUT), tl.float32)
     for turn in range(TURNS):
         row = (program * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)
-        own = tl.load(dy + row[:, None] * OUT + out[None, :], (row < rows)[:, None], 0.0)
+        at = row.to(tl.int64)[:, None] * OUT + out[None, :]
+        own = tl.load(dy + at, (row < rows)[:, None], 0.0)
         pixels = _beside(x, row, rows, height, width, INTO, down, -1)
         left = tl.dot(tl.trans(pixels), own, left)
         pixels = _beside(x, row, rows, height, width, INTO, down, 0)

@@ -266,7 +266,11 @@ def check() -> None:
     for own in (True, False):
         norm = nn.BatchNorm2d(24).cuda()
         given = [x.clone().requires_grad_(), add.clone().requires_grad_()]
-        y = norm_act(norm, *given, True) if own else torch.relu(norm(given[0]) + given[1])
+        y = (
+            norm_act(norm, given[0], given[1], True)
+            if own
+            else torch.relu(norm(given[0]) + given[1])
+        )
         gradients = torch.autograd.grad(y, [*given, norm.weight, norm.bias], dy)
         results.append([y.detach(), *gradients, norm.running_mean, norm.running_var])
     for found, wanted in zip(*results, strict=True):
