@@ -24,7 +24,7 @@ from explib.pruning.checkpoints import load_network
 from tests.conftest import ROOT, image, needs_compiler
 from tests.engine.sweep import BATCHES, BOUNDS, SIZES, sweep
 
-SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e10.safetensors"
+SHIPPED = ROOT / "results/checkpoints/cifar10/resnet_56-B-53-l1-e50.safetensors"
 SIDES = dict.fromkeys(registry.NETWORKS, 32) | {"resnet_50": 64}
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
 
