@@ -34,8 +34,8 @@ CONCLUSIONS = {
     "dense": (
         "How accurate are the networks before pruning?",
         "ResNet-56 {n:baselines; resnet_56-public; last epoch} % top-1 (a public checkpoint), "
-        "VGG-16 {n:baselines; vgg_16_bn-baseline; last epoch} % (trained here). All pruned rows "
-        "start from these two.",
+        "VGG-16 {n:baselines; vgg_16_bn-baseline; epochs=150; last epoch} % (trained here). The "
+        "rows of the tables start from these two.",
     ),
     "cuts": (
         "Are the published cuts right?",

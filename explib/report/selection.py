@@ -1,7 +1,8 @@
 """Which runs belong together: seeds of one experiment, and experiments that can be compared.
 
 Of several groups of runs (equal but for their seeds) for one row and dense network tables and
-figures show the one with most epochs, then the one with most seeds. A machine, a precision or a
+figures show the one with most epochs, then the one with most seeds, then the one from where most
+others of as many epochs come from. A machine, a precision or a
 version of torch makes another group: what it adds to a difference is not the seed's or the
 criterion's. Runs that diverged, or that
 used only a part of the data, are no results (of the digits, which are there to try things on, also
@@ -85,7 +86,10 @@ def groups(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     table["last_std"] = by["last"].std().loc[same].values
     scores = by[["seed", "last"]].agg(list).loc[same]
     table["by_seed"] = [dict(zip(*row, strict=True)) for row in scores.values.tolist()]
-    return table.sort_values(["trained", "n"], ascending=False, kind="stable")
+    together = table.groupby(["arch", "trained", *ENVIRONMENT], dropna=False)["n"].transform("size")
+    table = table.assign(together=together)
+    table = table.sort_values(["trained", "n", "together"], ascending=False, kind="stable")
+    return table.drop(columns="together")
 
 
 def _experiments(frame: pd.DataFrame) -> pd.Series:

@@ -90,7 +90,8 @@ def test_every_table_and_every_figure_is_there(committed):
 
 
 def test_measured_numbers_of_the_committed_tables_lead_to_records(committed):
-    for name in set(tables.make(committed[0].parent)) - {"order"}:
+    # of what other tables say, not of runs
+    for name in set(tables.make(committed[0].parent)) - {"order", "reached"}:
         table = committed[1].split(f'<h3 id="{name}">')[1].split("</table>")[0]
         links = re.findall('href="([^"]+)"', table)
         rows = table.count("<tr>") - 1 - table.count(">not measured yet<")

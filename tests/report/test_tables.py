@@ -108,14 +108,44 @@ def test_most_epochs_win_then_most_seeds(tmp_path):
     assert row(tmp_path)["last epoch"] == "90.00 (n=1)"
 
 
-def test_a_row_stands_once_for_each_dense_network_it_was_measured_from(tmp_path):
-    for start, epochs, last in (("a", 10, 92.0), ("a", 5, 91.0), ("b", 5, 93.0)):
-        record(tmp_path, last, start=start, epochs=epochs)
+@pytest.mark.parametrize(
+    ("runs", "lasts"),
+    [
+        ((("a", 10, 92.0), ("a", 5, 91.0), ("b", 5, 93.0)), ["92.00 (n=1)"]),
+        ((("a", 10, 92.0), ("a", 5, 91.0), ("b", 10, 93.0)), ["92.00 (n=1)", "93.00 (n=1)"]),
+    ],
+    ids=["the longest", "as long"],
+)
+def test_a_row_stands_once_for_each_dense_network_of_its_longest_runs(tmp_path, runs, lasts):
+    for start, epochs, last in runs:
+        record(tmp_path, last, start=start, epochs=epochs, resume=start)
     made = tables.make(tmp_path, "cifar10")["as_published"]
     measured = made[made["last epoch"] != names.NOT_MEASURED]
-    assert list(measured["last epoch"]) == ["92.00 (n=1)", "93.00 (n=1)"]
-    assert list(measured["dense"]) == ["93.00", "93.00"]
-    assert len(made) == 12 + 1
+    assert sorted(measured["last epoch"]) == lasts
+    assert list(measured["dense"]) == ["93.00"] * len(lasts)
+    assert len(made) == 12 + len(lasts) - 1
+
+
+def test_rows_that_reach_what_was_published_are_counted():
+    rows = {
+        "network": ["VGG-16", "VGG-16", "ResNet-56", "ResNet-56"],
+        "way": ["A", "B", "A", "B"],
+        "published cut %": ["53.1", "53.1", "71.9", "71.9"],
+        "published top-1": ["93.64", "93.55", "92.91", "93.03"],
+        "last epoch": ["93.64 (n=1)", "93.50 ± 0.10 (n=3)", "92.00 (n=1)", names.NOT_MEASURED],
+    }
+    (line,) = tables.reached({"L1": pd.DataFrame(rows), "random": pd.DataFrame()}).to_dict(
+        "records"
+    )
+    assert line == {
+        "survivors": "L1",
+        "rows": "3",
+        "at or above": "1",
+        "less than 0.1 below": "1",
+        "mean difference": "-0.32",  # of 0, -0.05 and -0.91
+        "furthest below": "-0.91",
+        "that is": "ResNet-56, A, 71.9 %",
+    }
 
 
 @pytest.mark.parametrize(
