@@ -256,7 +256,9 @@ def _lengths(axes, runs: pd.DataFrame) -> None:
     axes.minorticks_off()
     axes.margins(y=0.08)
     low, high = axes.get_ylim()  # with everything drawn, so that labels stand where they belong
-    places = plots.apart([top1 for top1, _ in published], 0.05 * (high - low), high)
+    places = plots.apart(
+        [top1 for top1, _ in published], 0.05 * (high - low), high - 0.02 * (high - low)
+    )
     for place, (top1, way) in zip(places, published, strict=True):
         axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(7, 0),
                       textcoords="offset points", fontsize=8.5, va="center",
@@ -276,13 +278,15 @@ def _published_rows() -> pd.DataFrame:
 def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     """The group of runs that the tables choose for each way, criterion and rates of a network.
 
-    One for each dense network that they start from.
+    The longest; where those of several dense networks are as long, one for each.
     """
     runs = selection.groups(frame)
     if runs.empty:
         return runs
+    row = ["pruning_way", "survivors", "compress_rate"]
     runs = runs[runs["arch"] == arch]
-    return runs.drop_duplicates(["pruning_way", "survivors", "compress_rate", "start"])
+    runs = runs[runs["trained"] == runs.groupby(row)["trained"].transform("max")]
+    return runs.drop_duplicates([*row, "start"])
 
 
 def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = inf) -> pd.DataFrame:

@@ -230,7 +230,7 @@ def direct_labels(axes, ends: list[tuple]) -> None:
     """
     low, high = axes.get_ylim()
     edge, ends = max(x for _, x, _, _ in ends), sorted(ends)
-    places = apart([value for value, *_ in ends], 0.05 * (high - low), high)
+    places = apart([value for value, *_ in ends], 0.05 * (high - low), high - 0.02 * (high - low))
     for (value, x, name, colour), place in zip(ends, places, strict=True):
         if x < edge:
             axes.annotate("", (x, value), xytext=(edge, place), annotation_clip=False,
