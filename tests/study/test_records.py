@@ -113,6 +113,12 @@ def test_where_git_says_nothing_a_record_does_not_call_the_code_clean(monkeypatc
     assert (found["git_commit"], found["git_dirty"]) == ("", None)
 
 
+def test_a_copy_without_its_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("EXPLIB_COMMIT", "0123456789abcdef")
+    found = records.provenance()
+    assert (found["git_commit"], found["git_dirty"]) == ("0123456789abcdef", None)
+
+
 def test_the_committed_records_are_sound():
     paths = sorted((ROOT / "results/records/cifar10").glob("*.json"))
     assert len(paths) > 70
