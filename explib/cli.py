@@ -25,7 +25,7 @@ _NETWORK = (
 )  # fmt: skip
 _MASKS = (
     "compress_rate", "start_cov", "pruning_way", "survivors", "groups", "keep_floor",
-    "strict_rate", "bias_in_score", "resume_mask", "seed", "mask_seed",
+    "binary_floor", "strict_rate", "bias_in_score", "resume_mask", "seed", "mask_seed",
 )  # fmt: skip
 _TRAINING = (
     "data_url", "epochs", "batch_size", "micro_batch", "lr", "lr_schedule", "lr_decay_step",

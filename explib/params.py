@@ -52,6 +52,7 @@ class Params:
     keep_floor: float | None = (
         None  # share of each redundant set that stays; null: 1-max(rates)-0.1
     )
+    binary_floor: bool = False  # round what stays of a set up in binary, as the published code does
     start_cov: int = 0  # convs before this index stay dense
     strict_rate: bool = False  # go below keep_floor where a rate is not met otherwise
     bias_in_score: bool = (

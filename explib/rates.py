@@ -43,9 +43,13 @@ def spread_rates(rates: list[float], places: int, what: str = "convs") -> list[f
     return rates
 
 
-def keep_floor(rates: list[float]) -> float:
-    """The published share of each redundant set that stays: 1 - max(rates) - 0.1, at least 0."""
-    return max(0.0, round(1 - max(rates) - 0.1, 12)) if rates else math.nan
+def keep_floor(rates: list[float], binary: bool = False) -> float:
+    """The published share of each redundant set that stays: 1 - max(rates) - 0.1, at least 0.
+
+    binary: as binary fractions give it, 0.30000000000000004 for a largest rate of 0.6.
+    """
+    share = 1 - max(rates, default=math.nan) - 0.1
+    return max(0.0, share if binary else round(share, 12)) if rates else math.nan
 
 
 def number_to_prune(rate: float, kernels: int) -> int:

@@ -32,6 +32,7 @@ OTHERS = {
     "name": "other", "data_url": "https://example.org/x", "resume_mask": "not-there.safetensors",
     "job_dir": "/not-there", "pruning_way": "A", "compress_rate": "[0.3]", "survivors": "l1",
     "groups": 5, "keep_floor": 0.4, "start_cov": 2, "strict_rate": True, "bias_in_score": True,
+    "binary_floor": True,
     "schedule": "layerwise", "epochs": 7, "batch_size": 16, "micro_batch": 8, "lr": 0.1,
     "lr_schedule": "step", "lr_decay_step": "3", "momentum": 0.5, "nesterov": False,
     "weight_decay": 0.1, "label_smoothing": 0.1, "distill": 0.1, "fade_epochs": 1,

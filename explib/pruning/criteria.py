@@ -98,7 +98,8 @@ def prune(
     entry, function = _resolved(criterion)
     known = options_of(function)
     if floor is not None or "floor" in known:
-        options["floor"] = keep_floor(list(rates.values())) if floor is None else floor
+        usual = keep_floor(list(rates.values()), bool(options.get("binary_floor")))
+        options["floor"] = usual if floor is None else floor
     _check_options(options, function, entry)
     if entry.whole_network:
         masks = function(model, example_inputs, convs, rates, **options)

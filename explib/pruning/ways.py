@@ -5,7 +5,9 @@ prune the rest in that order (method: section 2). `floor`: ceil(floor * m) of ea
 stay, so that fewer than int(rate * F * C) may be pruned, unless `strict_rate` goes on into the
 survivors, in the same order. `survivors`: who stays in a set, chosen by chance (`random`) or the
 kernels of largest L1 norm (`l1`). `groups`: the number of levels. `bias_in_score`: the conv's bias
-is added to the score, as the reference does for VGG-16 in way A.
+is added to the score, as the reference does for VGG-16 in way A. `binary_floor`: floor * m is
+rounded up as it stands in binary, as the reference does it: of 10 kernels at 0.30000000000000004
+four stay, not three.
 """
 
 import numpy as np
@@ -27,6 +29,7 @@ def way_a(
     survivors: str = "random",
     groups: int = 13,
     bias_in_score: bool = False,
+    binary_floor: bool = False,
     strict_rate: bool = False,
 ) -> torch.Tensor:
     """Mask by way A, BatchNorm priority: a redundant set is one level of one filter.
@@ -36,7 +39,7 @@ def way_a(
     """
     place, count = _by_frequency(layer, groups, bias_in_score)
     place += _ranks(layer.scale)[:, None] * count
-    return _first_in_sets(layer, place, floor, survivors, strict_rate)
+    return _first_in_sets(layer, place, floor, binary_floor, survivors, strict_rate)
 
 
 def scaling_factors(layer: Layer, *, bias_in_score: bool = False) -> torch.Tensor:
@@ -51,6 +54,7 @@ def way_b(
     survivors: str = "random",
     groups: int = 13,
     bias_in_score: bool = False,
+    binary_floor: bool = False,
     strict_rate: bool = False,
 ) -> torch.Tensor:
     """Mask by way B, full-layer redundant: a redundant set is one level.
@@ -58,7 +62,7 @@ def way_b(
     The level that most kernels hold comes first.
     """
     place, _ = _by_frequency(layer, groups, bias_in_score)
-    return _first_in_sets(layer, place, floor, survivors, strict_rate)
+    return _first_in_sets(layer, place, floor, binary_floor, survivors, strict_rate)
 
 
 def random(layer: Layer) -> torch.Tensor:
@@ -87,6 +91,7 @@ def matched(
     floor: float = 0.0,
     groups: int = 13,
     bias_in_score: bool = False,
+    binary_floor: bool = False,
     strict_rate: bool = False,
 ) -> torch.Tensor:
     """Mask by chance that prunes as many kernels of every L1 norm as way B.
@@ -95,8 +100,9 @@ def matched(
     places: it has the magnitudes that B leaves, and nothing of its score.
     """
     keep = way_b(
-        layer, floor=floor, groups=groups, bias_in_score=bias_in_score, strict_rate=strict_rate
-    )
+        layer, floor=floor, groups=groups, bias_in_score=bias_in_score,
+        binary_floor=binary_floor, strict_rate=strict_rate,
+    )  # fmt: skip
     order, chance = _by_norm(layer), layer.shuffled()
     drawn = np.lexsort((chance, np.arange(order.size) // _ALIKE))
     mask = np.empty(order.size, bool)
@@ -119,7 +125,7 @@ def _by_frequency(layer: Layer, groups: int, bias_in_score: bool) -> tuple[np.nd
 
 
 def _first_in_sets(
-    layer: Layer, place: np.ndarray, floor: float, survivors: str, strict: bool
+    layer: Layer, place: np.ndarray, floor: float, binary: bool, survivors: str, strict: bool
 ) -> torch.Tensor:
     """Mask (F, C) after pruning kernels set by set, until the rate is met or no candidate is left.
 
@@ -132,7 +138,7 @@ def _first_in_sets(
         raise registry.unknown("survivors", survivors, registry.SURVIVORS)
     order = _by_norm(layer) if survivors == "l1" else layer.shuffled()
     sizes = np.bincount(place.ravel())
-    stay = np.ceil(sizes * floor - EPSILON).astype(np.int64)
+    stay = np.ceil(sizes * floor - (0 if binary else EPSILON)).astype(np.int64)
     # a sort by set, stable so that each set keeps `order`; 16 bits make it a radix sort
     kind = np.uint16 if sizes.size < 2**16 else np.int64
     order = order[np.argsort(place.ravel().astype(kind)[order], kind="stable")]

@@ -101,16 +101,20 @@ def controls(results_dir: str | Path = "results") -> pd.DataFrame:
 
 
 def settings(results_dir: str | Path = "results") -> pd.DataFrame:
-    """Top-1 in per cent of way B before fine-tuning with other settings, at the highest cut."""
+    """Top-1 in per cent of ways A and B before fine-tuning with other settings.
+
+    A line for the usual ones stands first at each cut where there are others.
+    """
     rows, lines = _control_rows(results_dir), {}
-    cuts = {row["arch"]: row["cut_pct"] for row in rows if row["changed"]}
-    for row in rows:
-        if row["pruning_way"] == "B" and row["cut_pct"] == cuts.get(row["arch"]):
+    rows = [row for row in rows if row["pruning_way"] in ("A", "B")]
+    changed = {(row["arch"], row["cut_pct"], row["pruning_way"]) for row in rows if row["changed"]}
+    for row in sorted(rows, key=lambda row: -row["cut_pct"]):
+        if (row["arch"], row["cut_pct"], row["pruning_way"]) in changed:
             line = {"network": network_name(row["arch"]), "published cut %": str(row["cut_pct"])}
             line |= {"setting": row["changed"] or "as usual"}
-            line = lines.setdefault((row["arch"], row["changed"]), line)
-            line[criterion_name("B", row["survivors"])] = _mean(row["top1"])
-    return pd.DataFrame(lines.values())
+            line = lines.setdefault((row["arch"], row["cut_pct"], row["changed"]), line)
+            line[criterion_name(row["pruning_way"], row["survivors"])] = _mean(row["top1"])
+    return pd.DataFrame(lines.values()).fillna("")
 
 
 def recipes(results_dir: str | Path = "results") -> pd.DataFrame:

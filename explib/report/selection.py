@@ -16,7 +16,13 @@ from explib.params import PLACES, Params
 from explib.rates import parse_rates
 
 SETTINGS: dict[str, object] = {"groups": 13, "keep_floor": None, "strict_rate": False}
-SETTINGS |= {"start_cov": 0, "bias_in_score": False, "resume_mask": "", "freeze_bn": False}
+SETTINGS |= {
+    "binary_floor": False,
+    "start_cov": 0,
+    "bias_in_score": False,
+    "resume_mask": "",
+    "freeze_bn": False,
+}
 """The published method's, which most runs have."""
 RECIPE = ["lr", "lr_schedule", "lr_decay_step", "batch_size", "momentum", "nesterov"]
 RECIPE += ["weight_decay", "label_smoothing", "distill", "fade_epochs", "bn_images"]

@@ -118,13 +118,15 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         if missing:
             raise ValueError(f"resume_mask: {params.resume_mask} lacks a mask of {missing[0]}")
         return {name: found[name] for name in wanted}
-    floor = keep_floor(params.rates) if params.keep_floor is None else params.keep_floor
+    usual = keep_floor(params.rates, params.binary_floor)
+    floor = usual if params.keep_floor is None else params.keep_floor
     options: dict[str, Any] = {
         "floor": floor,
         "bias_in_score": params.bias_in_score,
         "survivors": params.survivors,
         "groups": params.groups,
         "strict_rate": params.strict_rate,
+        "binary_floor": params.binary_floor,
     }
     known = criteria.options_of(_criterion(params))
     return criteria.prune(

@@ -11,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explib import registry
-from explib.pruning.criteria import Layer, mask_of, options_of
+from explib.params import from_yaml
+from explib.pruning import counting
+from explib.pruning.criteria import Layer, mask_of, options_of, prune
+from explib.pruning.layers import conv_at
 from explib.pruning.scores import delta_e, levels
-from explib.rates import number_to_prune
+from explib.rates import keep_floor, number_to_prune
+from tests.conftest import PUBLIC, ROOT
 
 
 def slow_counts(weight, gamma, rate, floor, way, groups=13, strict=False):
@@ -122,6 +126,63 @@ class TestAgainstTheText:
         # B: three of the five 5s, then one of the three 0s; half of 8 is 4
         mask = chosen(weight, 0.5, "B", floor=floor, generator=seeded())
         assert counts(mask, level, "B") == {5: 3, 0: 1}
+
+
+class TestBinaryFloor:
+    """What the published code keeps of a set where binary fractions are a little too large."""
+
+    @pytest.mark.parametrize(
+        ("largest", "exact", "binary"),
+        [
+            (0.6, 0.3, 0.30000000000000004),
+            (0.7, 0.2, 0.20000000000000004),
+            (0.8, 0.1, 0.09999999999999995),
+        ],
+    )
+    def test_the_floor_itself(self, largest, exact, binary):
+        assert keep_floor([0.4, largest]) == exact
+        assert keep_floor([0.4, largest], binary=True) == pytest.approx(binary, abs=1e-17)
+
+    @pytest.mark.parametrize(
+        ("size", "stay"), [(9, (3, 3)), (10, (3, 4)), (11, (4, 4)), (20, (6, 7))]
+    )
+    @pytest.mark.parametrize("way", ["A", "B"])
+    def test_of_a_multiple_of_ten_one_more_stays(self, way, size, stay):
+        weight, gamma = torch.ones(1, size, 1, 1), torch.ones(1)  # one set
+        for binary, wanted in zip((False, True), stay, strict=True):
+            floor = keep_floor([0.6], binary)
+            mask = chosen(weight, 0.95, way, gamma, seeded(), floor=floor, binary_floor=binary)
+            assert int(mask.sum()) == wanted
+
+    @pytest.mark.parametrize(
+        ("cut", "way", "others", "true_cuts"),
+        [
+            ("53", "A", 41, (52.40, 52.29)),
+            ("53", "B", 13, (52.48, 52.48)),
+            ("60", "A", 54, (59.21, 59.21)),
+            ("60", "B", 19, (59.21, 59.21)),
+            ("71", "A", 0, (69.64, 69.64)),
+            ("71", "B", 0, (71.48, 71.48)),
+        ],
+    )
+    def test_of_resnet_56_so_many_convs_get_other_counts(self, public, cut, way, others, true_cuts):
+        params = from_yaml(ROOT / f"params/cifar10/resnet_56-{way}-{cut}.yaml", resume=str(PUBLIC))
+        rates = {name: r for name, r in zip(public.rates, params.rates, strict=True)}
+        both = [
+            prune(
+                public.model, None, rates, way, convs=public.convs, binary_floor=binary,
+            )
+            for binary in (False, True)
+        ]  # fmt: skip
+        differing = 0
+        for name in rates:
+            level = levels(delta_e(conv_at(public.model, name).weight))
+            found = [counts(masks[name], level, way) for masks in both]
+            differing += found[0] != found[1]
+        assert differing == others
+        for masks, wanted in zip(both, true_cuts, strict=True):
+            macs = counting.macs(public.model, torch.zeros(1, 3, 32, 32), masks)
+            assert 100 * (1 - macs["left"] / macs["dense"]) == pytest.approx(wanted, abs=0.005)
 
 
 class TestNumbers:

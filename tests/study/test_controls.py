@@ -24,6 +24,8 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     own = f"{__name__}:peak"
     rows = list(controls.measure(small, tmp_path, seeds=2, more=[own]))
     settings = [row for row in rows if row["changed"]]
+    binary = [row for row in settings if row["changed"] == "binary_floor True"]
+    assert binary == []  # half of the kernels of each conv: 0.4 is 0.4 in binary, too
     assert len(settings) == 2 * len(controls.SETTINGS)
     assert {row["cut_pct"] for row in settings} == {71.9}
     rows = [row for row in rows if not row["changed"]]
@@ -41,6 +43,9 @@ def test_every_criterion_at_every_cut(tmp_path, monkeypatch, resnet_8):
     assert written == rows + settings
     monkeypatch.setattr(controls, "_before", None)  # what is there is not measured again
     assert list(controls.measure(small, tmp_path, more=[own])) == written
+    runs.baseline(Params(**small, epochs=1, batch_size=32, seed=1))  # another dense network
+    with pytest.raises(TypeError, match="not callable"):
+        next(controls.measure(small, tmp_path))
 
 
 def test_a_network_without_controls_is_named():
@@ -56,3 +61,11 @@ def test_the_norm_kept_is_a_mean_over_convs(net):
     masks = {"3": torch.zeros(6, 8, dtype=torch.bool), "6": torch.ones(8, 6, dtype=torch.bool)}
     masks["3"][:, :2] = True  # a quarter of it, and all of the other
     assert controls.norm_kept(net, masks) == pytest.approx((25 + 100) / 2)
+
+
+def test_the_published_rounding_is_measured_where_it_makes_a_difference():
+    plan = controls._plan("resnet_56")
+    found = [(cut["cut_pct"], way) for cut, way, _, changed in plan if changed == controls.BINARY]
+    assert found == [(53.5, "A"), (53.5, "B"), (60.5, "A"), (60.5, "B")]
+    plan = controls._plan("vgg_16_bn")
+    assert [cut["cut_pct"] for cut, *_, changed in plan if changed == controls.BINARY] == [53.1] * 2
