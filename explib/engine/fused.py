@@ -287,7 +287,8 @@ def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
     """The network of `fuse`. NotImplementedError or NoCompiler, saying why, where there is none."""
     graph = _traced(model, like)
     if (on_gpu if like.is_cuda else library)() is None:
-        raise native.NoCompiler("its passes could not be compiled")
+        what = "Triton" if like.is_cuda else "C++"
+        raise native.NoCompiler(f"its {what} could not be compiled")
     modules = dict(model.named_modules())
     made = fx.GraphModule(model, graph)
     for node in list(graph.nodes):

@@ -20,7 +20,7 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_every_op_gives_torch_its_result_in_both_layouts(plane):
-    assert sweep_ops((1, 3, 33), [plane]) > 1000
+    assert sweep_ops((1, 3, 33), [plane]) > 900
 
 
 def run(op: Op, x: torch.Tensor) -> torch.Tensor:

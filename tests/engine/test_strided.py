@@ -206,6 +206,8 @@ def test_gradients_are_computed_where_the_rule_holds_and_nowhere_else():
         "training/step.py": 1,  # in Guard
         "training/backend.py": 2,  # to time a conv 3x3, and a Backend, which is in Guard
         "study/bench/training.py": 2,  # the plain loop, laid out as torch does, and a Backend
+        "engine/gpu_convs.py": 1,  # on a GPU only
+        "engine/gpu_norms.py": 1,
     }
     found = {
         str(path.relative_to(ROOT / "explib")): count

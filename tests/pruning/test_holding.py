@@ -309,7 +309,8 @@ def test_every_loop_in_every_order(name):
                 assert masking.held(model, masks), where
             assert not leaks(model, masks, batch(0)[0]), where
         changed = [not torch.equal(before[k], p) for k, p in model.named_parameters()]
-        assert sum(changed) >= len(changed) - 1, (build.__name__, loop.__name__, order)
+        # a bias before a norm has no gradient, and a small step may be rounded away
+        assert sum(changed) >= len(changed) - 2, (build.__name__, loop.__name__, order)
 
 
 def copied(model, optimizer):
