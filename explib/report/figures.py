@@ -56,6 +56,9 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         offset, side = around[i % 4 if crowded.any() else 0]
         axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
                       textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
+    claimed = [rows.assign(top1_pct=[cell[way] for cell in rows["top1_pct"]]) for way in "AB"]
+    marks = pd.concat([others.assign(room=0.25), *(own.assign(room=0.1) for own in claimed)])
+    marks = marks[["cut_pct", "top1_pct", "room"]].astype(float)
     runs = _best_of(frame, arch)
     runs = runs[runs["pruning_way"].isin(["A", "B"])] if len(runs) else runs
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
@@ -71,16 +74,16 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         )  # fmt: skip
         shown = True
         cut = 100 * (1 - run["macs"] / run["macs_dense"])
-        # names and crosses of others to the right
-        crosses = others["top1_pct"][(others["cut_pct"] - cut).between(0, 5)]
-        beside = (cuts - cut).between(0.5, 5).any() or ((crosses - run["last"]).abs() < 0.25).any()
+        # names and marks of others to the right
+        right, off = (marks["cut_pct"] - cut).between(0, 5), (marks["top1_pct"] - run["last"]).abs()
+        beside = (cuts - cut).between(0.5, 5).any() or (right & (off < marks["room"])).any()
         text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
         label = (run["last"], cut, text, colour_of(key[0]))
         names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{network_name(arch)}: accuracy against cut")
     axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
-    axes.margins(x=0.09, y=0.08)
+    axes.margins(x=0.17, y=0.08)
     low, high = axes.get_ylim()
     for (beside, _), labels in names.items():
         labels.sort()
