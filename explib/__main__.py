@@ -114,7 +114,9 @@ def finetune(params):
 @click.option("--seeds", default=1, show_default=True, help="so many of each, from 0")
 @click.option("--seconds", default=0.0, help="begin no run that may end later than this; 0: no end")
 @click.option("--epochs", type=float, help="of every run, instead of what its file says")
-@click.option("--at-once", default=1, show_default=True, help="so many runs share a GPU")
+@click.option(
+    "--at-once", type=click.IntRange(1), default=1, show_default=True, help="so many share a GPU"
+)
 @results_dir
 def batch(files, seeds, seconds, epochs, at_once, results_dir):
     """Run several YAML FILES in one process.

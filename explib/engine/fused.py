@@ -207,10 +207,14 @@ def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _tracks(norm: nn.BatchNorm2d) -> bool:
-    """Whether running statistics follow each batch by a fixed share, as a GPU's passes take it."""
+def _usual(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm is as a GPU's passes take it.
+
+    In float32, its running statistics following each batch by a fixed share.
+    """
     numbers = norm.momentum, norm.num_batches_tracked
-    return norm.track_running_stats and None not in numbers
+    followed = norm.track_running_stats and None not in numbers
+    return followed and norm.weight.dtype == torch.float32
 
 
 class NormAct(nn.Module):
@@ -228,7 +232,7 @@ class NormAct(nn.Module):
             or (not norm.training and torch.is_grad_enabled())
             or x.dtype not in (torch.float32, torch.bfloat16)
             or (add is not None and add.shape != x.shape)
-            or (x.is_cuda and not (norm.training and _tracks(norm)))
+            or (x.is_cuda and not (norm.training and _usual(norm)))
         ):
             y = norm(x) if add is None else norm(x) + add
             return F.relu(y) if self.relu else y

@@ -209,7 +209,7 @@ def _linked(
     else:
         own = [[_bench_file(name, row)] for row in table.to_dict("records")]
         sources = pd.DataFrame(dict.fromkeys(columns, pd.Series(own, index=table.index)))
-    means = columns[1:] if name == "overview" else ["last epoch"]
+    means = columns[1:] if name == "overview" else ["last epoch", "mean difference"]
     return {
         column: [
             escape(cell) if column in GIVEN else _cell(cell, source, link, column in means)

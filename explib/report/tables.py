@@ -101,6 +101,7 @@ def reached(kinds: dict[str, pd.DataFrame]) -> pd.DataFrame:
                 "mean difference": f"{off.mean():+.2f}",
                 "furthest below": f"{off.min():+.2f}",
                 "that is": f"{worst['network']}, {worst['way']}, {worst['published cut %']} %",
+                "records": [path for own in rows["records"] for path in own],
             }
         )
     return pd.DataFrame(lines)

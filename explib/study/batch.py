@@ -129,14 +129,17 @@ def _threads(waiting: _Waiting, count: int) -> Iterator[tuple[bool, str]]:
                 while job := _next(waiting):
                     with torch.cuda.stream(first if job[0] is runs.baseline else usual):
                         answers.put(waiting.run(job))
-        finally:
             answers.put(None)
+        except BaseException as error:  # what `run` does not expect: it ends them all
+            answers.put(error)
 
     for _ in range(count):
         threading.Thread(target=work, daemon=True).start()
     while count:
         with contextlib.redirect_stdout(sys.stderr):
             answer = answers.get()
+        if isinstance(answer, BaseException):
+            raise answer
         if answer is None:
             count -= 1
         else:

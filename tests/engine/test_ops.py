@@ -20,7 +20,8 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_every_op_gives_torch_its_result_in_both_layouts(plane):
-    assert sweep_ops((1, 3, 33), [plane]) > 900
+    types = [dtype for dtype in build.TYPES if build.computes(build.library(), dtype)]
+    assert sweep_ops((1, 3, 33), [plane]) > 900 * len(types)
 
 
 def run(op: Op, x: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,10 @@ class TestErrors:
         ("option", "message"),
         [
             ({"survivors": "L1"}, "survivors: 'L1' is unknown; .*known: 'random', 'l1'"),
-            ({"floors": 1}, "floors: is not for criterion 'B'; it takes bias_in_score, .*"),
+            (
+                {"floors": 1},
+                "floors: is not for criterion 'B'; it takes bias_in_score, binary_floor, floor, .*",
+            ),
             ({"floor": 2.0}, "floor: 2.0 is out of range; give 0 to 1"),
             ({"floor": -1}, "floor: -1 is out of range; give 0 to 1"),
             ({"groups": 0}, "groups: 0; give a whole number from 1"),

@@ -82,6 +82,8 @@ class Wide(nn.Sequential):
 
 
 NETWORKS = [make_net, Residual, Wide]
+BEFORE_NORMS = {"5.bias", "6.bias", "b.bias"}
+"""What a norm takes away again: their gradients are 0 but for rounding."""
 
 
 class Centralizing(torch.optim.Optimizer):
@@ -308,9 +310,8 @@ def test_every_loop_in_every_order(name):
             if name not in ("unknown", "lookahead"):  # those are seen to when a conv computes
                 assert masking.held(model, masks), where
             assert not leaks(model, masks, batch(0)[0]), where
-        changed = [not torch.equal(before[k], p) for k, p in model.named_parameters()]
-        # a bias before a norm has no gradient, and a small step may be rounded away
-        assert sum(changed) >= len(changed) - 2, (build.__name__, loop.__name__, order)
+        still = {k for k, p in model.named_parameters() if torch.equal(before[k], p)}
+        assert still <= BEFORE_NORMS, (build.__name__, loop.__name__, order, still)
 
 
 def copied(model, optimizer):

@@ -133,6 +133,7 @@ def test_rows_that_reach_what_was_published_are_counted():
         "published cut %": ["53.1", "53.1", "71.9", "71.9"],
         "published top-1": ["93.64", "93.55", "92.91", "93.03"],
         "last epoch": ["93.64 (n=1)", "93.50 ± 0.10 (n=3)", "92.00 (n=1)", names.NOT_MEASURED],
+        "records": [["a"], ["b", "c"], ["d"], None],
     }
     (line,) = tables.reached({"L1": pd.DataFrame(rows), "random": pd.DataFrame()}).to_dict(
         "records"
@@ -145,6 +146,7 @@ def test_rows_that_reach_what_was_published_are_counted():
         "mean difference": "-0.32",  # of 0, -0.05 and -0.91
         "furthest below": "-0.91",
         "that is": "ResNet-56, A, 71.9 %",
+        "records": ["a", "b", "c", "d"],
     }
 
 

@@ -126,6 +126,14 @@ class TestAtOnce:
             "b, seed 1: not begun, the GPU takes no more work of this process; start it again"
         )
 
+    def test_what_no_run_should_raise_is_not_swallowed(self, files, monkeypatch):
+        def work(params):
+            raise KeyError("a fault of ours")
+
+        self.made(monkeypatch, work)
+        with pytest.raises(KeyError, match="a fault of ours"):
+            list(batch.run(files[:1], seeds=3, at_once=2))
+
     def test_equal_runs_are_one(self, files, monkeypatch):
         self.made(monkeypatch, lambda params: None)
         assert len(list(batch.run([files[0], files[0]], at_once=2))) == 1
