@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +131,18 @@ def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"], meta: dic
 
 def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
     """Read a file of `save_tensors`: (tensors, meta). ValueError for what is not one."""
+    with _opened(path) as (file, meta):
+        return {name: file.get_tensor(name) for name in file.keys()}, meta
+
+
+def load_meta(path: str | Path) -> dict:
+    """What a file of `save_tensors` says of itself. ValueError for what is not one."""
+    with _opened(path) as (_, meta):
+        return meta
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -141,7 +153,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:
             meta = json.loads((file.metadata() or {}).get("explib", "{}"))
             if not isinstance(meta, dict):
                 raise ValueError(f"its meta data are a {type(meta).__name__}")
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+            yield file, meta
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 

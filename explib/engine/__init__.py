@@ -8,7 +8,8 @@ loss = cross_entropy(trained(images), labels)
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from explib import registry
-from explib.engine import build, export, graph, plan, reference
+from explib.engine import build, export, graph, plan, reference, stored, to_onnx
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
 from explib.engine.tracing import line, outputs_match
@@ -26,7 +27,7 @@ from explib.engine.training import sparse
 from explib.pruning.checkpoints import load_network
 from explib.pruning.layers import Inputs, call, described
 
-__all__ = ["Compiled", "NoCompiler", "compile", "load", "sparse"]
+__all__ = ["Compiled", "NoCompiler", "compile", "load", "save", "save_onnx", "sparse"]
 
 
 class Compiled(nn.Module):
@@ -34,12 +35,13 @@ class Compiled(nn.Module):
 
     report: `engine` (native or torch), `dtype`, `threads`, `instructions`, `kernels` and
     `kernels_dense` (K x K kernels of the native convs, left and in all), `fallbacks` (one line for
-    every op that torch runs, and why).
+    every op that torch runs, and why). about: of a network that was loaded, what its file says.
     """
 
     def __init__(self, run: Callable[[Inputs], Any], example_inputs: Inputs, report: dict):
         super().__init__()
         self._run, self.report = run, report
+        self.about: dict = {}
         leaves, form = tree_flatten(example_inputs)
         self._like = [_kind(leaf) for leaf in leaves]
         self._single = isinstance(example_inputs, torch.Tensor)
@@ -114,33 +116,72 @@ def compile(
     where values grow beyond what float16 holds, float32 is tried before torch. The model is not
     changed, and later changes of it have no effect.
     """
-    if dtype not in build.TYPES:
-        raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
+    _check_type(dtype)
     tensors = [leaf for leaf in tree_flatten(example_inputs)[0] if isinstance(leaf, torch.Tensor)]
     if not any(tensor.dtype == torch.float32 for tensor in tensors):
         raise TypeError("example_inputs: give a torch.float32 tensor (N, C, H, W)")
+
+    def traced() -> tuple[graph.Graph, Same]:
+        found, plain = export.trace(model, example_inputs)
+        # one image, too: torch.export does not see what a network does with that alone
+        return found, lambda made, tolerance: all(
+            outputs_match(made, plain, example_inputs, count, tolerance) for count in (2, 1)
+        )
+
+    def dense() -> Callable[[Inputs], Any]:
+        own = copy.deepcopy(model).cpu().float().eval()
+        return lambda inputs: call(own, inputs)  # no submodule, whose mode somebody could change
+
+    return _ready(traced, dense, example_inputs, dtype, recheck, threads, fallback)
+
+
+def _check_type(dtype: torch.dtype) -> None:
+    if dtype not in build.TYPES:
+        raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
+
+
+Same = Callable[[nn.Module, float], bool]
+"""Whether what was made gives the answers that it should, within a tolerance."""
+
+
+def _ready(
+    traced: Callable[[], tuple[graph.Graph, Same]],
+    dense: Callable[[], Callable[[Inputs], Any]],
+    example: Inputs,
+    dtype: torch.dtype,
+    recheck: float,
+    threads: int | None,
+    fallback: bool,
+) -> Compiled:
+    """A graph, traced or read, in the engine; where that is not possible, `dense` in torch."""
     threads = threads or torch.get_num_threads()
     if recheck:
         short, full = (
-            compile(model, example_inputs, dtype=t, threads=threads, fallback=fallback)
-            for t in (dtype, torch.float32)
+            _ready(traced, dense, example, chosen, 0.0, threads, fallback)
+            for chosen in (dtype, torch.float32)
         )
-        return _rechecked(short, full, example_inputs, recheck)
+        return _rechecked(short, full, example, recheck)
     try:
         with torch.autocast("cpu", enabled=False):
-            return _native(model, example_inputs, dtype, threads, fallback)
+            return _native(*traced(), example, dtype, threads, fallback)
     except (NoCompiler, NotImplementedError) as error:
         if not fallback:
             raise
-        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=2)
-        return _in_torch(model, example_inputs, threads, str(error))
+        warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=3)
+        report = {"engine": "torch", "dtype": "float32", "threads": threads}
+        return Compiled(dense(), example, report | {"fallbacks": [str(error)]})
 
 
 def _native(
-    model: nn.Module, example: Inputs, dtype: torch.dtype, threads: int, fallback: bool
+    traced: graph.Graph,
+    same: Same,
+    example: Inputs,
+    dtype: torch.dtype,
+    threads: int,
+    fallback: bool,
 ) -> Compiled:
-    """The network in the engine. NotImplementedError or NoCompiler where that is not possible."""
-    (traced, plain), library = export.trace(model, example), build.library()
+    """The graph in the engine. NotImplementedError or NoCompiler where that is not possible."""
+    library = build.library()
     results = graph.names(traced.results)
     ops = graph.fuse(traced.ops, results, traced.shapes, plan.native)
     shapes = traced.shapes | {op.name: op.shape for op in ops}
@@ -150,11 +191,11 @@ def _native(
         raise NotImplementedError(f"{named[0]}; compile with fallback=True to run it in torch")
     if not build.computes(library, dtype):
         warnings.warn(
-            f"this processor does not compute in {_name(dtype)}; using float32", stacklevel=3
+            f"this processor does not compute in {_name(dtype)}; using float32", stacklevel=4
         )
         dtype = torch.float32
     for why in named:
-        warnings.warn(f"{why}; it runs in torch", stacklevel=3)
+        warnings.warn(f"{why}; it runs in torch", stacklevel=4)
     weights = [op.weight for op in ops if op.kind == "conv" and op.name not in lacking]
     report = {
         "engine": "native",
@@ -169,17 +210,16 @@ def _native(
     try:
         run = _assemble(traced, ops, set(lacking), dtype, threads)
         made = Compiled(run, example, report)
-        # one image, too: torch.export does not see what a network does with that alone
-        same = all(outputs_match(made, plain, example, count, tolerance) for count in (2, 1))
+        right = same(made, tolerance)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise NotImplementedError(f"the engine does not run it ({line(error)})") from error
-    if same:
+    if right:
         return made
     why = f"in {_name(dtype)} the engine makes something else of it"
     if dtype == torch.float32 or not fallback:
         raise NotImplementedError(why)
-    warnings.warn(f"{why}; using float32", stacklevel=3)
-    return _native(model, example, torch.float32, threads, fallback)
+    warnings.warn(f"{why}; using float32", stacklevel=4)
+    return _native(traced, same, example, torch.float32, threads, fallback)
 
 
 def _lacking(op: graph.Op, shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -189,14 +229,6 @@ def _lacking(op: graph.Op, shapes: dict[str, tuple[int, ...]]) -> str | None:
     known = plan.native(op, [shapes[name] for name in op.inputs])
     what = f"{op.kind}, {op.act}" if op.act and op.kind != "act" else op.kind
     return None if known else f"{op.label}: no kernel for this {what}"
-
-
-def _in_torch(model: nn.Module, example: Inputs, threads: int, why: str) -> Compiled:
-    """The network as it is, dense, with a report that says why."""
-    report = {"engine": "torch", "dtype": "float32", "threads": threads, "fallbacks": [why]}
-    dense = copy.deepcopy(model).cpu().float().eval()
-    # no submodule, whose mode somebody could change
-    return Compiled(lambda inputs: call(dense, inputs), example, report)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -231,15 +263,111 @@ def _rechecked(short: Compiled, full: Compiled, example: Inputs, margin: float) 
     return Compiled(run, example, short.report | {"recheck": margin})
 
 
-def load(path: str | Path, **options) -> Compiled:
-    """A compact file of `explib.save`, ready for inference; options as of `compile`.
+def save(
+    path: str | Path,
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    dtype: torch.dtype = torch.float16,
+    classes: Sequence[str] = (),
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    resize: int = 0,
+) -> Path:
+    """Write a network with its graph, so that `load` needs no code of it; returns the path.
 
-    ValueError or FileNotFoundError, in one line, for a file that is missing, truncated, or not of
-    one of the study's networks.
+    Of any architecture whose ops all are the engine's, in evaluation mode, as its surviving kernels
+    (those not all zeros); see `engine.stored` for the format. example_inputs: as of `compile`.
+    dtype: of weights of more than one dimension, torch.float16 or torch.float32.
+    For `explib run`: classes, their names in the order of the scores; mean and std of inputs in 0
+    to 1, of each channel or one for all; resize, the shorter side to which an image is brought
+    before the network's size is cut out of its middle, 0: as little as covers that.
+    The model is not changed. NotImplementedError, naming the ops, for those that only torch runs;
+    ValueError for what a file cannot hold, or holds with other answers than the network's.
     """
-    model, _, meta = load_network(path)
-    side = meta.get("image_size", registry.network(meta["arch"]).image_size)
-    return compile(model, torch.zeros(1, 3, side, side), **options)
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"dtype: {dtype}; give torch.float16 or torch.float32")
+    images = {"mean": list(mean), "std": list(std), "resize": resize}
+    about = {"classes": [*classes], "images": images}
+    with torch.autocast("cpu", enabled=False):
+        found, plain = export.trace(model, example_inputs)
+        tolerance = 0.01 if dtype == torch.float32 else 0.5  # as of what is compiled
+        return stored.write(path, found, example_inputs, about, dtype, (plain, tolerance))
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    recheck: float = 0.0,
+    threads: int | None = None,
+    fallback: bool = True,
+) -> Compiled:
+    """A file of `engine.save`, or a compact one of `explib.save`, ready for inference.
+
+    Options as of `compile`; `about` of what is returned is what the file says of itself. Nothing in
+    a file is executed. A file of `engine.save` holds answers of its network: what was made has to
+    give them, within the tolerance of `compile`, else it runs dense in torch with a warning.
+    ValueError or FileNotFoundError, in one line, for a file that is missing or damaged, a compact
+    one that is not of one of the study's networks, and where torch does not give the answers.
+    """
+    file = stored.opened(path)
+    if file is None:
+        model, image, about = _compact(path)
+        made = compile(
+            model, image, dtype=dtype, recheck=recheck, threads=threads, fallback=fallback
+        )
+    else:
+        _check_type(dtype)
+
+        def dense() -> Callable[[Inputs], Any]:
+            network = stored.run(file)
+            if not stored.holds(network, file, 0.01):
+                raise ValueError(f"{path}: torch does not give the answers that it holds")
+            return network
+
+        made = _ready(
+            lambda: (file.graph, lambda made, tolerance: stored.holds(made, file, tolerance)),
+            dense,
+            *(file.example, dtype, recheck, threads, fallback),
+        )
+        about = file.about
+    made.about = about
+    return made
+
+
+def save_onnx(
+    path: str | Path,
+    network: nn.Module | str | Path,
+    example_inputs: Inputs | None = None,
+    *,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+) -> Path:
+    """Write a network as ONNX for other runtimes, dense, its pruned kernels as zeros.
+
+    network: a module, with its example_inputs as of `compile`; or a file as of `load`. inputs,
+    outputs: names in place of those of the module's arguments, and of `output`, `output.1` ...
+    It takes any batch. Where a network does not fit: NotImplementedError and ValueError as of
+    `save`. ModuleNotFoundError, in one line, where onnx is not installed.
+    """
+    if isinstance(network, nn.Module):
+        if example_inputs is None:
+            raise ValueError("example_inputs: give those of the network")
+        found = export.trace(network, example_inputs)[0]
+    elif (file := stored.opened(network)) is not None:
+        found = file.graph
+    else:
+        found = export.trace(*_compact(network)[:2])[0]
+    ops = graph.fuse(found.ops, graph.names(found.results), found.shapes, plan.native)
+    return to_onnx.write(path, replace(found, ops=ops), inputs, outputs)
+
+
+def _compact(path: str | Path) -> tuple[nn.Module, torch.Tensor, dict]:
+    """A network of the study, an image of zeros for it, and what its file says."""
+    model, _, about = load_network(path)
+    side = about.get("image_size", registry.network(about["arch"]).image_size)
+    return model, torch.zeros(1, 3, side, side), about
 
 
 def _assemble(

@@ -4,6 +4,7 @@ Values are float32 tensors (N, *shape) by name.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,24 @@ def run(op: Op, values: dict[str, Any], batch: int) -> Any:
     if op.call is not None:
         args, kwargs = resolved((op.call.args, op.call.kwargs), values, batch)
         return op.call.function(*args, **kwargs)
-    inputs = [_planes(values[name]) for name in op.inputs]
-    found = _KINDS[op.kind](op, *inputs)
-    if op.kind in _ACTIVE and op.act:
-        found = _act(op, found)
-    return found.reshape(batch, *op.shape)
+    return _made(op, [values[name] for name in op.inputs]).reshape(batch, *op.shape)
+
+
+def shape(op: Op, sources: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """What torch makes of inputs of these shapes, all without batch; nothing is computed.
+
+    Whatever torch raises for an op that cannot be.
+    """
+    tensors: dict[str, Any] = {
+        name: v.to("meta") for name, v in vars(op).items() if isinstance(v, torch.Tensor)
+    }
+    inputs = [torch.empty(2, *source, device="meta") for source in sources]
+    return tuple(_made(replace(op, **tensors), inputs).shape[1:])
+
+
+def _made(op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+    found = KINDS[op.kind](op, *map(_planes, inputs))
+    return ACTS[op.act](op, found) if op.kind in ACTIVE and op.act else found
 
 
 def resolved(arguments: Any, values: dict[str, Any], batch: int) -> Any:
@@ -123,7 +137,7 @@ def _stretched(op: Op, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-_KINDS: dict[str, Callable[..., torch.Tensor]] = {
+KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "conv": _conv,
     "linear": _linear,
     "maxpool": _maxpool,
@@ -147,9 +161,9 @@ _KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "cat": lambda op, *parts: torch.cat(parts, 1),
     "flatten": lambda op, x: x.flatten(1),
 }
-_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "act")
+ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "act")
 
-_ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
+ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
     "relu": lambda op, x: F.relu(x),
     "relu6": lambda op, x: F.relu6(x),
     "silu": lambda op, x: F.silu(x),
@@ -164,7 +178,3 @@ _ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
     "tanh": lambda op, x: x.tanh(),
     "clamp": lambda op, x: x.clamp(op.alpha, op.beta),
 }
-
-
-def _act(op: Op, x: torch.Tensor) -> torch.Tensor:
-    return _ACTS[op.act](op, x)

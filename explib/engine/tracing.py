@@ -104,7 +104,7 @@ def outputs_match(
         wanted, form = tree_flatten(call(model.eval(), _random(like, count)))
         found, found_form = tree_flatten(call(built.eval(), _random(like, count)))
     return form == found_form and all(
-        _close(a, b, tolerance) for a, b in zip(found, wanted, strict=True)
+        close(a, b, tolerance) for a, b in zip(found, wanted, strict=True)
     )
 
 
@@ -122,7 +122,8 @@ def _random(like: Inputs, count: int) -> Inputs:
     return tree_map_only(torch.Tensor, leaf, like)
 
 
-def _close(found, wanted, tolerance: float) -> bool:
+def close(found, wanted, tolerance: float) -> bool:
+    """Whether two results are the same; tolerance: of the largest finite value that is wanted."""
     if not isinstance(wanted, torch.Tensor):
         return found == wanted
     if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:

@@ -16,7 +16,7 @@ from explib.pruning.masks import Masks
 def save_masks(path: str | Path, masks: Masks, meta: dict | None = None) -> Path:
     """Write masks, one bit a kernel."""
     masks = {name: masking.as_tensor(mask) for name, mask in masks.items()}
-    tensors = {name: _pack(mask) for name, mask in masks.items()}
+    tensors = {name: pack(mask) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     return save_tensors(path, tensors, {"kind": "masks", "shapes": shapes, **(meta or {})})
 
@@ -27,7 +27,7 @@ def load_masks(path: str | Path) -> tuple[Masks, dict]:
     if meta.get("kind") != "masks":
         raise ValueError(f"{path}: holds no masks; give a file of save_masks")
     shapes = _shapes(path, meta, tensors)
-    return {name: _unpack(tensors[name], shape) for name, shape in shapes.items()}, meta
+    return {name: _bits(tensors[name], shape) for name, shape in shapes.items()}, meta
 
 
 def _shapes(path, meta: dict, tensors: dict, suffix: str = "") -> dict[str, list[int]]:
@@ -46,11 +46,12 @@ def _shapes(path, meta: dict, tensors: dict, suffix: str = "") -> dict[str, list
     return shapes
 
 
-def _pack(mask: torch.Tensor) -> torch.Tensor:
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """A mask as its bits, eight in a byte."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
 
 
-def _unpack(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+def _bits(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
     flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
 
@@ -90,7 +91,7 @@ def save(
         if name.endswith(".weight"):
             mask = everywhere.get(layer)
         if mask is not None:
-            tensors[f"{name}.positions"], shapes[layer] = _pack(mask), list(mask.shape)
+            tensors[f"{name}.positions"], shapes[layer] = pack(mask), list(mask.shape)
             tensor = tensor[mask.to(tensor.device)]
         wide = name in parameters and tensor.is_floating_point() and tensor.ndim > 1
         tensors[name] = tensor.detach().to(dtype if wide else tensor.dtype).clone()
@@ -105,27 +106,48 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "compact":
         raise ValueError(f"{path}: no compact network; give a file of explib.save")
-    masks = {}
-    for name, shape in _shapes(path, meta, tensors, ".weight.positions").items():
+    return *dense(path, tensors, meta), meta
+
+
+def dense(
+    path: str | Path, tensors: dict[str, torch.Tensor], meta: dict
+) -> tuple[dict[str, torch.Tensor], Masks]:
+    """What a compact file stores as (dense tensors, 16 bits as fp32; masks); ValueError if damaged.
+
+    Of a layer it holds the surviving kernels (n, KH, KW) as `weight`, and the bits of the mask (F,
+    C) as `weight.positions`; `meta` has the mask's shape under `shapes`, and under `same` which
+    tensors are others by another name.
+    """
+    shapes = _shapes(path, meta, tensors, ".weight.positions")
+    for name in shapes:
         if f"{name}.weight" not in tensors or tensors[f"{name}.weight"].ndim == 0:
             raise ValueError(f"{path}: lacks the kernels of {name}; save it anew")
-        mask = _unpack(tensors.pop(f"{name}.weight.positions"), shape)
-        kernels = tensors[f"{name}.weight"]
-        if int(mask.sum()) != len(kernels):
+    kernels = {name: tensors[f"{name}.weight"] for name in shapes}
+    sizes = {n: math.prod(shape) * math.prod(kernels[n].shape[1:]) for n, shape in shapes.items()}
+    if sum(sizes.values()) > LARGEST:
+        raise ValueError(f"{path}: {max(sizes, key=sizes.__getitem__)} would be too large to load")
+    state, masks = dict(tensors), {}
+    for name, shape in shapes.items():
+        mask, found = _bits(state.pop(f"{name}.weight.positions"), shape), kernels[name]
+        if int(mask.sum()) != len(found):
             raise ValueError(
-                f"{path}: {name} has {len(kernels)} kernels for {int(mask.sum())} places"
+                f"{path}: {name} has {len(found)} kernels for {int(mask.sum())} places"
             )
-        weight = kernels.new_zeros(*shape, *kernels.shape[1:])
-        weight[mask] = kernels
-        tensors[f"{name}.weight"], masks[name] = weight, mask
+        weight = found.new_zeros(*shape, *found.shape[1:])
+        weight[mask] = found
+        state[f"{name}.weight"], masks[name] = weight, mask
     short = (torch.float16, torch.bfloat16)
-    state = {name: t.float() if t.dtype in short else t for name, t in tensors.items()}
+    state = {name: t.float() if t.dtype in short else t for name, t in state.items()}
     same = meta.get("same", {})
     for name, original in same.items() if isinstance(same, dict) else ():
         if not isinstance(original, str) or original not in state:
             raise ValueError(f"{path}: {name} is to be {original}, which it lacks; save it anew")
         state[name] = state[original]
-    return state, masks, meta
+    return state, masks
+
+
+LARGEST = 2**30
+"""Weights, of all pruned layers together, zeros included: what a file of few bytes may ask for."""
 
 
 def load_state(path: str | Path) -> tuple[dict, dict]:

@@ -4,7 +4,6 @@ The extra `peers` installs them. Each way is a function of float32 images (N, C,
 the network's output.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from explib import engine
 from explib.errors import extra
 
 PACKAGES = ("openvino", "onnx", "onnxruntime")
@@ -26,25 +26,8 @@ def lacking() -> list[str]:
 
 
 def exported(model: nn.Module, images: torch.Tensor, path: str | Path) -> Path:
-    """Write a network as ONNX for any number of images; returns the path.
-
-    By torch's exporter through TorchScript, which needs no package but onnx.
-    """
-    free = {"images": {0: "n"}, "scores": {0: "n"}}
-    with extra("peers"), warnings.catch_warnings(), torch.no_grad():
-        import onnx  # noqa: F401
-
-        warnings.simplefilter("ignore")  # that there is a newer exporter, and of traced sizes
-        torch.onnx.export(
-            model.eval(),
-            (images[:2],),
-            str(path),
-            dynamo=False,
-            input_names=["images"],
-            output_names=["scores"],
-            dynamic_axes=free,
-        )
-    return Path(path)
+    """Write a network as ONNX for any number of `images`, with `scores`; returns the path."""
+    return engine.save_onnx(path, model, images, inputs=["images"], outputs=["scores"])
 
 
 def quantized(path: Path, batches: Iterable[torch.Tensor]) -> Path:
