@@ -5,6 +5,7 @@ Whatever needs torch or pandas is imported where it is used: --help and completi
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 try:
@@ -20,7 +21,7 @@ from explib.params import Params
 SECTIONS = {
     "One configuration": ("score", "prune", "flops", "baseline", "finetune", "notebook"),
     "Several configurations": ("batch", "controls", "recipes"),
-    "Pruned networks": ("evaluate", "verify"),
+    "Pruned networks": ("run", "export", "evaluate", "verify"),
     "Results": ("tables", "report"),
     "This machine": ("bench",),
 }
@@ -168,6 +169,50 @@ def recipes(file, results_dir):
     from explib.study import recipes as comparing
 
     return each(comparing.compare(file, results_dir), "recipe")
+
+
+@cli.command()
+@click.argument("network", type=click.Path())
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("--top", default=1, show_default=True, type=click.IntRange(1), help="so many classes")
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images")
+@click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32")
+@answer("ran")
+def run(network, images, top, batch_size, threads, dtype):
+    """Class and score of each of the IMAGES by a NETWORK.
+
+    NETWORK: a file of engine.save, of any architecture, or a compact one of the study. IMAGES:
+    files, or folders of them. Scores are softmax; the last line says how fast it was, and with
+    what.
+    """
+    from explib import engine
+    from explib.engine import images as reading
+    from explib.training.inference import TYPES
+
+    files = reading.found(images)
+    with warnings.catch_warnings(record=True) as told:
+        fast = engine.load(network, dtype=TYPES[dtype], threads=threads or None)
+    for warning in told:
+        click.echo(f"{network}: {warning.message}", err=True)
+    how = reading.reading(fast.about, fast.shape)
+    rows = each(reading.classify(fast, how, files, batch_size, top), "classified")
+    return {"images": rows, "ran": fast.report}
+
+
+@cli.command()
+@click.argument("network", type=click.Path())
+@click.argument("output", type=click.Path())
+@answer("paths")
+def export(network, output):
+    """Write a NETWORK as ONNX, its pruned kernels as zeros.
+
+    NETWORK: a file as of `run`. OUTPUT: such as network.onnx. Needs onnx (pip install
+    "explib[peers]").
+    """
+    from explib import engine
+
+    return [str(engine.save_onnx(output, network))]
 
 
 @cli.command()

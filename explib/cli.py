@@ -72,7 +72,8 @@ class Group(click.Group):
             raise click.UsageError(str(error)) from None
         except ModuleNotFoundError as error:
             text = f'{error.name} is not installed; pip install "explib[study]"'
-            raise click.ClickException(text) from None
+            told = str(error) if "pip install" in str(error) else text  # which extra brings it
+            raise click.ClickException(told) from None
         except (ValueError, OSError, RuntimeError) as error:
             raise click.ClickException(" ".join(str(error).split())) from None
 

@@ -164,7 +164,7 @@ class _Files(Dataset):
         index, seed = item
         path = self.files[index]
         try:
-            image = _eight_bits(Image.open(path)).convert("RGB")
+            image = eight_bits(Image.open(path)).convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             why = " ".join(str(error).split())[:100]
             raise DataError(f"{path}: no readable image ({why}); restore it or remove it") from None
@@ -175,7 +175,7 @@ class _Files(Dataset):
             return self.train(image)
 
 
-def _eight_bits(image):
+def eight_bits(image):
     """A grey image of 16 bits as one of 8, its upper ones, as PIL takes them of colour images."""
     if image.mode.startswith("I"):
         from PIL import Image

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from explib import registry
 from explib.engine import build, export, graph, plan, reference, stored, to_onnx
 from explib.engine.build import NoCompiler
+from explib.engine.images import MODES, reading
 from explib.engine.plan import Network
 from explib.engine.tracing import line, outputs_match
 from explib.engine.training import sparse
@@ -47,6 +48,11 @@ class Compiled(nn.Module):
         self._single = isinstance(example_inputs, torch.Tensor)
         self._form = None if self._single else form
         self._names = list(example_inputs) if isinstance(example_inputs, dict) else []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without batch, that of its only input; () where it takes anything else."""
+        return self._like[0].shape if self._single else ()
 
     def forward(self, *args, **kwargs) -> Any:
         """The network's output. ValueError for another shape, TypeError for another type."""
@@ -287,8 +293,11 @@ def save(
     """
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype: {dtype}; give torch.float16 or torch.float32")
-    images = {"mean": list(mean), "std": list(std), "resize": resize}
+    images = {"mean": [*mean], "std": [*std], "resize": resize}
     about = {"classes": [*classes], "images": images}
+    shape = tuple(getattr(example_inputs, "shape", ()))[1:]
+    if len(shape) == 3 and shape[0] in MODES:
+        reading(about, shape)
     with torch.autocast("cpu", enabled=False):
         found, plain = export.trace(model, example_inputs)
         tolerance = 0.01 if dtype == torch.float32 else 0.5  # as of what is compiled
@@ -324,7 +333,7 @@ def load(
             network = stored.run(file)
             if not stored.holds(network, file, 0.01):
                 raise ValueError(f"{path}: torch does not give the answers that it holds")
-            return network
+            return lambda inputs: call(network, inputs)
 
         made = _ready(
             lambda: (file.graph, lambda made, tolerance: stored.holds(made, file, tolerance)),

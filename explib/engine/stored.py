@@ -108,13 +108,13 @@ def read(path: str | Path) -> Stored:
     names = [name for name in tensors if name.startswith("answers.")]
     answers = [tensors.pop(name) for name in sorted(names, key=lambda name: (len(name), name))]
     stored = _read(str(path), tensors, meta)
-    wanted = answers_of(lambda inputs: _like(stored.graph), stored)
+    wanted = answers_of(lambda *args, **kwargs: _like(stored.graph), stored)
     if [a.shape for a in answers] != [a.shape for a in wanted]:
         raise ValueError(f"{path}: has no answers of all its results; save it anew")
     return stored._replace(answers=[answer.float() for answer in answers])
 
 
-def holds(network: Callable[[Inputs], Any], stored: Stored, tolerance: float) -> bool:
+def holds(network: Callable[..., Any], stored: Stored, tolerance: float) -> bool:
     """Whether a network gives the answers that are stored, of two images and of one.
 
     tolerance: of the largest value.
@@ -126,12 +126,12 @@ def holds(network: Callable[[Inputs], Any], stored: Stored, tolerance: float) ->
     )
 
 
-def run(stored: Stored) -> Callable[[Inputs], Any]:
-    """The network in torch, op by op, dense: inputs as those of its example, any batch."""
+def run(stored: Stored) -> Callable[..., Any]:
+    """The network in torch, op by op, dense: called as with its example, for any batch."""
     graph = stored.graph
 
-    def network(inputs: Inputs) -> Any:
-        values = dict(zip(graph.inputs, tree_flatten(inputs)[0], strict=True))
+    def network(*args, **kwargs) -> Any:
+        values = dict(zip(graph.inputs, tree_flatten((args, kwargs))[0], strict=True))
         batch = len(values[next(iter(graph.shapes))])
         for op in graph.ops:
             values[op.name] = reference.run(op, values, batch)
@@ -141,9 +141,7 @@ def run(stored: Stored) -> Callable[[Inputs], Any]:
     return network
 
 
-def answers_of(
-    network: Callable[[Inputs], Any], stored: Stored, count: int = 2
-) -> list[torch.Tensor]:
+def answers_of(network: Callable[..., Any], stored: Stored, count: int = 2) -> list[torch.Tensor]:
     """At most SAMPLED numbers (count, ...) of each result for made-up inputs, the same everywhere.
 
     They are uniform in -1.7 to 1.7, and computed with whole numbers: no generator of a library,

@@ -50,6 +50,25 @@ def recipe(row: dict) -> str:
     return f"{row['recipe']:40s} {row['before']:6.2f} → {row['last']:.2f} %"
 
 
+def classified(row: dict) -> str:
+    """A row of `explib.engine.images.classify`: the file, its classes and their scores."""
+    return "  ".join([row["file"], *(f"{c['class']} {c['score']:.3f}" for c in row["classes"])])
+
+
+def ran(found: dict) -> str:
+    """How fast `explib run` was, and with what."""
+    count, report = len(found["images"]), found["ran"]
+    reading, network = (sum(row[k] for row in found["images"]) for k in ("reading_s", "network_s"))
+    where = "torch" if report["engine"] == "torch" else "the engine"
+    threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
+    vectors = report.get("instructions", "").partition(",")[0]
+    return (
+        f"{count} images, {count / network:.4g} images/s, with reading "
+        f"{count / (reading + network):.4g}; in {where}, "
+        + ", ".join(filter(None, [report["dtype"], threads, vectors]))
+    )
+
+
 def evaluated(rows: list[dict]) -> str:
     """The rows of `explib.study.verify.verify`, of one network."""
     return columns(
