@@ -10,22 +10,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from torchvision.models import shufflenet_v2_x0_5
 
-from explib import models
+from explib import engine, models
 from explib.__main__ import SECTIONS, cli
 from explib.cli import FIELDS
+from explib.engine.images import CLASSES
 from explib.files import load_tensors
 from explib.params import Params
 from explib.pruning import checkpoints
 from explib.study import controls, recipes, verify
 from explib.study.bench import comparison, inference, processes, training
-from tests.conftest import ROOT, make_folders
+from tests.conftest import PUBLIC, ROOT, make_folders, needs_compiler
 from tests.report.test_tables import record
 
 TINY = {"epochs": 1, "batch_size": 32, "limit_train": 64, "limit_test": 40, "bn_images": 32}
 TINY |= {"threads": 1, "device": "cpu", "precision": "fp32"}
+PICTURE = ROOT / "results/figures/notebook.png"
 COMMANDS = [name for names in SECTIONS.values() for name in names]
 # Another value for each field that some command does not show
 OTHERS = {
@@ -265,12 +269,66 @@ def test_options_stand_above_the_file(tmp_path):
         (["flops", "-f", "not-there.yaml"], 2, "not-there.yaml: cannot be read"),
         (["prune", "--resume", "not-there.th"], 1, "not-there.th is not there"),
         (["evaluate", "not-there.safetensors"], 1, "not-there.safetensors"),
+        (["run", "not-there.safetensors", "."], 1, ".: no images in it"),
+        (["run", "not-there.safetensors", PICTURE], 1, "not-there.safetensors: no such file"),
+        (["run", PUBLIC, PUBLIC], 1, "resnet_56-public.safetensors: no readable image"),
+        (["run", PUBLIC, PICTURE, "--dtype", "fp64"], 2, "'fp64' is not one of"),
+        (["export", "not-there.safetensors", "x.onnx"], 1, "not-there.safetensors: no such file"),
     ],
 )
-def test_errors_are_one_line_and_a_status(words, status, message):
+def test_errors_are_one_line_and_a_status(words, status, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = call(*words, status=status)
     errors = [line for line in text.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and message in errors[0]
+
+
+class TestRun:
+    """Networks as files, away from the checkout: images in, classes out."""
+
+    @needs_compiler
+    def test_every_image_gets_a_line_and_the_last_one_says_how_fast(self, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        monkeypatch.chdir(tmp_path)
+        make_folders(tmp_path / "images", {"a": 6, "b": 4})
+        model = shufflenet_v2_x0_5(num_classes=3).eval()
+        names = ["cat", "dog", "owl"]
+        engine.save(tmp_path / "net.safetensors", model, torch.zeros(1, 3, 32, 32), classes=names)
+        words = ["run", "net.safetensors", "images", "--top", 2, "--batch-size", 4, "--threads", 1]
+        *lines, last = call(*words).splitlines()
+        line = r"images/(train|val)/[ab]/\d\.(JPEG|png)(  (cat|dog|owl) 0\.\d{3}){2}"
+        assert len(lines) == 15 and all(re.fullmatch(line, each) for each in lines), lines
+        speeds = r"15 images, [\d.e+]+ images/s, with reading [\d.e+]+; in the engine, "
+        assert re.fullmatch(speeds + r"float32, 1 thread, \d+-bit vectors", last), last
+        found = json.loads(call(*words, "--json"))
+        assert [row["file"] for row in found["images"]] == [each.split("  ")[0] for each in lines]
+        assert found["ran"]["kernels"] > 0 and found["ran"]["fallbacks"] == []
+
+    @needs_compiler
+    def test_a_shipped_network_takes_images_too(self, tmp_path):
+        make_folders(tmp_path / "images", {"a": 2, "b": 2})
+        lines = call("run", PUBLIC, tmp_path / "images/train").splitlines()
+        assert len(lines) == 5 and "4 images" in lines[-1]
+        assert {line.split()[1] for line in lines[:-1]} <= {*CLASSES["cifar10"]}
+
+    def test_without_a_compiler_it_says_so_and_goes_on(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        make_folders(tmp_path / "images", {"a": 2, "b": 2})
+        words = ["run", str(PUBLIC), str(tmp_path / "images/train"), "--threads", "1"]
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0 and "in torch, float32, 1 thread" in done.stdout
+        assert done.stderr.count("\n") == 1 and "no C++ compiler" in done.stderr
+
+    def test_as_onnx(self, tmp_path):
+        onnx = pytest.importorskip("onnx", reason="pip install '.[peers]'")
+        path = tmp_path / "net.onnx"
+        assert call("export", PUBLIC, path).strip() == str(path)
+        onnx.checker.check_model(str(path), full_check=True)
+
+    def test_without_onnx_it_says_what_to_install(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnx", None)
+        text = call("export", PUBLIC, tmp_path / "net.onnx", status=1)
+        assert text == 'Error: onnx is not installed; pip install "explib[peers]"\n'
 
 
 class TestStudy:

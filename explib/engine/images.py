@@ -107,9 +107,12 @@ def read(path: Path, how: Reading) -> torch.Tensor:
             f"{path}: no readable image ({' '.join(str(error).split())[:100]})"
         ) from None
     across, down = image.size
-    scale = how.resize / min(image.size) if how.resize else max(width / across, height / down)
-    # as torchvision does it: the longer side cut off to whole pixels
-    size = max(width, int(across * scale)), max(height, int(down * scale))
+    if how.resize:
+        share = how.resize, min(across, down)
+    else:
+        share = (width, across) if width * down >= height * across else (height, down)
+    # as torchvision does it: what is left of a pixel goes
+    size = across * share[0] // share[1], down * share[0] // share[1]
     image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     image = image.crop((left, top, left + width, top + height))

@@ -18,6 +18,7 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "checks.py": "test_params.py",
     "engine/arithmetic.py": "engine/test_export.py",
     "engine/axes.py": "engine/test_export.py",
+    "engine/checking.py": "engine/test_stored.py",
     "engine/build.py": "engine/test_engine.py",
     "engine/geometry.py": "engine/test_ops.py",
     "engine/gpu_convs.py": "engine/test_gpu.py",
