@@ -4,6 +4,7 @@ BIN := .venv/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 WORKFLOW := $(BIN)/snakemake --profile params/profiles/local
 UV := $(BIN)/uv pip
+unexport PYTHONDONTWRITEBYTECODE  # each of many short processes would compile all that it imports anew
 QUIET := $(shell test -t 2 || echo --quiet)  # bars on a screen; no list of packages in a log
 
 .PHONY: help lock study test test-browser audit reproduce tables readme 04_tables report verify lab bench

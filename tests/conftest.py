@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from explib.data import Data, Split, data_root
 from explib.models import resnet
 from explib.params import Params
 from explib.study import networks
+
+# Dozens of tests start Python: what it imports is compiled once, not by each of them
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile("explib", deadline=None, max_examples=40)
 settings.load_profile("explib")
