@@ -22,6 +22,8 @@ from explib.study import networks
 # Dozens of tests start Python: what it imports is compiled once, not by each of them
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Those processes have one thread, too: beside each other, more would mostly wait, and actively so
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("explib", deadline=None, max_examples=40)
 settings.load_profile("explib")

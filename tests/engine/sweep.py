@@ -91,6 +91,7 @@ def training_sweep() -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(training_sweep(), "compared in training")
+    torch.set_num_threads(1)  # several wait for each other actively, minutes where cores are few
     print(sweep_ops((1, 33), PLANES[1:]), "ops compared")
     print(sweep(tuple(map(int, sys.argv[1:])) or BATCHES), "compared")
+    print(training_sweep(), "compared in training")
