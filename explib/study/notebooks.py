@@ -12,6 +12,12 @@ from explib.files import write_text
 from explib.study import gpus
 
 
+def say(line: str) -> None:
+    """A line on stderr in one write: print writes its end apart, where lines of two jobs mix."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 class Bars:
     """What takes a kernel's stdout: each state of a progress bar becomes a line on stderr."""
 
@@ -21,7 +27,7 @@ class Bars:
         for state in text.split("\r")[1:]:
             state = state.partition("\n")[0].rstrip()
             if state not in ("", self.said):  # a bar that is closed shows its last state again
-                print(state, file=sys.stderr)
+                say(state)
                 self.said = state
 
     def flush(self) -> None:
@@ -37,7 +43,7 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
     # explib itself says which parameter is unknown: those that a notebook does not list are known
     logging.getLogger("papermill").setLevel(logging.ERROR)
     name, began = output.stem, time.monotonic()
-    print(f"{name}: begun", file=sys.stderr, flush=True)
+    say(f"{name}: begun")
     with tempfile.TemporaryDirectory() as folder:
         # Free ports are looked for before they are taken: kernels that start at the same moment
         # get the same ones, and one of them dies. Sockets in a folder of its own cannot collide.
@@ -52,7 +58,7 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
             config=Config({"KernelManager": sockets}),
         )
     write_text(output, nbformat.writes(executed) + "\n")
-    print(f"{name}: done, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    say(f"{name}: done, {time.monotonic() - began:.0f} s")
 
 
 def run(
