@@ -33,12 +33,19 @@ needs_compiler = pytest.mark.skipif(
 )
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
+LONGEST = (
+    *("workflow", "engine", "distributed", "notebooks", "runs", "project", "kill", "load"),
+    *("export", "strided", "bad_input", "bench", "inference_bench", "contributing", "training"),
+    *("gpu", "install", "gpu_bench", "any_network", "security", "cli", "figures"),
+)
+"""The files of tests that take longest, from three minutes on two cores to 15 s."""
 PUBLIC = ROOT / "results/checkpoints/cifar10/resnet_56-public.safetensors"
 
 
 def pytest_collection_modifyitems(items):
-    # Workers take whole files: the longest one first, lest it is what all wait for in the end
-    items.sort(key=lambda item: item.path.name != "test_workflow.py")
+    # Workers take whole files: the longest ones first, lest all wait for one in the end
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
