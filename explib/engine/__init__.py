@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from explib import registry
-from explib.engine import build, export, graph, plan, reference, stored, to_onnx
+from explib.engine import build, export, graph, plan, quantization, reference, stored, to_onnx
 from explib.engine.build import NoCompiler
 from explib.engine.images import MODES, reading
 from explib.engine.plan import Network
@@ -102,6 +102,7 @@ def compile(
     example_inputs: Inputs,
     *,
     dtype: torch.dtype = torch.float32,
+    calibration: Inputs | list[Inputs] | None = None,
     recheck: float = 0.0,
     threads: int | None = None,
     fallback: bool = True,
@@ -112,7 +113,10 @@ def compile(
     later inputs have the same shapes but for N, their common batch.
     dtype: float32, or where the processor computes in them float16 (sums are float16 too) or
     bfloat16 (sums are float32, and so are batches too small to fill its vectors); elsewhere a
-    warning says why it is float32.
+    warning says why it is float32. int8: values are codes of 8 bits, sums are exact, and batches
+    too small to fill its vectors are float32 with the same weights.
+    calibration: of int8, what the ranges of its values are taken from: normalized training images
+    (some 256 of 32x32, 32 of 224x224), as the example or a list of such batches.
     recheck: of a classifier in 16 bits; images whose two highest scores are less than this apart
     are computed once more in float32, so that rounding decides nothing.
     threads: torch's number of threads by default; fixed from here on.
@@ -138,7 +142,11 @@ def compile(
         own = copy.deepcopy(model).cpu().float().eval()
         return lambda inputs: call(own, inputs)  # no submodule, whose mode somebody could change
 
-    return _ready(traced, dense, example_inputs, dtype, recheck, threads, fallback)
+    if not isinstance(calibration, list):
+        calibration = [] if calibration is None else [calibration]
+    return _ready(
+        traced, dense, example_inputs, dtype, calibration, recheck, threads, fallback
+    )
 
 
 def _check_type(dtype: torch.dtype) -> None:
@@ -155,6 +163,7 @@ def _ready(
     dense: Callable[[], Callable[[Inputs], Any]],
     example: Inputs,
     dtype: torch.dtype,
+    calibration: list[Inputs],
     recheck: float,
     threads: int | None,
     fallback: bool,
@@ -163,13 +172,13 @@ def _ready(
     threads = threads or torch.get_num_threads()
     if recheck:
         short, full = (
-            _ready(traced, dense, example, chosen, 0.0, threads, fallback)
+            _ready(traced, dense, example, chosen, calibration, 0.0, threads, fallback)
             for chosen in (dtype, torch.float32)
         )
         return _rechecked(short, full, example, recheck)
     try:
         with torch.autocast("cpu", enabled=False):
-            return _native(*traced(), example, dtype, threads, fallback)
+            return _native(*traced(), example, dtype, calibration, threads, fallback)
     except (NoCompiler, NotImplementedError) as error:
         if not fallback:
             raise
@@ -183,6 +192,7 @@ def _native(
     same: Same,
     example: Inputs,
     dtype: torch.dtype,
+    calibration: list[Inputs],
     threads: int,
     fallback: bool,
 ) -> Compiled:
@@ -190,6 +200,16 @@ def _native(
     library = build.library()
     results = graph.names(traced.results)
     ops = graph.fuse(traced.ops, results, traced.shapes, plan.native)
+    if dtype == torch.int8:
+        if not any(op.scales for op in ops):
+            ops = _coded(traced, ops, calibration)
+        full = _native(traced, same, example, torch.float32, [], threads, fallback)
+
+        def same(made: nn.Module, tolerance: float) -> bool:
+            """Beside float32 on images whose values are in the ranges."""
+            given = calibration[0] if calibration else example
+            return all(outputs_match(made, full, given, n, tolerance, False) for n in (2, 1))
+
     shapes = traced.shapes | {op.name: op.shape for op in ops}
     lacking = {op.name: why for op in ops if (why := _lacking(op, shapes)) is not None}
     named = [why for why in lacking.values() if why]
@@ -225,7 +245,30 @@ def _native(
     if dtype == torch.float32 or not fallback:
         raise NotImplementedError(why)
     warnings.warn(f"{why}; using float32", stacklevel=4)
-    return _native(traced, same, example, torch.float32, threads, fallback)
+    return _native(traced, same, example, torch.float32, [], threads, fallback)
+
+
+def _coded(traced: graph.Graph, ops: list[graph.Op], calibration: list[Inputs]) -> list[graph.Op]:
+    """The ops with codes for their values, from calibration images."""
+    if not calibration:
+        raise ValueError("calibration: none; give normalized training images, as the example")
+    batches = [_named(traced, batch) for batch in calibration]
+    with torch.no_grad():
+        return quantization.quantized(ops, traced.shapes, graph.names(traced.results), batches)
+
+
+def _named(traced: graph.Graph, inputs: Inputs) -> dict[str, Any]:
+    """Inputs by the names of their values. ValueError for others than the network takes."""
+    leaves = tree_flatten(inputs)[0]
+    if len(leaves) != len(traced.inputs):
+        raise ValueError(f"calibration: {described(inputs)}; give what the example has")
+    named = dict(zip(traced.inputs, leaves, strict=True))
+    for name, shape in traced.shapes.items():
+        x = named[name]
+        if not torch.is_tensor(x) or x.dtype != torch.float32 or tuple(x.shape[1:]) != shape:
+            wanted = ", ".join(["N", *map(str, shape)])
+            raise ValueError(f"calibration: {described(inputs)}; give float32 ({wanted})")
+    return named
 
 
 def _lacking(op: graph.Op, shapes: dict[str, tuple[int, ...]]) -> str | None:

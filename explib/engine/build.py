@@ -14,7 +14,7 @@ __all__ = ["TYPES", "NoCompiler", "computes", "instructions", "library"]
 
 SOURCE = Path(__file__).parent / "csrc/kernels.cpp"
 _P, _I = ctypes.c_void_p, ctypes.c_int
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """What the engine may compute in, as the C++ numbers them."""
 
 
@@ -51,6 +51,11 @@ def computes(lib: ctypes.CDLL, dtype: torch.dtype) -> bool:
 def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
     """Of a 1x1 convolution the number of channels whose kernels stand together."""
     return lib.explib_chunk(TYPES.index(dtype), pairs)
+
+
+def byte_chunk(lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int) -> int:
+    """Of an int8 convolution with outputs (height, width) the channels whose kernels stand together."""
+    return lib.explib_byte_chunk(kernel, stride, height, width)
 
 
 def instructions(lib: ctypes.CDLL) -> str:

@@ -43,6 +43,7 @@ class Op:
     weight: torch.Tensor | None = field(default=None, compare=False)
     bias: torch.Tensor | None = field(default=None, compare=False)
     slope: torch.Tensor | None = field(default=None, compare=False)
+    steps: torch.Tensor | None = field(default=None, compare=False)  # of a conv's int8 weights, (F,)
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     pad: tuple[int, int] = (0, 0)
@@ -53,6 +54,8 @@ class Op:
     beta: float = 0.0
     index: tuple[int, ...] = ()
     before: int = 0
+    scales: tuple[float, ...] = ()  # of int8: of the inputs and the result, and what codes 0 has;
+    zeros: tuple[int, ...] = ()  # a scale of 0: the result stays float
     label: str = ""  # the layer or node of the network that it comes from, and its op
     why: str = ""  # of torch: what keeps it from being another kind
     call: "Call | None" = field(default=None, compare=False)  # of torch: what to call

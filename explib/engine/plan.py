@@ -1,6 +1,7 @@
 """Ops in, a native network out: which memory each value has, and the kernels that survive."""
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from explib.engine import geometry
-from explib.engine.build import TYPES, chunk, library
+from explib.engine.build import TYPES, byte_chunk, chunk, library
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -56,6 +57,11 @@ class _Tensor(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("slot", "first", "channels", "height", "width")]
 
 
+class _Code(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("scale", "zero")]
+
+
+_CODES = ("in_code", "other_code", "out_code")
 _AXIS = ("kernel", "stride", "pad", "dilation")
 
 
@@ -65,11 +71,13 @@ class _Op(ctypes.Structure):
     _arrays = (
         "bias", "slope", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
+        "byte_weight", "byte_start", "byte_index", "byte_scale", "byte_bias",
     )  # fmt: skip
     _fields_ = [
         *[(name, ctypes.c_int32) for name in _numbers],
         *[(name, ctypes.c_float) for name in ("alpha", "beta")],
         *[(name, ctypes.c_void_p) for name in _arrays],
+        *[(name, _Code) for name in _CODES],
     ]
 
 
@@ -232,7 +240,16 @@ class Network:
         ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
         found, slots, listed = places(ops, inputs, outputs)
         index = {name: i for i, name in enumerate(found)}
-        made = [self._op("load", -1, i, index[name]) for i, name in enumerate(inputs)]
+        codes = {
+            name: _Code(scale or 1, zero)
+            for op in ops
+            for name, scale, zero in zip((*op.inputs, op.name), op.scales, op.zeros, strict=False)
+        }
+        self._codes = defaultdict(lambda: _Code(1, 0), codes)
+        made = [
+            self._op("load", -1, i, index[name], out_code=self._codes[name])
+            for i, name in enumerate(inputs)
+        ]
         # a linear layer at the end writes its result itself, unrounded
         used = {name for op in listed for name in op.inputs}
         last = {op.name for op in listed if op.kind == "linear" and op.name not in used}
@@ -242,7 +259,7 @@ class Network:
             for op in listed
         ]
         made += [
-            self._op("store", index[name], i, -1)
+            self._op("store", index[name], i, -1, in_code=self._codes[name])
             for i, name in enumerate(outputs)
             if name not in last
         ]
@@ -302,6 +319,9 @@ class Network:
         alpha, beta = (0.0, 6.0) if op.act == "relu6" else (op.alpha, op.beta)
         act = ACTS.index("clamp" if op.act == "relu6" else op.act)
         more = dict(act=act, groups=op.groups, alpha=alpha, beta=beta)
+        names = op.inputs[0], op.inputs[-1], op.name
+        if op.kind != "copy":  # which takes what is stored as it is
+            more |= dict(zip(_CODES, (self._codes[name] for name in names), strict=True))
         for name in _AXIS:
             more |= dict(zip((f"{name}_h", f"{name}_w"), getattr(op, name), strict=True))
         arrays = {name: self._held(array) for name, array in self._arrays(op).items()}
@@ -367,6 +387,8 @@ class Network:
             if op.groups > 1 and not by_chunk:
                 own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
                 lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
+        if op.steps is not None:
+            lists |= self._bytes(weight, keep, op, offset)
         if by_chunk:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
             lists["weight"] = self._words(lists["weight"])
@@ -389,6 +411,41 @@ class Network:
             "start_by_channel": starts.astype(np.int32),
             "index_by_channel": f[order].astype(np.int32),
         }
+
+
+    def _bytes(
+        self, weight: np.ndarray, keep: np.ndarray, op: Op, offset: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
+
+        Of 3x3 a word for each row, of 1x1 one for four neighbouring channels.
+        """
+        assert op.steps is not None
+        steps, side = op.steps.numpy(), op.kernel[0]
+        whole = np.rint(weight / steps[:, None, None, None])
+        scale, zero = steps * op.scales[0], op.zeros[0]
+        bias = np.zeros(len(weight)) if op.bias is None else _floats(op.bias)
+        made = {
+            "byte_scale": scale.astype(np.float32),
+            "byte_bias": (bias - scale * zero * whole.sum((1, 2, 3))).astype(np.float32),
+        }
+        size = byte_chunk(self._library, side, op.stride[0], *geometry.chw(op.shape)[1:])
+        if side == 1:
+            rest = -weight.shape[1] % 4
+            whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, rest)))
+            words = whole.reshape(len(whole), -1, 1, 4)
+            keep, size = words.any((2, 3)), size // 4
+        else:
+            words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, 1)))
+            whole_keep = np.zeros((len(weight), self._source(op)[0]), bool)
+            local = np.arange(keep.shape[1])
+            whole_keep[np.arange(len(weight))[:, None], offset[:, None] + local] = keep
+            spread = np.zeros((*whole_keep.shape, 3, 4))
+            spread[np.arange(len(weight))[:, None], offset[:, None] + local] = words
+            words, keep = spread, whole_keep
+        flat = words.astype(np.int8).view(np.int32)[..., 0]
+        lists = _by_chunk(_singles, flat, keep, size)
+        return made | {f"byte_{name}": array for name, array in lists.items()}
 
 
 def _floats(tensor: torch.Tensor) -> np.ndarray:

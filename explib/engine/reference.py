@@ -20,7 +20,11 @@ def run(op: Op, values: dict[str, Any], batch: int) -> Any:
     if op.call is not None:
         args, kwargs = resolved((op.call.args, op.call.kwargs), values, batch)
         return op.call.function(*args, **kwargs)
-    return _made(op, [values[name] for name in op.inputs]).reshape(batch, *op.shape)
+    found = _made(op, [values[name] for name in op.inputs])
+    if op.scales and op.scales[-1]:  # int8: the value of its code
+        found = (found / op.scales[-1]).round() + op.zeros[-1]
+        found = (found.clamp(0, 255) - op.zeros[-1]) * op.scales[-1]
+    return found.reshape(batch, *op.shape)
 
 
 def shape(op: Op, sources: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -27,6 +27,22 @@ FORCED inline T narrowed(Wide x) {
         return __builtin_convertvector(x, T);
 }
 
+// Of int8 the value of a code, and the code of a value, not rounded; of any other type, itself
+template <class T, class V>
+FORCED inline V decoded(V x, const Code& code) {
+    if constexpr (std::is_same_v<T, Byte>)
+        return (x - code.zero) * code.scale;
+    else
+        return x;
+}
+template <class T, class V>
+FORCED inline V coded(V x, const Code& code) {
+    if constexpr (std::is_same_v<T, Byte>)
+        return x * (1 / code.scale) + code.zero;
+    else
+        return x;
+}
+
 template <class F, class Scalar>
 FORCED inline F bounded(F x, Scalar least, Scalar most) {  // NaN stays
     x = x < least ? F{} + least : x;

@@ -25,9 +25,13 @@ FORCED inline void finish_row(const GeneralBlock<T>& g, int f, int y, int x,
                               typename Types<T>::V (&acc)[TW]) {
     USE_TYPES;
     const int64_t first = f * g.plane_out + (int64_t(y) * g.o.width + x) * LANES;
-    if (g.other) repeat<TW>([&](auto c) FORCED { acc[c] += load(g.other + first + c * LANES); });
+    if (g.other) repeat<TW>([&](auto c) FORCED { 
+        acc[c] += decoded<T>(load(g.other + first + c * LANES), g.op.other_code);
+    });
     activate<TW>(g.op, f, acc);
-    repeat<TW>([&](auto c) FORCED { store(g.out + first + c * LANES, acc[c]); });
+    repeat<TW>([&](auto c) FORCED { 
+        store(g.out + first + c * LANES, coded<T>(acc[c], g.op.out_code));
+    });
 }
 
 template <class T, int TW>
@@ -58,15 +62,18 @@ void general_row(const GeneralBlock<T>& g, int f, int y, int x) {
             for (int kx = 0; kx < columns.kernel; ++kx, ++w) {
                 const int col = x * columns.stride - columns.pad + kx * columns.dilation;
                 const auto from = source.from((int64_t(row) * g.a.width + col) * LANES);
+                const auto pixel = [&](const Source<T>& from, int c) FORCED {
+                    return decoded<T>(from[c * columns.stride * LANES], g.op.in_code);
+                };
                 if (col >= 0 && col + (TW - 1) * columns.stride < g.a.width)
                     repeat<TW>([&](auto c) FORCED {
-                        acc[c] = add_product<T>(acc[c], from[c * columns.stride * LANES], w);
+                        acc[c] = add_product<T>(acc[c], pixel(from, c), w);
                     });
                 else
                     repeat<TW>([&](auto c) FORCED {
                         const int at = col + c * columns.stride;
                         if (at >= 0 && at < g.a.width)
-                            acc[c] = add_product<T>(acc[c], from[c * columns.stride * LANES], w);
+                            acc[c] = add_product<T>(acc[c], pixel(from, c), w);
                     });
             }
         }
@@ -94,7 +101,7 @@ void depthwise_row(const GeneralBlock<T>& g, int f, int y, int x) {
             const auto add = [&](auto inside) FORCED {
                 repeat<IW>([&](auto j) FORCED {
                     if (!inside && (left + j < 0 || left + j >= g.a.width)) return;
-                    const V pixel = load(row + j * LANES);
+                    const V pixel = decoded<T>(load(row + j * LANES), g.op.in_code);
                     repeat<K>([&](auto kx) FORCED {
                         constexpr int dx = j - kx;
                         if constexpr (dx >= 0 && dx % S == 0 && dx / S < TW)

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "bytes.h"
 #include "general.h"
 #include "ops.h"
 #include "plan.h"
@@ -12,49 +13,6 @@
 #include "vectors.h"
 
 namespace {
-
-constexpr int CACHE_SKEW = 6;  // lines
-
-// Planes of a multiple of 4 KiB would all fall on the same few lines of the first cache
-inline int64_t block_plane(int height, int width) {
-    const int64_t pixels = int64_t(height) * width;
-    return pixels % 64 ? pixels : pixels + CACHE_SKEW;
-}
-template <class T>
-struct ConvBlock {
-    const T* in;
-    const T* other;  // added to the outputs, or null
-    T* out;
-    int first, last;  // the filters to compute
-    int height, width, out_height, out_width;
-    const Op& op;
-    const int32_t* weight;
-    const int32_t* start;
-    const void* index;  // int32_t, of a 1x1 conv uint8_t
-};
-
-template <class V, int TH, int TW>
-FORCED inline void start_from(V bias, V (&acc)[TH][TW]) {
-    repeat<TH>([&](auto r) FORCED { repeat<TW>([&](auto c) FORCED { acc[r][c] = bias; }); });
-}
-
-template <class T, int TH, int TW>
-FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
-                          typename Types<T>::V (&acc)[TH][TW]) {
-    USE_TYPES;
-    const int64_t first =
-        (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
-    const auto each = [&](auto change) FORCED {
-        repeat<TH>([&](auto r) FORCED {
-            const int64_t row = first + int64_t(r) * a.out_width * LANES;
-            repeat<TW>([&](auto c) FORCED { change(acc[r][c], row, c * LANES); });
-        });
-    };
-    if (a.other)
-        each([&](V& sum, int64_t row, int at) FORCED { sum += load(a.other + row + at); });
-    repeat<TH>([&](auto r) FORCED { activate<TW>(a.op, f, acc[r]); });
-    each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
-}
 
 // One tile of every filter; K is 3 and the padding K / 2. The input pixels of a tile are
 // loaded once per kernel and go to all outputs they belong to; those outside the image are left
@@ -110,24 +68,16 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     }
 }
 
-// The tiles of one of `parts` threads. The last one of a row or column ends with it and may overlap
-// the one before, of the same thread: where the outputs are also the residual it must not
-template <class T, int TH, int TW, void (*TILE)(const ConvBlock<T>, int, int)>
-void tiles(const ConvBlock<T>& a, int part, int parts) {
-    const int rows = (a.out_height + TH - 1) / TH;
-    for (int r = (int)split(rows, part, parts); r < (int)split(rows, part + 1, parts); ++r)
-        for (int x = 0; x < a.out_width; x += TW)
-            TILE(a, std::min(r * TH, a.out_height - TH), std::min(x, a.out_width - TW));
-}
-
 template <class T, int TH, int TW>
 void conv_sized(const ConvBlock<T>& a, int part, int parts) {
-    if (a.op.rows.kernel == 1)
-        tiles<T, TH, TW, conv_tile<T, 1, 1, TH, TW>>(a, part, parts);
-    else if (a.op.rows.stride == 1)
-        tiles<T, TH, TW, conv_tile<T, 3, 1, TH, TW>>(a, part, parts);
-    else
-        tiles<T, TH, TW, conv_tile<T, 3, 2, TH, TW>>(a, part, parts);
+    tiles<T, TH, TW>(a, part, parts, [&](int y, int x) {
+        if (a.op.rows.kernel == 1)
+            conv_tile<T, 1, 1, TH, TW>(a, y, x);
+        else if (a.op.rows.stride == 1)
+            conv_tile<T, 3, 1, TH, TW>(a, y, x);
+        else
+            conv_tile<T, 3, 2, TH, TW>(a, y, x);
+    });
 }
 
 // A conv with lists of kernels by filter. Threads share the rows of tiles where there are many, else
@@ -173,13 +123,13 @@ void linear_block(const T* in, T* out, const Op& op, int channels, int features,
             rows[g] = weight + int64_t(feature) * channels;
         }
         for (int c = 0; c < channels; ++c) {
-            const V x = load(in + int64_t(c) * LANES);
+            const V x = decoded<T>(load(in + int64_t(c) * LANES), op.in_code);
             repeat<GROUP>([&](auto g) FORCED { acc[g] += x * rows[g][c]; });
         }
         for (int g = 0; g < GROUP && f + g < features; ++g) {
             V value = acc[g];
             activate<1>(op, f + g, &value);
-            if (!scores) store(out + int64_t(f + g) * LANES, value);
+            if (!scores) store(out + int64_t(f + g) * LANES, coded<T>(value, op.out_code));
             for (int lane = 0; scores && lane < live; ++lane)
                 scores[int64_t(lane) * features + f + g] = float(value[lane]);
         }
@@ -232,13 +182,14 @@ void point_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, 
 template <class T>
 class Blocks {
     using V = typename Types<T>::V;
-    using Scalar = typename Types<T>::Scalar;
+    using Words = typename Types<T>::Words;
     static constexpr int LANES = Types<T>::lanes;
     const Plan& plan;
     std::vector<int64_t> starts;  // of the slots, in scalars
     int64_t size = 0;
     std::vector<std::unique_ptr<Memory>> memories;
     std::vector<std::unique_ptr<PointScratch>> scratch;
+    std::vector<std::unique_ptr<Memory>> byte_scratch;  // of int8's convs
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
@@ -247,7 +198,7 @@ class Blocks {
 
   public:
     explicit Blocks(const Plan& plan)
-        : plan(plan), memories(plan.threads), scratch(plan.threads) {
+        : plan(plan), memories(plan.threads), scratch(plan.threads), byte_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             size += s.channels * block_plane(s.height, s.width) * LANES;
@@ -266,6 +217,9 @@ class Blocks {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         PointScratch::prepare(scratch);
+        if (std::is_same_v<T, Byte>)
+            for (auto& one : byte_scratch)
+                if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
     }
 
     // One of `parts` threads that run this at once on the same worker's memory
@@ -290,10 +244,18 @@ class Blocks {
         const int64_t from = block_plane(a.height, a.width), to = block_plane(o.height, o.width);
         if (op.kind == CONV) {
             const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
-            if (is_plain(op, a, o) && op.rows.kernel == 1)
-                return point_block<T>(op, a, o, in, other, out,
-                                      *scratch[parts == 1 ? worker : part], part, parts);
-            return conv_block<T>(op, a, o, in, other, out, part, parts);
+            const int own = parts == 1 ? worker : part;
+            if constexpr (std::is_same_v<T, Byte>) {
+                if (op.byte_weight)
+                    return byte_block(op, a, o, in, other, out, (Words*)byte_scratch[own]->data,
+                                      part, parts);
+                return general_block<T>({op, a, o, in, other, out, from * LANES, to * LANES}, part,
+                                        parts);
+            } else {
+                if (is_plain(op, a, o) && op.rows.kernel == 1)
+                    return point_block<T>(op, a, o, in, other, out, *scratch[own], part, parts);
+                return conv_block<T>(op, a, o, in, other, out, part, parts);
+            }
         }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + first * o.channels : nullptr;
@@ -316,14 +278,14 @@ class Blocks {
                             const float* image =
                                 ins[op.other] + ((first + lane) * channels + c) * pixels;
                             for (int i = start; i < std::min(pixels, start + 64); ++i)
-                                y[int64_t(i) * LANES + lane] = T(lane < live ? image[i] : 0.f);
+                                y[int64_t(i) * LANES + lane] = T(coded<T>(lane < live ? image[i] : 0.f, op.out_code));
                         }
                     break;
                 case STORE:
                     for (int lane = 0; lane < live; ++lane) {
                         float* image = outs[op.other] + ((first + lane) * channels + c) * pixels;
                         for (int i = 0; i < pixels; ++i)
-                            image[i] = float(x[int64_t(i) * LANES + lane]);
+                            image[i] = decoded<T>(float(x[int64_t(i) * LANES + lane]), op.in_code);
                     }
                     break;
                 case MAXPOOL:
@@ -346,7 +308,8 @@ class Blocks {
                         const Tensor& b = plan.tensors[op.other];
                         z = data(memory, op.other) +
                             (b.channels == 1 ? 0 : c) * block_plane(b.height, b.width) * LANES;
-                        if (b.height * b.width < pixels) point = load(z), z = nullptr;
+                        if (b.height * b.width < pixels)
+                            point = decoded<T>(load(z), op.other_code), z = nullptr;
                     }
                     elementwise(op, c, x, z, point, y, (const V*)nullptr, pixels);
                     break;
@@ -361,8 +324,10 @@ class Blocks {
     void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y) const {
         using Wide = decltype(widened(V{}));
         const int32_t *rows = op.index, *columns = rows + 2 * o.height;
-        if (op.kind == AVGPOOL && is_whole(op, a, o))
-            return store(y, narrowed<V>(plane_sum(x, a.height * a.width) * op.bias[0] * op.bias[1]));
+        if (op.kind == AVGPOOL && is_whole(op, a, o)) {
+            const Wide mean = plane_sum(x, a.height * a.width) * op.bias[0] * op.bias[1];
+            return store(y, narrowed<V>(coded<T>(decoded<T>(mean, op.in_code), op.out_code)));
+        }
         for (int r = 0; r < o.height; ++r)
             for (int q = 0; q < o.width; ++q, y += LANES) {
                 const int r0 = rows[2 * r], r1 = rows[2 * r + 1];
@@ -377,8 +342,9 @@ class Blocks {
                     Wide sum = {};
                     for (int i = r0; i < r1; ++i)
                         for (int j = c0; j < c1; ++j)
-                            sum += widened(load(x + (i * a.width + j) * LANES));
-                    store(y, narrowed<V>(sum * op.bias[r] * op.bias[o.height + q]));
+                            sum += widened(decoded<T>(load(x + (i * a.width + j) * LANES), op.in_code));
+                    sum = sum * op.bias[r] * op.bias[o.height + q];
+                    store(y, narrowed<V>(coded<T>(sum, op.out_code)));
                 }
             }
     }

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t LARGEST_BLOCK = 16 << 20;  // bytes of a value
 
-enum Type { FLOAT32, FLOAT16, BFLOAT16 };
+enum Type { FLOAT32, FLOAT16, BFLOAT16, INT8 };
 
 struct Network {
     virtual ~Network() = default;
@@ -103,8 +103,12 @@ int explib_chunk(int type, int pairs) {
     if (type == FLOAT16) return chunk<float>() * 2;
     return chunk<float>() * (pairs ? 2 : 1);
 }
+// Channels of a chunk of an int8 conv, whose kernels stand together; of its outputs' plane
+int explib_byte_chunk(int kernel, int stride, int height, int width) {
+    return byte_chunk(kernel, stride, height, width);
+}
 int explib_computes(int type) {
-    return type == FLOAT32 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
+    return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
 }
 
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
@@ -120,6 +124,7 @@ void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors,
 #if BRAIN
     if (type == BFLOAT16) return static_cast<Network*>(new Planned<Brain>(std::move(plan)));
 #endif
+    if (type == INT8) return static_cast<Network*>(new Planned<Byte>(std::move(plan)));
     return type == FLOAT32 ? static_cast<Network*>(new Planned<float>(std::move(plan))) : nullptr;
 } catch (const std::bad_alloc&) {
     return nullptr;

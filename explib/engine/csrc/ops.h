@@ -22,7 +22,8 @@ void elementwise(const Op& op, int c, const T* x, const T* z, typename Types<T>:
         const auto each = [&](auto f) FORCED {
             for (int i = 0; i < count; ++i) {
                 const int64_t at = (first + i) * LANES;
-                values[i] = f(load(x + at), z ? load(z + at) : point);
+                values[i] = f(decoded<T>(load(x + at), op.in_code),
+                              z ? decoded<T>(load(z + at), op.other_code) : point);
             }
         };
         switch (op.kind) {
@@ -45,7 +46,7 @@ void elementwise(const Op& op, int c, const T* x, const T* z, typename Types<T>:
         activate<CHUNK>(op, c, values);
         for (int i = 0; i < count; ++i) {
             if (mask) values[i] = mask[first + i] == V{} ? V{} : values[i];
-            store(y + (first + i) * LANES, values[i]);
+            store(y + (first + i) * LANES, coded<T>(values[i], op.out_code));
         }
     }
 }
@@ -63,7 +64,7 @@ void layernorm(const Op& op, const T* in, T* out, int64_t plane, int channels,
         const auto each = [&](auto f) FORCED {
             for (int c = 0; c < channels; ++c)
                 for (int i = 0; i < count; ++i)
-                    f(c, i, widened(load(in + c * plane + (first + i) * LANES)));
+                    f(c, i, widened(decoded<T>(load(in + c * plane + (first + i) * LANES), op.in_code)));
         };
         each([&](int, int i, Wide x) FORCED { mean[i] += x; });
         for (int i = 0; i < count; ++i) mean[i] = mean[i] / float(channels);
@@ -74,7 +75,7 @@ void layernorm(const Op& op, const T* in, T* out, int64_t plane, int channels,
         each([&](int c, int i, Wide x) FORCED {
             V value = narrowed<V>((x - mean[i]) * scale[i] * weight[c] + op.bias[c]);
             if (mask) value = mask[first + i] == V{} ? V{} : value;
-            store(out + c * plane + (first + i) * LANES, value);
+            store(out + c * plane + (first + i) * LANES, coded<T>(value, op.out_code));
         });
     }
 }
@@ -119,7 +120,7 @@ inline bool is_whole(const Op& op, const Tensor& in, const Tensor& out) {
 template <class T, class Layout>
 void select_plane(const Op& op, const Layout& layout, const Tensor& out, const T* x, T* y) {
     const int32_t *rows = op.index + out.channels, *columns = rows + out.height;
-    const typename Layout::Pixel outside = typename Layout::Pixel{} + typename Types<T>::Scalar(op.alpha);
+    const typename Layout::Pixel outside = typename Layout::Pixel{} + typename Types<T>::Scalar(coded<T>(op.alpha, op.out_code));
     // lists rise: so do neighbours only where the last is as far from the first as it is here
     const bool neighbours = columns[0] >= 0 && columns[out.width - 1] - columns[0] == out.width - 1;
     for (int r = 0; r < out.height; ++r) {

@@ -12,6 +12,9 @@ struct Slot {  // memory of one size; spatial planes keep their zeros since only
 struct Tensor {  // `channels` of a slot from `first` on
     int32_t slot, first, channels, height, width;
 };
+struct Code {  // int8: a value is scale * (code - zero)
+    float scale, zero;
+};
 struct Axis {  // a window along rows or columns
     int32_t kernel, stride, pad, dilation;
 };
@@ -38,6 +41,12 @@ struct Op {
     const int32_t* start_by_channel;  // (threads * C + 1,)
     const int32_t* index_by_channel;  // the filter of each kernel
     const int32_t* share;             // (threads + 1,)
+    // int8 only: the same kernels of a plain conv as bytes (bytes.h), the factor and the bias of
+    // each filter's sums, (F,), and the codes of `in`, `other` and `out`
+    const void* byte_weight;
+    const int32_t *byte_start, *byte_index;
+    const float *byte_scale, *byte_bias;
+    Code in_code, other_code, out_code;
 };
 }
 

@@ -29,6 +29,9 @@
 #else
 #define BRAIN 0
 #endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #define FORCED __attribute__((always_inline))
 
 namespace {
@@ -68,6 +71,23 @@ struct Brain {
 template <>
 struct Types<Brain> : Types<float> {};
 
+// a code of int8 in memory
+struct Byte {
+    uint8_t bits;
+    Byte() = default;
+    explicit Byte(float value) {  // to the nearest, ties to even; NaN is 255
+        value = value < 255 ? (value > 0 ? value : 0.f) : 255.f;
+        constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: the unit of such floats is 1
+        const float rounded = value + ROUND;
+        uint32_t word;
+        std::memcpy(&word, &rounded, 4);
+        bits = uint8_t(word);
+    }
+    explicit operator float() const { return bits; }
+};
+template <>
+struct Types<Byte> : Types<float> {};
+
 #define USE_TYPES                                    \
     using V [[maybe_unused]] = typename Types<T>::V; \
     constexpr int LANES [[maybe_unused]] = Types<T>::lanes
@@ -106,6 +126,40 @@ FORCED inline typename Types<T>::V load(const T* at) {
 template <class T>
 FORCED inline void store(T* at, typename Types<T>::V value) {
     *(typename Types<T>::V*)at = value;
+}
+
+template <>
+FORCED inline Types<float>::V load(const Byte* at) {
+    using V = Types<float>::V;
+#if defined(__AVX512F__)
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)at)));
+#elif defined(__AVX2__)
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at)));
+#else
+    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias));
+    return __builtin_convertvector(*(const Bytes*)at, V);
+#endif
+}
+template <>
+FORCED inline void store(Byte* at, Types<float>::V value) {
+    // of what is no number the minimum is its second operand, and what is below becomes the least
+#if defined(__AVX512F__)
+    const __m512 most = _mm512_min_ps((__m512)value, _mm512_set1_ps(255));
+    const __m512i words = _mm512_max_epi32(_mm512_cvtps_epi32(most), _mm512_setzero_si512());
+    _mm_store_si128((__m128i*)at, _mm512_cvtepi32_epi8(words));
+#elif defined(__AVX2__)
+    const __m256 most = _mm256_min_ps((__m256)value, _mm256_set1_ps(255));
+    const __m256i words = _mm256_cvtps_epi32(most);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words),
+                                           _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64((__m128i*)at, _mm_packus_epi16(halves, halves));
+#else
+    using V = Types<float>::V;
+    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias));
+    value = value < 255 ? (value > 0 ? value : V{}) : V{} + 255.f;
+    const auto words = (Types<float>::Words)(value + 12582912.0f) & 255;  // as Byte(float)
+    *(Bytes*)at = __builtin_convertvector(words, Bytes);
+#endif
 }
 
 // What a kernel multiplies: a pixel of the channel at[0]. `plane` is a channel's size in scalars.

@@ -43,7 +43,7 @@ CASES = {
         *("ResNet-56", (128, 16, 1), 32),
         *("resnet_56-public", "resnet_56-B-71-l1-e100", "resnet_56-filters-71-e50"),
     ),
-    "vgg_16_bn": Case("VGG-16", (128, 16, 1), 32, "vgg_16_bn", "vgg_16_bn-B-70-l1-e2"),
+    "vgg_16_bn": Case("VGG-16", (128, 16, 1), 32, "vgg_16_bn", "vgg_16_bn-B-70-l1-e30"),
     "resnet18": Case("ResNet-18", (16, 1), 224),
     "resnet50": Case("ResNet-50", (16, 1), 224),
     "mobilenet_v2": Case("MobileNetV2", (16, 1), 224),

@@ -1,0 +1,69 @@
+// What convolutions of blocks of images share, [C][H][W][lanes]: tiles of outputs, and how they end.
+#pragma once
+#include <algorithm>
+
+#include "act.h"
+#include "plan.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int CACHE_SKEW = 6;  // lines
+
+// Planes of a multiple of 4 KiB would all fall on the same few lines of the first cache
+inline int64_t block_plane(int height, int width) {
+    const int64_t pixels = int64_t(height) * width;
+    return pixels % 64 ? pixels : pixels + CACHE_SKEW;
+}
+template <class T>
+struct ConvBlock {
+    const T* in;
+    const T* other;  // added to the outputs, or null
+    T* out;
+    int first, last;  // the filters to compute
+    int height, width, out_height, out_width;
+    const Op& op;
+    const int32_t* weight;
+    const int32_t* start;
+    const void* index;  // int32_t, of a 1x1 conv uint8_t
+    int channels = 0, out_channels = 0;  // of int8
+};
+
+template <class V, int TH, int TW>
+FORCED inline void start_from(V bias, V (&acc)[TH][TW]) {
+    repeat<TH>([&](auto r) FORCED { repeat<TW>([&](auto c) FORCED { acc[r][c] = bias; }); });
+}
+
+template <class T, int TH, int TW>
+FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
+                          typename Types<T>::V (&acc)[TH][TW]) {
+    USE_TYPES;
+    const int64_t first =
+        (f * block_plane(a.out_height, a.out_width) + int64_t(y) * a.out_width + x) * LANES;
+    const auto each = [&](auto change) FORCED {
+        repeat<TH>([&](auto r) FORCED {
+            const int64_t row = first + int64_t(r) * a.out_width * LANES;
+            repeat<TW>([&](auto c) FORCED { change(acc[r][c], row, c * LANES); });
+        });
+    };
+    if (a.other)
+        each([&](V& sum, int64_t row, int at) FORCED {
+            sum += decoded<T>(load(a.other + row + at), a.op.other_code);
+        });
+    repeat<TH>([&](auto r) FORCED { activate<TW>(a.op, f, acc[r]); });
+    each([&](V& sum, int64_t row, int at) FORCED {
+        store(a.out + row + at, coded<T>(sum, a.op.out_code));
+    });
+}
+
+// The tiles of one of `parts` threads, as body(y, x). The last one of a row or column ends with it and
+// may overlap the one before, of the same thread: where the outputs are also the residual it must not
+template <class T, int TH, int TW, class Body>
+FORCED inline void tiles(const ConvBlock<T>& a, int part, int parts, const Body& body) {
+    const int rows = (a.out_height + TH - 1) / TH;
+    for (int r = (int)split(rows, part, parts); r < (int)split(rows, part + 1, parts); ++r)
+        for (int x = 0; x < a.out_width; x += TW)
+            body(std::min(r * TH, a.out_height - TH), std::min(x, a.out_width - TW));
+}
+
+}  // namespace
