@@ -53,9 +53,11 @@ def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
     return lib.explib_chunk(TYPES.index(dtype), pairs)
 
 
-def byte_chunk(lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int) -> int:
-    """Of an int8 convolution with outputs (height, width) the channels whose kernels stand together."""
-    return lib.explib_byte_chunk(kernel, stride, height, width)
+def byte_chunk(
+    lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, channels: int
+) -> int:
+    """Of an int8 conv with outputs (height, width) how many channels' kernels stand together."""
+    return lib.explib_byte_chunk(kernel, stride, height, width, channels)
 
 
 def instructions(lib: ctypes.CDLL) -> str:

@@ -388,7 +388,7 @@ class Network:
                 own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
                 lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
         if op.steps is not None:
-            lists |= self._bytes(weight, keep, op, offset)
+            lists |= self._bytes(weight, op)
         if by_chunk:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
             lists["weight"] = self._words(lists["weight"])
@@ -413,9 +413,7 @@ class Network:
         }
 
 
-    def _bytes(
-        self, weight: np.ndarray, keep: np.ndarray, op: Op, offset: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _bytes(self, weight: np.ndarray, op: Op) -> dict[str, np.ndarray]:
         """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
         Of 3x3 a word for each row, of 1x1 one for four neighbouring channels.
@@ -429,20 +427,15 @@ class Network:
             "byte_scale": scale.astype(np.float32),
             "byte_bias": (bias - scale * zero * whole.sum((1, 2, 3))).astype(np.float32),
         }
-        size = byte_chunk(self._library, side, op.stride[0], *geometry.chw(op.shape)[1:])
+        plane = geometry.chw(op.shape)[1:]
+        size = byte_chunk(self._library, side, op.stride[0], *plane, self._source(op)[0])
         if side == 1:
-            rest = -weight.shape[1] % 4
-            whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, rest)))
-            words = whole.reshape(len(whole), -1, 1, 4)
-            keep, size = words.any((2, 3)), size // 4
+            whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % 4)))
+            words, size = whole.reshape(len(whole), -1, 1, 4), size // 4
         else:
+            whole = _ungrouped(whole, op.groups)
             words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, 1)))
-            whole_keep = np.zeros((len(weight), self._source(op)[0]), bool)
-            local = np.arange(keep.shape[1])
-            whole_keep[np.arange(len(weight))[:, None], offset[:, None] + local] = keep
-            spread = np.zeros((*whole_keep.shape, 3, 4))
-            spread[np.arange(len(weight))[:, None], offset[:, None] + local] = words
-            words, keep = spread, whole_keep
+        keep = words.any((2, 3))
         flat = words.astype(np.int8).view(np.int32)[..., 0]
         lists = _by_chunk(_singles, flat, keep, size)
         return made | {f"byte_{name}": array for name, array in lists.items()}

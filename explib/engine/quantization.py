@@ -66,21 +66,21 @@ def _stepped(op: Op, source: geometry.Shape) -> Op:
     small = geometry.cropped(op, source)
     if not geometry.plain(small, source) or (small.kernel == (3, 3) and small.stride > (2, 2)):
         return op
-    steps = weight_steps(op.weight)
+    steps = weight_steps(op.weight, op.groups)
     column = steps[:, None, None, None]
     return replace(op, weight=(op.weight / column).round() * column, steps=steps)
 
 
-def weight_steps(weight: torch.Tensor) -> torch.Tensor:
-    """The step of each filter of a weight (F, C, K, K), K 1 or 3: (F,).
+def weight_steps(weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """The step of each filter of a weight (F, C / groups, K, K), K 1 or 3: (F,).
 
     Weights are 127 steps at most, and two that are added first (of a row the first two, of a 1x1
     conv two neighbouring channels) 128 where they have one sign: times codes of 255 at most their
     sum fits in 16 bits, in which processors without dot products of four bytes have it.
     """
     if weight.shape[2:] == (1, 1):
-        flat = weight[:, :, 0, 0]
-        pairs = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2)).unflatten(1, (-1, 2))
+        flat = torch.nn.functional.pad(weight[:, :, 0, 0], (0, 2))
+        pairs = flat.unfold(1, 2, 2 if groups == 1 else 1)  # a group may begin with an odd channel
     else:
         pairs = weight[..., :2].flatten(1, 2)
     sums = [part.clamp(min=0).sum(2).amax(1) for part in (pairs, -pairs)]

@@ -13,7 +13,7 @@ from tests.engine.cases import PLANES, sweep_ops
 
 SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
 BATCHES = (1, 2, 7, 8, 15, 17, 33)
-BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03}
+BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03, torch.int8: 0.15}
 
 
 class Odd(nn.Module):
@@ -50,7 +50,10 @@ def sweep(batches=BATCHES) -> int:
         model, example = Odd().eval(), torch.zeros(1, 3, height, width)
         for dtype, bound in BOUNDS.items():
             for threads in (1, 3):
-                fast = engine.compile(model, example, dtype=dtype, threads=threads)
+                given = torch.randn(16, 3, height, width)
+                fast = engine.compile(
+                    model, example, dtype=dtype, calibration=given, threads=threads
+                )
                 assert fast.report["fallbacks"] == [], fast.report
                 for count in batches:
                     images = torch.randn(count, 3, height, width)

@@ -13,7 +13,8 @@ namespace {
 
 using Words = Types<float>::Words;
 constexpr int BYTE_LANES = Types<float>::lanes;
-constexpr int WORDS_BYTES = 192 * 1024;      // of the second cache, for the words of a tile
+constexpr int FEW_BYTES = 32 * 1024;   // of the first cache, for the words of a tile
+constexpr int WORDS_BYTES = 48 * 1024;  // of the second, where that spares a 3x3 conv its chunks
 constexpr int BYTE_SUMS_BYTES = 128 * 1024;  // and for sums that wait for more channels
 // Registers hold the sums of a tile, of 32 vectors or 16
 constexpr int WIDE = VECTOR_BYTES == 64 || TILE_H == 4 ? 2 : 1;
@@ -112,7 +113,11 @@ struct ByteTile {
     static constexpr int IH = (TH - 1) * S + K, WORDS = IH * TW;
     static constexpr int ITEM = K == 1 ? 4 : 1;  // channels whose words lie together
     // Channels of a chunk, for which the words of a tile lie in the cache at once
-    static constexpr int CHUNK = WORDS_BYTES / (WORDS * VECTOR_BYTES) * ITEM;
+    static constexpr int chunk(int channels) {
+        constexpr int each = WORDS * VECTOR_BYTES;
+        if (K == 3 && channels * each <= WORDS_BYTES) return channels;
+        return FEW_BYTES / each * ITEM;
+    }
     static constexpr int FILTERS = BYTE_SUMS_BYTES / (TH * TW * VECTOR_BYTES);
 
     const ConvBlock<Byte>& a;
@@ -245,12 +250,12 @@ struct ByteTile {
     }
 
     void run(int y, int x) const {
-        const int chunks = (a.channels + CHUNK - 1) / CHUNK;
+        const int size = chunk(a.channels), chunks = (a.channels + size - 1) / size;
         Words* sums = words + WORDS_BYTES / VECTOR_BYTES;
         for (int first = a.first; first < a.last; first += chunks > 1 ? FILTERS : a.last) {
             const int last = chunks > 1 ? std::min(first + FILTERS, a.last) : a.last;
             for (int h = 0; h < chunks; ++h) {
-                pack(y, x, h * CHUNK, std::min(CHUNK, a.channels - h * CHUNK));
+                pack(y, x, h * size, std::min(size, a.channels - h * size));
                 add(y, x, h, h + 1 == chunks, first, last, sums);
             }
         }
@@ -278,9 +283,9 @@ inline int with_byte_tile(int kernel, int stride, int height, int width, const W
     return sized(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
 }
 
-inline int byte_chunk(int kernel, int stride, int height, int width) {
-    return with_byte_tile(kernel, stride, height, width, [](auto* tile) {
-        return std::remove_pointer_t<decltype(tile)>::CHUNK;
+inline int byte_chunk(int kernel, int stride, int height, int width, int channels) {
+    return with_byte_tile(kernel, stride, height, width, [&](auto* tile) {
+        return std::remove_pointer_t<decltype(tile)>::chunk(channels);
     });
 }
 

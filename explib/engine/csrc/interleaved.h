@@ -325,8 +325,10 @@ class Blocks {
         using Wide = decltype(widened(V{}));
         const int32_t *rows = op.index, *columns = rows + 2 * o.height;
         if (op.kind == AVGPOOL && is_whole(op, a, o)) {
-            const Wide mean = plane_sum(x, a.height * a.width) * op.bias[0] * op.bias[1];
-            return store(y, narrowed<V>(coded<T>(decoded<T>(mean, op.in_code), op.out_code)));
+            // of int8: what zero stands for, as often as it is in the sum
+            const Code code{op.in_code.scale, op.in_code.zero * a.height * a.width};
+            const Wide sum = decoded<T>(plane_sum(x, a.height * a.width), code);
+            return store(y, narrowed<V>(coded<T>(sum * op.bias[0] * op.bias[1], op.out_code)));
         }
         for (int r = 0; r < o.height; ++r)
             for (int q = 0; q < o.width; ++q, y += LANES) {

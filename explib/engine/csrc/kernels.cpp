@@ -103,9 +103,9 @@ int explib_chunk(int type, int pairs) {
     if (type == FLOAT16) return chunk<float>() * 2;
     return chunk<float>() * (pairs ? 2 : 1);
 }
-// Channels of a chunk of an int8 conv, whose kernels stand together; of its outputs' plane
-int explib_byte_chunk(int kernel, int stride, int height, int width) {
-    return byte_chunk(kernel, stride, height, width);
+// Channels of a chunk of an int8 conv with outputs (height, width), whose kernels stand together
+int explib_byte_chunk(int kernel, int stride, int height, int width, int channels) {
+    return byte_chunk(kernel, stride, height, width, channels);
 }
 int explib_computes(int type) {
     return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
