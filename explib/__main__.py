@@ -177,7 +177,10 @@ def recipes(file, results_dir):
 @click.option("--top", default=1, show_default=True, type=click.IntRange(1), help="so many classes")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images")
 @click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32")
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    help="fp32 by default, of a file saved in int8 that",
+)
 @answer("ran")
 def run(network, images, top, batch_size, threads, dtype):
     """Class and score of each of the IMAGES by a NETWORK.
@@ -190,9 +193,10 @@ def run(network, images, top, batch_size, threads, dtype):
     from explib.engine import images as reading
     from explib.training.inference import TYPES
 
+    types = TYPES | {"int8": torch.int8}
     files = reading.found(images)
     with warnings.catch_warnings(record=True) as told:
-        fast = engine.load(network, dtype=TYPES[dtype], threads=threads or None)
+        fast = engine.load(network, dtype=dtype and types[dtype], threads=threads or None)
     for warning in told:
         click.echo(f"{network}: {warning.message}", err=True)
     how = reading.reading(fast.about, fast.shape)

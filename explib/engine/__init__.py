@@ -142,11 +142,14 @@ def compile(
         own = copy.deepcopy(model).cpu().float().eval()
         return lambda inputs: call(own, inputs)  # no submodule, whose mode somebody could change
 
-    if not isinstance(calibration, list):
-        calibration = [] if calibration is None else [calibration]
-    return _ready(
-        traced, dense, example_inputs, dtype, calibration, recheck, threads, fallback
-    )
+    batches = _listed(calibration)
+    return _ready(traced, dense, example_inputs, dtype, batches, recheck, threads, fallback)
+
+
+def _listed(calibration: Inputs | list[Inputs] | None) -> list[Inputs]:
+    if isinstance(calibration, list):
+        return calibration
+    return [] if calibration is None else [calibration]
 
 
 def _check_type(dtype: torch.dtype) -> None:
@@ -203,12 +206,14 @@ def _native(
     if dtype == torch.int8:
         if not any(op.scales for op in ops):
             ops = _coded(traced, ops, calibration)
+    if calibration and dtype == torch.int8:
         full = _native(traced, same, example, torch.float32, [], threads, fallback)
 
         def same(made: nn.Module, tolerance: float) -> bool:
-            """Beside float32 on images whose values are in the ranges."""
-            given = calibration[0] if calibration else example
-            return all(outputs_match(made, full, given, n, tolerance, False) for n in (2, 1))
+            """Beside float32, on images whose values are in the ranges."""
+            return all(
+                outputs_match(made, full, calibration[0], n, tolerance, False) for n in (2, 1)
+            )
 
     shapes = traced.shapes | {op.name: op.shape for op in ops}
     lacking = {op.name: why for op in ops if (why := _lacking(op, shapes)) is not None}
@@ -318,6 +323,7 @@ def save(
     example_inputs: Inputs,
     *,
     dtype: torch.dtype = torch.float16,
+    calibration: Inputs | list[Inputs] | None = None,
     classes: Sequence[str] = (),
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -327,7 +333,8 @@ def save(
 
     Of any architecture whose ops all are the engine's, in evaluation mode, as its surviving kernels
     (those not all zeros); see `engine.stored` for the format. example_inputs: as of `compile`.
-    dtype: of weights of more than one dimension, torch.float16 or torch.float32.
+    dtype: of weights of more than one dimension, torch.float16 or torch.float32. calibration: as of
+    `compile`; with it the file is of int8, which `load` then computes in.
     For `explib run`: classes, their names in the order of the scores; mean and std of inputs in 0
     to 1, of each channel or one for all; resize, the shorter side to which an image is brought
     before the network's size is cut out of its middle, 0: as little as covers that.
@@ -343,21 +350,28 @@ def save(
         reading(about, shape)
     with torch.autocast("cpu", enabled=False):
         found, plain = export.trace(model, example_inputs)
-        tolerance = 0.01 if dtype == torch.float32 else 0.5  # as of what is compiled
+        if batches := _listed(calibration):
+            results = graph.names(found.results)
+            ops = graph.fuse(found.ops, results, found.shapes, plan.native)
+            found = replace(found, ops=_coded(found, ops, batches))
+        exact = dtype == torch.float32 and not batches
+        tolerance = 0.01 if exact else 0.5  # as of what is compiled
         return stored.write(path, found, example_inputs, about, dtype, (plain, tolerance))
 
 
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    calibration: Inputs | list[Inputs] | None = None,
     recheck: float = 0.0,
     threads: int | None = None,
     fallback: bool = True,
 ) -> Compiled:
     """A file of `engine.save`, or a compact one of `explib.save`, ready for inference.
 
-    Options as of `compile`; `about` of what is returned is what the file says of itself. Nothing in
+    dtype: int8 by default where the file was saved so, else float32. Other options as of
+    `compile`; `about` of what is returned is what the file says of itself. Nothing in
     a file is executed. A file of `engine.save` holds answers of its network: what was made has to
     give them, within the tolerance of `compile`, else it runs dense in torch with a warning.
     ValueError or FileNotFoundError, in one line, for a file that is missing or damaged, a compact
@@ -367,9 +381,12 @@ def load(
     if file is None:
         model, image, about = _compact(path)
         made = compile(
-            model, image, dtype=dtype, recheck=recheck, threads=threads, fallback=fallback
-        )
+            model, image, dtype=dtype or torch.float32, calibration=calibration, recheck=recheck,
+            threads=threads, fallback=fallback,
+        )  # fmt: skip
     else:
+        coded = any(op.scales for op in file.graph.ops)
+        dtype = dtype or (torch.int8 if coded else torch.float32)
         _check_type(dtype)
 
         def dense() -> Callable[[Inputs], Any]:
@@ -381,7 +398,7 @@ def load(
         made = _ready(
             lambda: (file.graph, lambda made, tolerance: stored.holds(made, file, tolerance)),
             dense,
-            *(file.example, dtype, recheck, threads, fallback),
+            *(file.example, dtype, _listed(calibration), recheck, threads, fallback),
         )
         about = file.about
     made.about = about

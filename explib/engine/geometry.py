@@ -44,6 +44,11 @@ def plain(op: Op, source: Shape) -> bool:
     return same and square and not 1 < op.groups == source[0]
 
 
+def in_bytes(op: Op, source: Shape) -> bool:
+    """Whether int8 computes a conv by dot products of bytes, as bytes.h has it; others are float."""
+    return plain(op, source) and (op.kernel == (1, 1) or op.stride <= (2, 2))
+
+
 def cropped(op: Op, source: Shape) -> Op:
     """A conv without the rows and columns of its kernels that only ever meet padding."""
     if op.kind != "conv" or op.weight is None:

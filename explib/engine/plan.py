@@ -387,7 +387,7 @@ class Network:
             if op.groups > 1 and not by_chunk:
                 own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
                 lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
-        if op.steps is not None:
+        if self.dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
             lists |= self._bytes(weight, op)
         if by_chunk:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))

@@ -63,10 +63,10 @@ def _stored(batch: Values, codes: dict[str, Code]) -> Values:
 def _stepped(op: Op, source: geometry.Shape) -> Op:
     """A conv that bytes.h computes, with its weights rounded to multiples of its filters' steps."""
     assert op.weight is not None
-    small = geometry.cropped(op, source)
-    if not geometry.plain(small, source) or (small.kernel == (3, 3) and small.stride > (2, 2)):
+    small = geometry.cropped(op, source)  # what of its kernels meets pixels
+    if small.weight is None or not geometry.in_bytes(small, source):
         return op
-    steps = weight_steps(op.weight, op.groups)
+    steps = weight_steps(small.weight, op.groups)
     column = steps[:, None, None, None]
     return replace(op, weight=(op.weight / column).round() * column, steps=steps)
 
@@ -203,6 +203,4 @@ def _code(counts: torch.Tensor, least: float, most: float) -> Code:
 
 def coded(x: torch.Tensor, code: Code) -> torch.Tensor:
     """The values that are stored for x."""
-    if code.scale == 0:
-        return x
-    return ((x / code.scale).round() + code.zero).clamp(0, CODES).sub(code.zero) * code.scale
+    return reference.coded(x, code.scale, code.zero)

@@ -21,10 +21,14 @@ def run(op: Op, values: dict[str, Any], batch: int) -> Any:
         args, kwargs = resolved((op.call.args, op.call.kwargs), values, batch)
         return op.call.function(*args, **kwargs)
     found = _made(op, [values[name] for name in op.inputs])
-    if op.scales and op.scales[-1]:  # int8: the value of its code
-        found = (found / op.scales[-1]).round() + op.zeros[-1]
-        found = (found.clamp(0, 255) - op.zeros[-1]) * op.scales[-1]
+    if op.scales:
+        found = coded(found, op.scales[-1], op.zeros[-1])
     return found.reshape(batch, *op.shape)
+
+
+def coded(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
+    """What int8 keeps of x: scale * (code - zero), the code of 0 to 255; of a scale of 0, x."""
+    return x if scale == 0 else ((x * (1 / scale) + zero).round().clamp(0, 255) - zero) * scale
 
 
 def shape(op: Op, sources: list[tuple[int, ...]]) -> tuple[int, ...]:

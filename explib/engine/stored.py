@@ -16,7 +16,7 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -127,14 +127,17 @@ def holds(network: Callable[..., Any], stored: Stored, tolerance: float) -> bool
 
 
 def run(stored: Stored) -> Callable[..., Any]:
-    """The network in torch, op by op, dense: called as with its example, for any batch."""
+    """The network in torch, op by op, dense: called as with its example, for any batch.
+
+    In float32, of int8 too: with its weights, its values not rounded to codes.
+    """
     graph = stored.graph
 
     def network(*args, **kwargs) -> Any:
         values = dict(zip(graph.inputs, tree_flatten((args, kwargs))[0], strict=True))
         batch = len(values[next(iter(graph.shapes))])
         for op in graph.ops:
-            values[op.name] = reference.run(op, values, batch)
+            values[op.name] = reference.run(replace(op, scales=()), values, batch)
         found = reference.resolved(graph.results, values, batch)
         return tree_unflatten(found, graph.form)
 

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from explib.registry import BLUE, GREEN, GREY, ORANGE, RED, SKY
+from explib.registry import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY
 from explib.report.names import network_name
 from explib.report.plots import HALO, in_style, new_figure
 from explib.study.bench.inference import DENSE, ENGINE, crossover
@@ -22,15 +22,18 @@ COLOURS = {
     "engine fp32": ORANGE,
     "engine bf16": RED,
     "engine fp16": GREEN,
+    "engine int8": BLACK,
 }
 AGAINST = {
     "engine fp32": "compiled fp32",
     "engine bf16": "compiled bf16",
     "engine fp16": "compiled bf16",
+    "engine int8": "compiled bf16",
 }
 WIDTHS = {
     "fp32": ("eager fp32", "compiled fp32", "engine fp32"),
     "16 bits": ("compiled bf16", "engine bf16", "engine fp16"),
+    "8 bits": ("engine int8",),
 }
 KINDS = {"dense": "dense", "kernels": "kernels pruned", "filters": "whole filters pruned"}
 MARKERS = {"dense": "s", "kernels": "o", "filters": "^"}

@@ -98,7 +98,8 @@ ALTERNATIVES = {
     "OpenVINO int8, dense": ("openvino int8",),
     "ONNX Runtime, dense": ("onnxruntime",),
     "OpenVINO, filters": ("filters openvino",),
-    "engine, pruned": ("engine",),
+    "engine, pruned": ("engine fp32", "engine bf16", "engine fp16"),
+    "engine int8, pruned": ("engine int8",),
 }
 """Columns of `alternatives`, and how the names begin of what was timed for each."""
 
@@ -107,7 +108,8 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of each backend, at its fastest precision.
 
     Of the record of explib.study.bench.comparison that is the latest. `gain` is the pruned
-    network's over the fastest dense one; int8, whose answers differ, does not count.
+    network's over the fastest dense one; int8, whose answers differ, does not count; `gain over
+    int8`: that of the pruned network's fastest precision, int8 or other, over dense int8.
     """
     found = [record for record, _ in _records(results_dir, "inference")]
     if not found:
@@ -124,6 +126,9 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
         exact = ("torch.compile, dense", "OpenVINO, dense", "ONNX Runtime, dense")
         dense = max(best[column][0] for column in exact)
         line["gain"] = f"{ours / dense:.1f}" if ours and dense else ""
+        most = max(ours, best["engine int8, pruned"][0])
+        int8 = best["OpenVINO int8, dense"][0]
+        line["gain over int8"] = f"{most / int8:.1f}" if most and int8 else ""
         lines.append(line | {"hardware": hardware(name)})
     return pd.DataFrame(lines)
 

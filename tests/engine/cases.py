@@ -196,13 +196,13 @@ def error(fast: plan.Network, op: Op, count: int) -> float:
     value. Each op is given what the engine itself made before it.
     """
     values = drawn(op, fast.inputs, count)
-    found = dict(zip(fast.outputs, fast(*values.values()), strict=True))
     ops, bound = fast.ops, BOUNDS[fast.dtype]
     if not interleaved(count):  # int8 is float32 there, but for its weights
         ops = [replace(made, scales=()) for made in ops]
     elif op.scales:
         codes = map(quantization.Code, op.scales, op.zeros)
         values |= {n: quantization.coded(values[n], c) for n, c in zip(op.inputs, codes)}
+    found = dict(zip(fast.outputs, fast(*values.values()), strict=True))
     most = 0.0
     for made in ops:
         wanted, own = reference.run(made, values, count), found[made.name]

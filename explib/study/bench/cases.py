@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -49,8 +48,6 @@ CASES = {
     "mobilenet_v2": Case("MobileNetV2", (16, 1), 224),
 }
 RATE = 0.7
-CALIBRATION = 256
-"""Training images that int8's ranges are taken from; random ones where the weights are: 16."""
 
 
 @dataclass
@@ -105,8 +102,7 @@ def _shipped(case: Case, results_dir: str | Path) -> Network:
         )
     data = load_data(Params(dataset="cifar10", normalization=meta.get("normalization", "")))
     images = _first(eval_batches(data.test, data, max(case.batches)))
-    calibration = islice(eval_batches(data.train, data, 16), CALIBRATION // 16)
-    given = [images for images, _ in calibration]
+    given = inference.calibration(data)
     return Network(dense, pruned, masks, small, images, given, data, top1)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from explib import engine
 from explib.data import Data, eval_batches
 from explib.files import resolve
 from explib.pruning import counting
@@ -36,6 +37,7 @@ WAYS = (
     "onnxruntime fp32",
     "filters openvino fp32",
     "filters openvino bf16",
+    "filters openvino int8",
 )
 USUAL = tuple(way for way in WAYS if way != "compiled bf16")
 """Ways timed unless others are named: torch takes long to compile a network for every batch."""
@@ -65,8 +67,10 @@ class Peers:
             if wanted and model is not None:
                 path = Path(folder) / f"{shape}.onnx"
                 self.files[shape] = peers.exported(model, network.images, path)
-        if "openvino int8" in self.names:
-            self.files["int8"] = peers.quantized(self.files["dense"], network.calibration)
+        for name, shape in (("openvino int8", "dense"), ("filters openvino int8", "filters")):
+            if name in self.names:
+                given = network.calibration
+                self.files[name] = peers.quantized(self.files[shape], given)
 
     def ways(self, images: torch.Tensor) -> list[tuple[str, Callable]]:
         """Each way by its name, ready for these images."""
@@ -74,7 +78,7 @@ class Peers:
         for name in self.names:
             *_, program, precision = name.split()
             file = self.files["filters" if name.startswith("filters") else "dense"]
-            file = self.files["int8"] if precision == "int8" else file
+            file = self.files.get(name, file)  # int8 has a file of its own
             threads = torch.get_num_threads()
             if program == "openvino":
                 shape = tuple(images.shape)
@@ -83,20 +87,33 @@ class Peers:
                 made.append((name, peers.in_onnxruntime(file, threads)))
         return made
 
-    def top1(self, data: Data, batches: int | None = None) -> float:
-        """Top-1 in per cent of int8 on the test images, of so many batches of 250."""
+    def top1(self, name: str, data: Data, batches: int | None = None) -> float:
+        """Top-1 in per cent of a way in int8 on the test images, of so many batches of 250."""
         right = total = 0
         forward, shape = None, None
         for images, labels in islice(eval_batches(data.test, data, 250), batches):
             if images.shape != shape:
                 shape = images.shape
                 forward = peers.in_openvino(
-                    self.files["int8"], tuple(shape), "int8", torch.get_num_threads()
+                    self.files[name], tuple(shape), "int8", torch.get_num_threads()
                 )
             assert forward is not None
             right += int((forward(images).argmax(1) == labels).sum())
             total += len(labels)
         return 100 * right / total
+
+
+def _top1(network: Network, batches: int | None) -> float:
+    """Top-1 in per cent of the pruned network in the engine in int8, of so many batches of 250."""
+    fast = engine.compile(
+        network.pruned, network.images[:1], dtype=torch.int8, calibration=network.calibration
+    )
+    assert network.data is not None
+    found = [
+        fast(images).argmax(1) == labels
+        for images, labels in islice(eval_batches(network.data.test, network.data, 250), batches)
+    ]
+    return 100 * float(torch.cat(found).double().mean())
 
 
 def off(forward: Callable, model: nn.Module, images: torch.Tensor) -> float:
@@ -120,7 +137,7 @@ def compare(
     """
     images = network.images[:batch].contiguous()
     types = [name for name in names if name in inference.ENGINE]
-    ways = inference.engine_ways(network.pruned, images, types)
+    ways = inference.engine_ways(network.pruned, images, types, network.calibration)
     compiled: list[tuple[str, Any]] = list(ways)
     fallbacks = {name: len(fast.report["fallbacks"]) for name, fast in compiled}
     torch_ways = [n for n in names if n in inference.DENSE]
@@ -218,8 +235,12 @@ def measure(
         about["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
         with tempfile.TemporaryDirectory() as folder:
             others = Peers(network, folder, names)
-            if network.data and "int8" in others.files:
-                network.top1["openvino int8"] = others.top1(network.data, 4 if quick else None)
+            if network.data:
+                few = 4 if quick else None
+                for name in [n for n in others.files if n.endswith("int8")]:
+                    network.top1[name] = others.top1(name, network.data, few)
+                if "engine int8" in names:
+                    network.top1["engine int8"] = _top1(network, few)
             batches = CASES[arch].batches
             for batch in batches[-1:] if quick else batches:
                 ends = batch in (batches[0], batches[-1])

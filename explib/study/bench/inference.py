@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._inductor import config as inductor
 from torch.fx.experimental import optimization
 
 from explib import engine, models
-from explib.data import data_root, eval_batches, load_data
+from explib.data import Data, data_root, eval_batches, load_data
 from explib.engine import build, native
 from explib.engine.fused import keep_memory
 from explib.files import resolve
@@ -40,12 +40,15 @@ ENGINE = {
     "engine fp32": torch.float32,
     "engine bf16": torch.bfloat16,
     "engine fp16": torch.float16,
+    "engine int8": torch.int8,
 }
 BATCHES = (128, 1)
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 TURN = 0.1
 """Seconds of one way's turn, at least a call."""
+CALIBRATION = 256
+"""Training images that int8's ranges are taken from."""
 RECHECK = 0.5
 """Scores nearer than this are computed in float32, too: ten times what bf16 changes a score by."""
 
@@ -133,20 +136,34 @@ def dense_ways(
 
 
 def engine_ways(
-    model: nn.Module, images: torch.Tensor, names: Sequence[str] = tuple(ENGINE)
+    model: nn.Module,
+    images: torch.Tensor,
+    names: Sequence[str] = tuple(ENGINE),
+    calibration: Sequence[torch.Tensor] = (),
 ) -> Ways:
-    """A masked network in the engine, in the types this machine has; names: of ENGINE."""
+    """A masked network in the engine, in the types this machine has; names: of ENGINE.
+
+    calibration: of int8, batches of training images; without any, of these images themselves.
+    """
+    given = list(calibration) or [images[:32]]
     ways: Ways = []
     for name in names:
         dtype = ENGINE[name]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
-            fast = engine.compile(model, images[:1], dtype=dtype)
+            fast = engine.compile(model, images[:1], dtype=dtype, calibration=given)
         wanted = str(dtype).removeprefix("torch.")
-        small = dtype == torch.bfloat16 and len(images) < 16  # computed in float32
+        short = dtype in (torch.bfloat16, torch.int8)
+        small = short and len(images) < 16  # computed in float32
         if (fast.report["engine"], fast.report["dtype"]) == ("native", wanted) and not small:
             ways.append((name, fast))
     return ways
+
+
+def calibration(data: Data) -> list[torch.Tensor]:
+    """Training images for int8, as they are evaluated, in batches."""
+    batches = islice(eval_batches(data.train, data, 32), CALIBRATION // 32)
+    return [images.contiguous() for images, _ in batches]
 
 
 def fresh(arch: str) -> nn.Module:
@@ -247,20 +264,23 @@ def shipped(
         raise ValueError(f"names: no network {min(unknown)!r}; known: {', '.join(paths)}")
     for path in [paths[name] for name in names or paths]:
         model, masks, meta = load_network(path)
-        images = torch.randn(batch, 3, 32, 32)
+        images, given = torch.randn(batch, 3, 32, 32), []
         if real:
             params = Params(dataset="cifar10", normalization=meta.get("normalization", ""))
             data = load_data(params)
             images, _ = next(iter(eval_batches(data.test, data, batch)))
+            given = calibration(data)
         counts = counting.macs(model, EXAMPLE, masks)
         row = {"name": path.stem, "arch": meta["arch"], "top1": meta["top1"]}
         row["cut_pct"] = 100 * (1 - counts["left"] / counts["dense"])
         whole = filters.whole_filters(masks)
         row["kind"] = "filters" if whole else "kernels" if masks else "dense"
         network = filters.narrowed(model, masks, EXAMPLE) if whole else model
-        ways = engine_ways(network, images)
+        ways = engine_ways(network, images, calibration=given)
         for name in [name for name, _ in ways if real and name != "engine fp32"]:
-            fast = engine.compile(network, images[:1], dtype=ENGINE[name], recheck=RECHECK)
+            fast = engine.compile(
+                network, images[:1], dtype=ENGINE[name], calibration=given, recheck=RECHECK
+            )
             ways.append((f"{name}, rechecked", fast))
         if row["kind"] != "kernels":
             ways += dense_ways(network, images, dense)
