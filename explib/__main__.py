@@ -178,7 +178,8 @@ def recipes(file, results_dir):
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images")
 @click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
     help="fp32 by default, of a file saved in int8 that",
 )
 @answer("ran")
@@ -189,6 +190,8 @@ def run(network, images, top, batch_size, threads, dtype):
     files, or folders of them. Scores are softmax; the last line says how fast it was, and with
     what.
     """
+    import torch
+
     from explib import engine
     from explib.engine import images as reading
     from explib.training.inference import TYPES

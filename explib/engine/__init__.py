@@ -102,7 +102,7 @@ def compile(
     example_inputs: Inputs,
     *,
     dtype: torch.dtype = torch.float32,
-    calibration: Inputs | list[Inputs] | None = None,
+    calibration: Inputs | Sequence[Inputs] | None = None,
     recheck: float = 0.0,
     threads: int | None = None,
     fallback: bool = True,
@@ -146,7 +146,8 @@ def compile(
     return _ready(traced, dense, example_inputs, dtype, batches, recheck, threads, fallback)
 
 
-def _listed(calibration: Inputs | list[Inputs] | None) -> list[Inputs]:
+def _listed(calibration: Any) -> list[Inputs]:
+    """Batches of calibration images: of one, or none, a list too."""
     if isinstance(calibration, list):
         return calibration
     return [] if calibration is None else [calibration]
@@ -203,9 +204,8 @@ def _native(
     library = build.library()
     results = graph.names(traced.results)
     ops = graph.fuse(traced.ops, results, traced.shapes, plan.native)
-    if dtype == torch.int8:
-        if not any(op.scales for op in ops):
-            ops = _coded(traced, ops, calibration)
+    if dtype == torch.int8 and not any(op.scales for op in ops):
+        ops = _coded(traced, ops, calibration)
     if calibration and dtype == torch.int8:
         full = _native(traced, same, example, torch.float32, [], threads, fallback)
 
@@ -323,7 +323,7 @@ def save(
     example_inputs: Inputs,
     *,
     dtype: torch.dtype = torch.float16,
-    calibration: Inputs | list[Inputs] | None = None,
+    calibration: Inputs | Sequence[Inputs] | None = None,
     classes: Sequence[str] = (),
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
@@ -363,7 +363,7 @@ def load(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    calibration: Inputs | list[Inputs] | None = None,
+    calibration: Inputs | Sequence[Inputs] | None = None,
     recheck: float = 0.0,
     threads: int | None = None,
     fallback: bool = True,

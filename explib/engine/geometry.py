@@ -45,7 +45,7 @@ def plain(op: Op, source: Shape) -> bool:
 
 
 def in_bytes(op: Op, source: Shape) -> bool:
-    """Whether int8 computes a conv by dot products of bytes, as bytes.h has it; others are float."""
+    """Whether int8 computes a conv by dot products of bytes, as bytes.h has it, else as floats."""
     return plain(op, source) and (op.kernel == (1, 1) or op.stride <= (2, 2))
 
 

@@ -43,7 +43,7 @@ class Op:
     weight: torch.Tensor | None = field(default=None, compare=False)
     bias: torch.Tensor | None = field(default=None, compare=False)
     slope: torch.Tensor | None = field(default=None, compare=False)
-    steps: torch.Tensor | None = field(default=None, compare=False)  # of a conv's int8 weights, (F,)
+    steps: torch.Tensor | None = field(default=None, compare=False)  # of int8 weights
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     pad: tuple[int, int] = (0, 0)

@@ -412,7 +412,6 @@ class Network:
             "index_by_channel": f[order].astype(np.int32),
         }
 
-
     def _bytes(self, weight: np.ndarray, op: Op) -> dict[str, np.ndarray]:
         """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
@@ -435,7 +434,7 @@ class Network:
         else:
             whole = _ungrouped(whole, op.groups)
             words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, 1)))
-        keep = words.any((2, 3))
+        keep = np.asarray(words.any((2, 3)))
         flat = words.astype(np.int8).view(np.int32)[..., 0]
         lists = _by_chunk(_singles, flat, keep, size)
         return made | {f"byte_{name}": array for name, array in lists.items()}

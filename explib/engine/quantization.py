@@ -1,9 +1,9 @@
 """Eight bits: every value of a network as a code, x = scale * (code - zero), of 0 to 255.
 
 The range of a value is the one that leaves the least mean square error on calibration images; what
-passes values on (pools of maxima, concatenation, slices, ...) shares it with its inputs. The weights
-of convs that are computed with bytes are whole multiples of a step for each filter, and what all of
-this shifts the mean of a filter's outputs by is taken off its bias.
+passes values on (pools of maxima, concatenation, slices, ...) shares it with its inputs. Weights of
+convs that are computed with bytes are whole multiples of a step for each filter. By what all of
+this shifts the mean of a filter's outputs, its bias is corrected.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,12 @@
 """Figures of the benchmarks: their records in, a matplotlib Figure out."""
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from explib import registry
 from explib.registry import BLUE, GREY, ORANGE
 from explib.report.names import colour_of, criterion_name, network_name
-from explib.report.plots import in_style, new_figure
+from explib.report.plots import HALO, in_style, new_figure
 from explib.study.records import hardware
 
 
@@ -30,6 +31,62 @@ def training_speed(record: dict) -> Figure:
     axes.set(xlabel="images/s")
     axes.set_title(f"On {record['provenance']['hardware']['name']}")
     return figure
+
+
+SPENT = {
+    "dense, OpenVINO": ("openvino", "dense", GREY, "s"),
+    "whole filters pruned, OpenVINO": ("filters openvino", "filters pruned", BLUE, "^"),
+    "kernels pruned, engine": ("engine", "kernels pruned", ORANGE, "o"),
+}
+"""Of a network's shapes: how the names of its ways begin, that of its top-1, colour and marker."""
+
+
+@in_style
+def choices(record: dict) -> Figure | None:
+    """Top-1 against images/s of every way to spend accuracy on speed; of an inference record.
+
+    Of networks whose top-1 is known. In 16 bits, where it was not measured, it is drawn as in fp32.
+    """
+    rows = [row for row in record["networks"] if "dense" in record["made"][row["arch"]]["top1"]]
+    batches = sorted({row["batch"] for row in rows}, reverse=True)
+    batches = [batch for batch in batches if batch in (batches[0], batches[-1])]
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    if not rows:
+        return None
+    figure, grid = plt.subplots(
+        len(archs), len(batches), figsize=(7.2, 2.9 * len(archs)), squeeze=False, sharey="row"
+    )
+    plt.close(figure)
+    for row in (row for row in rows if row["batch"] in batches):
+        axes = grid[archs.index(row["arch"])][batches.index(row["batch"])]
+        for label, (begins, of, colour, marker) in SPENT.items():
+            points = _spent(row, record["made"][row["arch"]]["top1"], begins, of)
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], f"-{marker}",
+                      color=colour, label=label, markersize=6)  # fmt: skip
+            for x, y, bits in points:
+                axes.annotate(bits, (x, y), xytext=(0, 6), textcoords="offset points",
+                              ha="center", fontsize=8, path_effects=[HALO])  # fmt: skip
+        axes.set_title(f"{row['label']}, batch {row['batch']}")
+        axes.margins(x=0.1, y=0.25)
+        axes.set_xlim(0)
+    for axes in grid[-1]:
+        axes.set_xlabel("images per second")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("top-1, %")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8.5)
+    return figure
+
+
+def _spent(row: dict, top1: dict, begins: str, of: str) -> list[tuple[float, float, str]]:
+    """Images/s, top-1 and bits of one shape of a network, in fp32, 16 and 8 bits."""
+    speeds, points = row["images_per_s"], []
+    for bits, names in (("fp32", ("fp32",)), ("16 bits", ("bf16", "fp16")), ("int8", ("int8",))):
+        found = [speeds[f"{begins} {name}"] for name in names if f"{begins} {name}" in speeds]
+        accuracy = top1.get(f"{begins} int8" if bits == "int8" else of)
+        if found and accuracy is not None and of in top1:
+            points.append((max(found), accuracy, bits))
+    return points
 
 
 @in_style

@@ -25,9 +25,9 @@ def inference(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of every way of explib.study.bench.comparison, and what the engine gains.
 
     Ratios: the engine in fp32 over the best dense way in fp32, in its fastest type of 16 bits over
-    the best dense one in 16 bits, in its fastest type over int8, in int8 over int8, and in fp32 over the network
-    without whole filters in fp32. *even at density*: the share of kernels below which the engine is
-    faster in fp32 than the best dense way. Top-1 in per cent.
+    the best dense one in 16 bits, in its fastest type over int8, in int8 over int8, and in fp32
+    over the network without whole filters in fp32. *even at density*: the share of kernels below
+    which the engine is faster in fp32 than the best dense way. Top-1 in per cent.
     """
     lines = []
     for path in sorted((resolve(results_dir) / "bench").glob("inference-*.json")):

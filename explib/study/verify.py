@@ -29,8 +29,8 @@ TOLERANCE_CODES = 0.35
 def verify(path: str | Path, data_dir: str = "") -> list[dict]:
     """A row for each backend and precision of a shipped network, on its test images.
 
-    way (torch in fp32, then the engine's types, those of 16 and 8 bits also with `recheck`), top1 as
-    measured now and as recorded, in per cent; differ: images whose answer is not that of torch;
+    way (torch in fp32, then the engine's types, those of fewer bits also with `recheck`), top1
+    as measured now and as recorded, in per cent; differ: images whose answer is not that of torch;
     rechecked_pct: images computed in float32, too.
     """
     model, _, meta = load_network(path)
@@ -52,9 +52,7 @@ def verify(path: str | Path, data_dir: str = "") -> list[dict]:
         given = calibration(data) if dtype == torch.int8 else None
         ways[name] = _scores(engine.compile(model, example, dtype=dtype, calibration=given), data)
         if dtype != torch.float32:
-            twice = engine.compile(
-                model, example, dtype=dtype, calibration=given, recheck=RECHECK
-            )
+            twice = engine.compile(model, example, dtype=dtype, calibration=given, recheck=RECHECK)
             ways[f"{name}, rechecked"] = _scores(twice, data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).to(memory_format=torch.channels_last)

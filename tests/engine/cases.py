@@ -201,7 +201,9 @@ def error(fast: plan.Network, op: Op, count: int) -> float:
         ops = [replace(made, scales=()) for made in ops]
     elif op.scales:
         codes = map(quantization.Code, op.scales, op.zeros)
-        values |= {n: quantization.coded(values[n], c) for n, c in zip(op.inputs, codes)}
+        values |= {
+            n: quantization.coded(values[n], c) for n, c in zip(op.inputs, codes, strict=False)
+        }
     found = dict(zip(fast.outputs, fast(*values.values()), strict=True))
     most = 0.0
     for made in ops:

@@ -30,7 +30,7 @@ def test_a_code_is_the_nearest_of_256_and_ties_go_to_the_even_one():
 
 
 def test_a_range_is_cut_where_that_leaves_less_error():
-    """Of 1,000 values to 1 and one of 100 the range is worth little; of that one alone it is all."""
+    """Of many values to 1 and one of 100 it is cut; of that one alone it is whole."""
     bins = torch.zeros(quantization.BINS)
     bins[0] = bins[-1] = 1.0
     assert quantization._code(bins, 0.0, 100.0) == Code(100 / 255, 0)
@@ -119,7 +119,9 @@ class TestNetworks:
         assert torch.equal(fast(images)[:32], fast(images[:32]))  # sums are exact
         assert error(model, fast, images[:1]) < 0.25
 
-    @pytest.mark.parametrize("name", ["mobilenet_v2", "googlenet", "densenet121", "resnext50_32x4d"])
+    @pytest.mark.parametrize(
+        "name", ["mobilenet_v2", "googlenet", "densenet121", "resnext50_32x4d"]
+    )
     def test_a_network_of_torchvision_too(self, name):
         torch.manual_seed(0)
         model = lively(torchvision.models.get_model(name, weights=None))
@@ -183,9 +185,7 @@ class TestNetworks:
     def test_undecided_images_get_the_scores_of_float32(self):
         model, images = small(), torch.randn(40, 3, 32, 32)
         exact = engine.compile(model, images[:1])
-        fast = engine.compile(
-            model, images[:1], dtype=torch.int8, calibration=images, recheck=1e9
-        )
+        fast = engine.compile(model, images[:1], dtype=torch.int8, calibration=images, recheck=1e9)
         assert torch.equal(fast(images), exact(images))
 
     @pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-msse4.2"])

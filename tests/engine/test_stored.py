@@ -300,18 +300,20 @@ def test_every_field_of_an_op_comes_back(tmp_path):
 
 
 def test_fields_that_come_later_are_stored_too(tmp_path, monkeypatch):
-    """As int8 has them: a number a channel as a tensor, numbers and offsets of all values."""
+    """A number a channel as a tensor, numbers and offsets of all values."""
 
     @dataclass(frozen=True)
     class Later(Op):
-        steps: torch.Tensor | None = field(default=None, compare=False)
-        scales: tuple[float, ...] = ()
-        zeros: tuple[int, ...] = ()
+        widths: torch.Tensor | None = field(default=None, compare=False)
+        factors: tuple[float, ...] = ()
+        offsets: tuple[int, ...] = ()
 
     for module in (stored, checking):
         monkeypatch.setattr(module, "Op", Later)
     weight = torch.randn(4, 3, 3, 3)
-    own = dict(weight=weight, kernel=(3, 3), steps=torch.rand(4), scales=(0.5, 0.25), zeros=(3, 0))
+    own = dict(
+        weight=weight, kernel=(3, 3), widths=torch.rand(4), factors=(0.5, 0.25), offsets=(3, 0)
+    )
 
     def write(**more):
         op = Later("conv", "y", ("x",), (4, 6, 6), **own | more)
@@ -322,12 +324,12 @@ def test_fields_that_come_later_are_stored_too(tmp_path, monkeypatch):
         return stored.write(tmp_path / "a.safetensors", made, x, {}, torch.float32, (conv, 0.01))
 
     (again,) = stored.read(write()).graph.ops
-    assert torch.equal(again.steps, own["steps"]) and again.scales == (0.5, 0.25)
-    assert again.zeros == (3, 0)
-    for more in ({"steps": torch.rand(3)}, {"scales": (0.5,)}, {"zeros": (2**40, 0)}):
+    assert torch.equal(again.widths, own["widths"]) and again.factors == (0.5, 0.25)
+    assert again.offsets == (3, 0)
+    for more in ({"widths": torch.rand(3)}, {"factors": (0.5,)}, {"offsets": (2**40, 0)}):
         with pytest.raises(ValueError, match=f"{next(iter(more))} is "):
             write(**more)
     path = write()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has a field 'scales', which this explib lacks"):
+    with pytest.raises(ValueError, match="has a field 'factors', which this explib lacks"):
         stored.read(path)

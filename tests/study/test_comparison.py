@@ -39,7 +39,9 @@ class TestPeers:
     def test_every_way_answers_as_torch_does(self, tmp_path):
         own = network()
         others = comparison.Peers(own, tmp_path, comparison.WAYS)
-        assert sorted(others.files) == ["dense", "filters", "int8"]
+        assert sorted(others.files) == [
+            "dense", "filters", "filters openvino int8", "openvino int8",
+        ]  # fmt: skip
         for batch in (4, 1):
             images = own.images[:batch]
             with torch.no_grad():
@@ -47,8 +49,9 @@ class TestPeers:
             ways = dict(others.ways(images))
             for name in ("openvino fp32", "onnxruntime fp32", "filters openvino fp32"):
                 torch.testing.assert_close(ways[name](images), exact, rtol=1e-4, atol=1e-5)
-            error = comparison.off(ways["openvino int8"], own.dense, images)
-            assert 1e-5 < error < 0.1  # as coarse as int8 is, and not broken
+            for name in ("openvino int8", "filters openvino int8"):
+                error = comparison.off(ways[name], own.dense, images)
+                assert 1e-5 < error < 0.1  # as coarse as int8 is, and not broken
             if "openvino bf16" in ways:
                 assert 1e-5 < comparison.off(ways["openvino bf16"], own.dense, images) < 0.05
 
@@ -74,12 +77,12 @@ class TestPeers:
         data = Data("noise", split, split, classes=("none",) * 8)
         others = comparison.Peers(own, tmp_path, ["openvino int8"])
         batches = list(comparison.eval_batches(data.test, data, 250))
-        forward = peers.in_openvino(others.files["int8"], (6, 3, 8, 8), "int8", 1)
+        forward = peers.in_openvino(others.files["openvino int8"], (6, 3, 8, 8), "int8", 1)
         labels = forward(batches[0][0]).argmax(1).clone()
-        assert sorted(others.files) == ["dense", "int8"]
+        assert sorted(others.files) == ["dense", "openvino int8"]
         labels[:3] += 1
         data = replace(data, test=Split(images, labels % 8))
-        assert others.top1(data) == 50
+        assert others.top1("openvino int8", data) == 50
 
     def test_without_the_packages_their_ways_are_lacking_and_said_to_be(
         self, tmp_path, monkeypatch
@@ -90,7 +93,7 @@ class TestPeers:
         assert others.ways(own.images) == [] and not list(tmp_path.iterdir())
         assert own.lacking["openvino int8"] == 'not installed: onnx; pip install "explib[peers]"'
         assert not any(name in own.lacking for name in (*inference.ENGINE, "compiled fp32"))
-        assert len(own.lacking) == 6  # five ways in OpenVINO, one in ONNX Runtime
+        assert len(own.lacking) == 7  # six ways in OpenVINO, one in ONNX Runtime
 
     @needs_peers
     def test_what_the_processor_does_not_compute_in_is_said(self, tmp_path, monkeypatch):
@@ -214,6 +217,7 @@ class TestMeasure:
 SPEEDS = {
     "engine fp32": 300.0,
     "engine bf16": 500.0,
+    "engine int8": 700.0,
     "compiled fp32": 80.0,
     "openvino fp32": 100.0,
     "openvino bf16": 200.0,
@@ -230,7 +234,7 @@ def write(folder, images_per_s, sweep=()):
         | {"against": "openvino fp32", "against_images_per_s": 100.0}
         for d, s in sweep
     ]
-    made = {"threads": 2, "top1": {"dense": 93.39, "openvino int8": 93.2}}
+    made = {"threads": 2, "top1": {"dense": 93.39, "openvino int8": 93.2, "engine int8": 93.1}}
     record = {"networks": [ROW | {"images_per_s": images_per_s}], "density": density}
     record |= {"made": {"resnet_56": made}}
     record |= {"provenance": {"hardware": {"name": "AMD EPYC Processor (2 cores)"}}}
@@ -245,10 +249,11 @@ class TestTable:
         assert line["best dense fp32"] == "openvino" and line["openvino int8"] == "400"
         assert line["engine fp32 / best dense fp32"] == "3.00"
         assert line["engine / best dense, 16 bits"] == "2.50"
-        assert line["engine, best / int8"] == "1.25"
+        assert line["engine, best / int8"] == line["engine int8 / int8"] == "1.75"
         assert line["engine fp32 / filters fp32"] == "2.00"
         assert line["even at density"] == "0.67"  # 5 ms at 0.5, 20 ms at 1, 10 ms between
         assert line["top-1 dense"] == "93.39" and line["top-1 int8"] == "93.20"
+        assert line["top-1 kernels pruned, int8"] == "93.10"
         assert line["kernels left %"] == "23.4" and line["threads"] == "2"
         assert line["hardware"] == "AMD EPYC (2 cores)"
 

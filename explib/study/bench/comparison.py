@@ -237,8 +237,10 @@ def measure(
             others = Peers(network, folder, names)
             if network.data:
                 few = 4 if quick else None
-                for name in [n for n in others.files if n.endswith("int8")]:
-                    network.top1[name] = others.top1(name, network.data, few)
+                trained = {"openvino int8": "dense", "filters openvino int8": "filters pruned"}
+                for name in [n for n, of in trained.items() if of in network.top1]:
+                    if name in others.files:
+                        network.top1[name] = others.top1(name, network.data, few)
                 if "engine int8" in names:
                     network.top1["engine int8"] = _top1(network, few)
             batches = CASES[arch].batches
