@@ -9,7 +9,7 @@ from torch import nn
 
 from explib.data import Data, Split
 from explib.pruning import masks as masking
-from explib.report import inference_tables, text
+from explib.report import bench_plots, inference_tables, text
 from explib.study.bench import cases, comparison, inference, peers
 from explib.study.records import machine
 from tests.conftest import PUBLIC, ROOT, needs_compiler
@@ -274,6 +274,23 @@ class TestTable:
         (line,) = inference_tables.inference(tmp_path).to_dict("records")
         assert line["openvino fp32"] == line["best dense fp32"] == line["engine, best / int8"] == ""
         assert line["engine fp32 / best dense fp32"] == line["engine / best dense, 16 bits"] == ""
+
+
+def test_what_accuracy_buys_is_drawn_of_networks_whose_accuracy_is_known(tmp_path):
+    speeds = SPEEDS | {"filters openvino int8": 900.0, "engine fp16": 450.0}
+    write(tmp_path, speeds)
+    record = json.loads((tmp_path / "bench/inference-amd-epyc.json").read_text())
+    record["networks"].append(ROW | {"arch": "resnet18", "images_per_s": speeds})
+    record["made"]["resnet18"] = {"top1": {}}
+    record["made"]["resnet_56"]["top1"]["kernels pruned"] = 93.0
+    (axes,) = bench_plots.choices(record).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {
+        "dense, OpenVINO": [[100, 93.39], [200, 93.39], [400, 93.2]],
+        "whole filters pruned, OpenVINO": [],
+        "kernels pruned, engine": [[300, 93.0], [500, 93.0], [700, 93.1]],
+    }
+    assert bench_plots.choices({"networks": [], "made": {}}) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results/bench").glob("inference-*.json")))

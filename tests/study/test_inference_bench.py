@@ -159,16 +159,19 @@ def test_the_best_alternative_is_the_fastest_dense_one_of_the_latest_record(tmp_
     found = {"eager fp32": 900.0, "compiled fp32": 200.0, "compiled bf16": 300.0}
     found |= {"openvino fp32": 400.0, "openvino int8": 800.0, "engine bf16": 1000.0}
     found |= {"onnxruntime fp32": 350.0, "filters openvino fp32": 950.0}
+    found |= {"filters openvino int8": 1900.0, "engine int8": 2000.0}
     write("new", "2026-02-01", found)
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
     assert line["torch.compile, dense"] == "300 bf16" and line["OpenVINO, dense"] == "400 fp32"
     assert line["OpenVINO int8, dense"] == "800" and line["engine, pruned"] == "1000 bf16"
     assert line["ONNX Runtime, dense"] == "350 fp32" and line["OpenVINO, filters"] == "950 fp32"
+    assert line["OpenVINO int8, filters"] == "1900" and line["engine int8, pruned"] == "2000"
+    assert line["gain over int8"] == "2.5"
     assert line["gain"] == "2.5" and line["hardware"] == "new (2 cores)"
     write("newest", "2026-03-01", {"eager fp32": 900.0, "engine fp32": 1000.0})
     (line,) = speed_tables.alternatives(tmp_path).to_dict("records")
     assert line["torch.compile, dense"] == line["OpenVINO, dense"] == "not measured yet"
-    assert line["gain"] == ""
+    assert line["gain"] == "" and line["engine int8, pruned"] == "not measured yet"
 
 
 def test_shipped_networks_and_densities_are_those_of_the_record(tmp_path):
