@@ -46,7 +46,14 @@ def plain(op: Op, source: Shape) -> bool:
 
 def in_bytes(op: Op, source: Shape) -> bool:
     """Whether int8 computes a conv by dot products of bytes, as bytes.h has it, else as floats."""
-    return plain(op, source) and (op.kernel == (1, 1) or op.stride <= (2, 2))
+    side, stride = op.kernel[0], op.stride[0]
+    same = all(
+        pad == kernel // 2 and dilation == 1 and made == (size - 1) // step + 1
+        for kernel, step, pad, dilation, size, made in _axes(op, source)
+    )
+    square = op.kernel == (side, side) and op.stride == (stride, stride)
+    fits = side == 1 or (side in (3, 5, 7) and stride <= 2)
+    return same and square and fits and not 1 < op.groups == source[0]
 
 
 def cropped(op: Op, source: Shape) -> Op:

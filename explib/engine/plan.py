@@ -415,7 +415,7 @@ class Network:
     def _bytes(self, weight: np.ndarray, op: Op) -> dict[str, np.ndarray]:
         """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
-        Of 3x3 a word for each row, of 1x1 one for four neighbouring channels.
+        Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels.
         """
         assert op.steps is not None
         steps, side = op.steps.numpy(), op.kernel[0]
@@ -433,7 +433,8 @@ class Network:
             words, size = whole.reshape(len(whole), -1, 1, 4), size // 4
         else:
             whole = _ungrouped(whole, op.groups)
-            words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, 1)))
+            words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -side % 4)))
+            words = words.reshape(*words.shape[:2], -1, 4)
         keep = np.asarray(words.any((2, 3)))
         flat = words.astype(np.int8).view(np.int32)[..., 0]
         lists = _by_chunk(_singles, flat, keep, size)

@@ -72,17 +72,19 @@ def _stepped(op: Op, source: geometry.Shape) -> Op:
 
 
 def weight_steps(weight: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """The step of each filter of a weight (F, C / groups, K, K), K 1 or 3: (F,).
+    """The step of each filter of a weight (F, C / groups, K, K): (F,).
 
-    Weights are 127 steps at most, and two that are added first (of a row the first two, of a 1x1
-    conv two neighbouring channels) 128 where they have one sign: times codes of 255 at most their
-    sum fits in 16 bits, in which processors without dot products of four bytes have it.
+    Weights are 127 steps at most, and two that are added first (of a row the first two, the next
+    two, ...; of a 1x1 conv two neighbouring channels) 128 where they have one sign: times codes of
+    255 at most their sum fits in 16 bits, in which processors without dot products of four bytes
+    have it.
     """
     if weight.shape[2:] == (1, 1):
         flat = torch.nn.functional.pad(weight[:, :, 0, 0], (0, 2))
         pairs = flat.unfold(1, 2, 2 if groups == 1 else 1)  # a group may begin with an odd channel
     else:
-        pairs = weight[..., :2].flatten(1, 2)
+        rows = torch.nn.functional.pad(weight, (0, weight.shape[3] % 2))
+        pairs = rows.unflatten(3, (-1, 2)).flatten(1, 3)
     sums = [part.clamp(min=0).sum(2).amax(1) for part in (pairs, -pairs)]
     steps = torch.stack([weight.abs().flatten(1).amax(1) / 127, *(s / 127.5 for s in sums)]).amax(0)
     return steps.where(steps > 0, torch.ones_like(steps))

@@ -1,7 +1,8 @@
-// int8: plain convolutions of blocks of images by dot products of four bytes.
+// int8: square convolutions of blocks of images by dot products of four bytes.
 //
-// A word holds four codes of one image that a filter takes at once: of a 3x3 kernel a row of its
-// pixels and one more, whose weight is zero; of a 1x1 conv four neighbouring channels. A tile's words
+// A word holds four codes of one image that a filter takes at once: neighbouring pixels of a row of
+// its kernel (3, 5, 7: of more than there are the weights are zero), of a 1x1 conv neighbouring
+// channels. A tile's words
 // are put together once for all filters; sums are exact, in 32 bits.
 #pragma once
 #include <algorithm>
@@ -106,17 +107,18 @@ FORCED inline Words quads(const Byte* at) {
 #endif
 }
 
-// K: 1 or 3; S: the stride, which of a 1x1 conv only pack sees
+// K: 1, 3, 5 or 7; S: the stride, which of a 1x1 conv only pack sees
 template <int K, int S, int TH, int TW>
 struct ByteTile {
     static constexpr int HEIGHT = TH, WIDTH = TW;
-    static constexpr int IH = (TH - 1) * S + K, WORDS = IH * TW;
+    static constexpr int Q = (K + 3) / 4;  // words of a row of a kernel
+    static constexpr int IH = (TH - 1) * S + K, WORDS = IH * TW * Q;
     static constexpr int ITEM = K == 1 ? 4 : 1;  // channels whose words lie together
     // Channels of a chunk, for which the words of a tile lie in the cache at once
     static constexpr int chunk(int channels) {
         constexpr int each = WORDS * VECTOR_BYTES;
-        if (K == 3 && channels * each <= WORDS_BYTES) return channels;
-        return FEW_BYTES / each * ITEM;
+        if (K > 1 && channels * each <= WORDS_BYTES) return channels;
+        return std::max(1, FEW_BYTES / each) * ITEM;
     }
     static constexpr int FILTERS = BYTE_SUMS_BYTES / (TH * TW * VECTOR_BYTES);
 
@@ -146,22 +148,24 @@ struct ByteTile {
         std::memset(outside, int(a.op.in_code.zero), BYTE_LANES);
         const Words none = quads(outside, outside, outside, outside);
         for (int c = 0; c < channels; ++c, in += plane)
-            for (int i = 0; i < IH; ++i, to += TW) {
-                const int row = y * S - 1 + i;
+            for (int i = 0; i < IH; ++i, to += TW * Q) {
+                const int row = y * S - K / 2 + i;
                 if (row < 0 || row >= a.height) {
-                    repeat<TW>([&](auto t) FORCED { to[t] = none; });
+                    repeat<TW * Q>([&](auto t) FORCED { to[t] = none; });
                     continue;
                 }
                 const Byte* from = in + int64_t(row) * a.width * BYTE_LANES;
                 const auto pixel = [&](int at) FORCED {
                     return at >= 0 && at < a.width ? from + at * BYTE_LANES : outside;
                 };
-                repeat<TW>([&](auto t) FORCED {
-                    const int at = (x + t) * S - 1;
-                    // the fourth one's weight is zero: it may be any that is in memory
-                    to[t] = at >= 0 && at + 3 <= a.width
+                repeat<TW * Q>([&](auto t) FORCED {
+                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // whose weight is not zero
+                    const int at = (x + t / Q) * S - K / 2 + t % Q * 4;
+                    // beyond it there may be any that is in memory
+                    to[t] = at >= 0 && at + last < a.width && at + 3 <= a.width
                                 ? quads(from + at * BYTE_LANES)
-                                : quads(pixel(at), pixel(at + 1), pixel(at + 2), pixel(at + 2));
+                                : quads(pixel(at), pixel(at + std::min(1, last)),
+                                        pixel(at + std::min(2, last)), pixel(at + last));
                 });
             }
     }
@@ -179,16 +183,18 @@ struct ByteTile {
                 repeat<TH * TW>([&](auto i) FORCED { acc[0][i / TW][i % TW] = sums[i]; });
             const auto one = [&](Words(&sum)[TH][TW], int k) FORCED {
                 const Words* from = words + int64_t(a.op.byte_index[k]) * WORDS;
-                const int32_t* w = (const int32_t*)a.op.byte_weight + int64_t(k) * K;
-                Words weights[K];
-                repeat<K>([&](auto ky) FORCED { weights[ky] = Words{} + w[ky]; });
-                repeat<IH>([&](auto i) FORCED {
-                    repeat<TW>([&](auto t) FORCED {
-                        const Words codes = from[i * TW + t];
-                        repeat<K>([&](auto ky) FORCED {
-                            constexpr int dy = i - ky;
-                            if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
-                                sum[dy / S][t] = add_dots(sum[dy / S][t], codes, weights[ky]);
+                const int32_t* w = (const int32_t*)a.op.byte_weight + int64_t(k) * K * Q;
+                repeat<Q>([&](auto q) FORCED {
+                    Words weights[K];
+                    repeat<K>([&](auto ky) FORCED { weights[ky] = Words{} + w[ky * Q + q]; });
+                    repeat<IH>([&](auto i) FORCED {
+                        repeat<TW>([&](auto t) FORCED {
+                            const Words codes = from[(i * TW + t) * Q + q];
+                            repeat<K>([&](auto ky) FORCED {
+                                constexpr int dy = i - ky;
+                                if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
+                                    sum[dy / S][t] = add_dots(sum[dy / S][t], codes, weights[ky]);
+                            });
                         });
                     });
                 });
@@ -267,9 +273,14 @@ struct ByteTile {
 template <class With>
 inline int with_byte_tile(int kernel, int stride, int height, int width, const With& with) {
     const auto sized = [&](auto th, auto tw) FORCED {
+        const auto strided = [&](auto k) FORCED {
+            if (stride == 1) return with((ByteTile<k, 1, th, tw>*)nullptr);
+            return with((ByteTile<k, 2, th, tw>*)nullptr);
+        };
         if (kernel == 1) return with((ByteTile<1, 1, th, tw>*)nullptr);
-        if (stride == 1) return with((ByteTile<3, 1, th, tw>*)nullptr);
-        return with((ByteTile<3, 2, th, tw>*)nullptr);
+        if (kernel == 3) return strided(std::integral_constant<int, 3>{});
+        if (kernel == 5) return strided(std::integral_constant<int, 5>{});
+        return strided(std::integral_constant<int, 7>{});
     };
     const int side = std::min(height, width);
     if (side >= 7 && height % 8 == 0)

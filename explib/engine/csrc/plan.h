@@ -41,7 +41,7 @@ struct Op {
     const int32_t* start_by_channel;  // (threads * C + 1,)
     const int32_t* index_by_channel;  // the filter of each kernel
     const int32_t* share;             // (threads + 1,)
-    // int8 only: the same kernels of a plain conv as bytes (bytes.h), the factor and the bias of
+    // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats, the factor and the bias of
     // each filter's sums, (F,), and the codes of `in`, `other` and `out`
     const void* byte_weight;
     const int32_t *byte_start, *byte_index;
