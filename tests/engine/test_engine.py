@@ -97,7 +97,7 @@ def test_the_shipped_network_has_the_same_top1_on_every_test_image(cifar10, of_t
     assert len(found) == 10_000 and abs(100 * correct / len(found) - meta["top1"]) <= 0.05
 
 
-@pytest.mark.parametrize("dtype", build.TYPES[1:])
+@pytest.mark.parametrize("dtype", build.TYPES[1:3])
 def test_16_bits_keep_the_accuracy_of_the_shipped_network(cifar10, of_the_engine, dtype):
     if not build.computes(build.library(), dtype):
         pytest.skip(f"this processor does not compute in {dtype}")
@@ -110,7 +110,7 @@ def test_16_bits_keep_the_accuracy_of_the_shipped_network(cifar10, of_the_engine
     assert abs(short - full) <= 5  # of 10,000
 
 
-@pytest.mark.parametrize("dtype", build.TYPES[1:])
+@pytest.mark.parametrize("dtype", build.TYPES[1:3])
 def test_undecided_images_get_the_scores_of_float32(net, dtype):
     images = torch.randn(64, 3, 32, 32)
     example = images[:1]
@@ -177,7 +177,7 @@ def test_the_same_source_serves_narrower_vectors(flags):
 def test_nothing_is_read_or_written_out_of_bounds(target, batches):
     if platform.machine() != "x86_64":
         target = "-march=native"
-    if len(batches) == 3 and not any(build.computes(build.library(), t) for t in build.TYPES[1:]):
+    if len(batches) == 3 and not any(build.computes(build.library(), t) for t in build.TYPES[1:3]):
         pytest.skip("this processor computes in float32 only")
     found = [
         subprocess.run(

@@ -70,7 +70,7 @@ def test_activations_keep_nan_and_infinity_as_torch_does(act, count):
     )
 
 
-@pytest.mark.parametrize("dtype", build.TYPES)
+@pytest.mark.parametrize("dtype", build.TYPES[:3])
 def test_consecutive_channels_are_read_where_they_lie(dtype):
     if not build.computes(build.library(), dtype):
         pytest.skip(f"this processor does not compute in {dtype}")
