@@ -1,11 +1,14 @@
 // Tables are sorted by a click on a column's name; without this script they stand as they are.
+const NUMBER = /^[+−-]?[\d.]+(?=\s|$)/; // of "93.20 (n=1)" and "6259 bf16", not of a date or a commit
 const valueOf = (row, column) => {
-  const text = row.cells[column].textContent.trim();
-  const number = parseFloat(text.replace("−", "-"));
-  return text === "" ? null : Number.isNaN(number) ? text : number;
+  const cell = row.cells[column];
+  const text = cell.firstChild?.textContent.trim() ?? ""; // without the records' numbers after a mean
+  if (text === "" || cell.classList.contains("open")) return null; // not measured
+  const [number] = text.match(NUMBER) ?? [];
+  return number === undefined ? text : parseFloat(number.replace("−", "-"));
 };
-const compare = (a, b) => (typeof a === typeof b && typeof a === "number" ? a - b
-  : String(a).localeCompare(String(b)));
+const compare = (a, b) => (typeof a !== typeof b ? (typeof a === "number" ? -1 : 1)
+  : typeof a === "number" ? a - b : a.localeCompare(b));
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
