@@ -57,6 +57,14 @@ SHOWN = {
     " | MACs left M~ | weights left M~",
     "speed": "network | batch | MACs cut %~ | compiled fp32~ | compiled bf16 | engine fp32~"
     " | engine 16 bits | engine fp32 / compiled fp32~ | engine, best / compiled bf16 | hardware~",
+    "settings": "network | published cut %~ | setting | B, random survivors | B, L1 survivors~"
+    " | A, random survivors~ | A, L1 survivors~",
+    "alternatives": "network | batch | torch.compile, dense~ | OpenVINO, dense"
+    " | OpenVINO int8, dense~ | ONNX Runtime, dense~ | OpenVINO, filters~ | engine, pruned"
+    " | engine int8, pruned~ | gain | gain over int8~",
+    "inference": "network | batch | MACs cut %~ | compiled fp32~ | openvino fp32~ | openvino bf16"
+    " | openvino int8~ | filters openvino bf16~ | engine fp32~ | engine bf16 | engine fp16~"
+    " | engine int8~",
     "shipped": "network | MACs cut %~ | top-1 | compiled bf16~ | engine fp32 | engine bf16~"
     " | hardware~",
 }
@@ -103,9 +111,9 @@ def build(
         return Path(relative).as_posix() if target.is_file() else ""
 
     made = tables.make(results_dir, dataset, sources=True)
+    first = _findings(made, pictures, link) if dataset == "cifar10" else _no_findings(dataset)
     sections = _sections(made, pictures, link, f"tables/{name}")
     sections["Where the numbers come from"] = _origins(runs, link)
-    first = _findings(made, pictures) if dataset == "cifar10" else _no_findings(dataset)
     return write_text(page, _page(first, sections))
 
 
@@ -132,14 +140,16 @@ def _id(title: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in title.lower()).strip("-")
 
 
-def _findings(made: dict[str, pd.DataFrame], pictures: dict[str, Path]) -> str:
+def _findings(made: dict[str, pd.DataFrame], pictures: dict[str, Path], link: Link) -> str:
+    """Verdict and answers; their figure is taken out of `pictures`, so that it is shown once."""
     rows = "".join(
         f"<dt>{escape(question)}</dt><dd>{escape(answer)}</dd>"
         for question, answer in conclusions.answers(made).items()
     )
-    main = [_figure(p, "") for stem, p in pictures.items() if stem.startswith("finding-")]
+    main = next((stem for stem in pictures if stem.startswith("finding-")), "")
+    figure = _figure(path, link(path)) if (path := pictures.pop(main, None)) else ""
     return (
-        f'<p class="verdict">{escape(conclusions.VERDICT)}</p>{"".join(main[:1])}\n'
+        f'<p class="verdict">{escape(conclusions.VERDICT)}</p>{figure}\n'
         f'<dl>{rows}</dl><p class="quiet">{escape(conclusions.NOTE)}</p>'
     )
 

@@ -1,4 +1,4 @@
-"""The notebooks as a reader meets them: JupyterLab in a real browser. `make test-browser`.
+"""What a reader meets, in a real browser: notebooks in JupyterLab, the report. `make test-browser`.
 
 Needs playwright and a Chromium of the system's own; what it saw is kept in tests/screenshots/.
 """
@@ -16,6 +16,7 @@ import papermill
 import pytest
 
 from explib.files import write_json
+from explib.report import page as report
 from tests.conftest import ROOT
 from tests.system.test_notebooks import NOTEBOOKS, QUICK, SMALL, TINY
 
@@ -168,3 +169,49 @@ def test_a_notebook_runs_and_shows_its_figures(lab, browser, name):
     keep(page, name)
     page.evaluate("() => jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
+
+
+@pytest.fixture
+def shown(browser, tmp_path):
+    """The report of the committed records in a window."""
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.goto(report.build(ROOT / "results", page=tmp_path / "report.html").as_uri())
+    yield page
+    page.close()
+
+
+def column(page, table: str, name: str) -> list[str]:
+    """A column's cells, after a click on its name."""
+    rows = page.locator(f"h3#{table} + .scroll tr").all()
+    names = rows[0].locator("th").all_inner_texts()
+    rows[0].get_by_role("button", name=name, exact=True).click()
+    return [row.locator("td").nth(names.index(name)).inner_text() for row in rows[1:]]
+
+
+def test_the_report_sorts_numbers_as_numbers(shown):
+    cells = column(shown, "as_published", "last epoch")
+    assert "(n=1)" in cells[0] and cells == sorted(cells, key=lambda c: float(c.split()[0]))
+    cells = column(shown, "alternatives", "engine int8, pruned")
+    numbers = [float(c.split()[0]) for c in cells if c[0].isdigit()]
+    assert numbers == sorted(numbers)
+    assert len(set(cells[len(numbers) :])) <= 1, "what was not measured stays at the end"
+
+
+def test_the_report_is_as_wide_as_its_window(shown):
+    shown.screenshot(path=SHOTS / "report.png", full_page=True)
+    wide = (
+        "() => [...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth)"
+    )
+    assert shown.evaluate(f"({wide})().map(s => s.previousElementSibling?.id)") == []
+    shown.set_viewport_size({"width": 390, "height": 844})
+    assert shown.evaluate("() => document.documentElement.scrollWidth") == 390  # tables scroll
+    shown.screenshot(path=SHOTS / "report-phone.png", full_page=True)
+
+
+def test_the_report_on_paper_repeats_the_heads_of_tables(shown):
+    shown.emulate_media(media="print")
+    heads = (
+        "() => [...document.querySelectorAll('th button')].map(b => getComputedStyle(b).display)"
+    )
+    assert set(shown.evaluate(heads)) == {"contents"}  # as buttons Chromium would not repeat them
+    assert shown.locator(".more:visible, nav:visible").count() == 0
