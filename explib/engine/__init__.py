@@ -117,13 +117,14 @@ def compile(
     too small to fill its vectors are float32 with the same weights.
     calibration: of int8, what the ranges of its values are taken from: normalized training images
     (some 256 of 32x32, 32 of 224x224), as the example or a list of such batches.
-    recheck: of a classifier in 16 bits; images whose two highest scores are less than this apart
-    are computed once more in float32, so that rounding decides nothing.
+    recheck: of a classifier in 16 bits or int8; images whose two highest scores are less than this
+    apart are computed once more in float32, so that rounding decides nothing.
     threads: torch's number of threads by default; fixed from here on.
     Ops the engine has no kernel for, and everything where there is no C++ compiler, run in torch
     with a warning; with fallback=False they raise NotImplementedError and NoCompiler. What was made
-    is compared with the model on random images, and not used where it differs; in 16 bits, as
-    where values grow beyond what float16 holds, float32 is tried before torch. The model is not
+    is compared with the model on random images, int8 on calibration images with float32, and not
+    used where it differs; in 16 bits, as where values grow beyond what float16 holds, and in int8
+    float32 is tried before torch. The model is not
     changed, and later changes of it have no effect.
     """
     _check_type(dtype)

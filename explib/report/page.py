@@ -60,7 +60,7 @@ SHOWN = {
     "settings": "network | published cut %~ | setting | B, random survivors | B, L1 survivors~"
     " | A, random survivors~ | A, L1 survivors~",
     "alternatives": "network | batch | torch.compile, dense~ | OpenVINO, dense"
-    " | OpenVINO int8, dense~ | ONNX Runtime, dense~ | OpenVINO, filters~ | engine, pruned"
+    " | OpenVINO int8, dense~ | OpenVINO, filters~ | OpenVINO int8, filters~ | engine, pruned"
     " | engine int8, pruned~ | gain | gain over int8~",
     "inference": "network | batch | MACs cut %~ | compiled fp32~ | openvino fp32~ | openvino bf16"
     " | openvino int8~ | filters openvino bf16~ | engine fp32~ | engine bf16 | engine fp16~"

@@ -277,8 +277,10 @@ class Blocks {
                         for (int lane = 0; lane < LANES; ++lane) {
                             const float* image =
                                 ins[op.other] + ((first + lane) * channels + c) * pixels;
-                            for (int i = start; i < std::min(pixels, start + 64); ++i)
-                                y[int64_t(i) * LANES + lane] = T(coded<T>(lane < live ? image[i] : 0.f, op.out_code));
+                            for (int i = start; i < std::min(pixels, start + 64); ++i) {
+                                const float value = lane < live ? image[i] : 0.f;
+                                y[int64_t(i) * LANES + lane] = T(coded<T>(value, op.out_code));
+                            }
                         }
                     break;
                 case STORE:
@@ -343,8 +345,10 @@ class Blocks {
                 } else {
                     Wide sum = {};
                     for (int i = r0; i < r1; ++i)
-                        for (int j = c0; j < c1; ++j)
-                            sum += widened(decoded<T>(load(x + (i * a.width + j) * LANES), op.in_code));
+                        for (int j = c0; j < c1; ++j) {
+                            const V pixel = load(x + (i * a.width + j) * LANES);
+                            sum += widened(decoded<T>(pixel, op.in_code));
+                        }
                     sum = sum * op.bias[r] * op.bias[o.height + q];
                     store(y, narrowed<V>(coded<T>(sum, op.out_code)));
                 }

@@ -108,7 +108,8 @@ int explib_byte_chunk(int kernel, int stride, int height, int width, int channel
     return byte_chunk(kernel, stride, height, width, channels);
 }
 int explib_computes(int type) {
-    return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) || (type == BFLOAT16 && BRAIN);
+    return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) ||
+           (type == BFLOAT16 && BRAIN);
 }
 
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,

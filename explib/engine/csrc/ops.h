@@ -63,8 +63,10 @@ void layernorm(const Op& op, const T* in, T* out, int64_t plane, int channels,
         Wide mean[CHUNK] = {}, scale[CHUNK] = {};
         const auto each = [&](auto f) FORCED {
             for (int c = 0; c < channels; ++c)
-                for (int i = 0; i < count; ++i)
-                    f(c, i, widened(decoded<T>(load(in + c * plane + (first + i) * LANES), op.in_code)));
+                for (int i = 0; i < count; ++i) {
+                    const V pixel = load(in + c * plane + (first + i) * LANES);
+                    f(c, i, widened(decoded<T>(pixel, op.in_code)));
+                }
         };
         each([&](int, int i, Wide x) FORCED { mean[i] += x; });
         for (int i = 0; i < count; ++i) mean[i] = mean[i] / float(channels);
