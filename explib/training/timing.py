@@ -31,6 +31,8 @@ CLEARLY = 1.2
 """How many times as fast as fp32 another precision has to be: its accuracy is not quite the same,
 and bits should not follow a speed that nobody notices."""
 
+CPUINFO = Path("/proc/cpuinfo")
+
 Speeds = dict[str, float]
 """Images per second of each way, by its name, which ends in its precision."""
 
@@ -114,11 +116,19 @@ def machine() -> dict:
 
 
 def processor() -> str:
-    """The processor as the system names it."""
+    """The processor as the system names it, with its family and model where it has them.
+
+    Servers give several generations one name ("AMD EPYC"); they compute at other speeds, and sum
+    in another order.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        text = CPUINFO.read_text()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        text = ""
+    lines = [line.partition(":") for line in text.split("\n\n")[0].splitlines()]
+    said = {key.strip(): value.strip() for key, _, value in lines}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    keys = {"cpu family": "family", "model": "model"}
+    numbers = [f"{word} {said[key]}" for key, word in keys.items() if key in said]
+    return " ".join([said["model name"], *numbers])

@@ -1,6 +1,7 @@
 """Timing with a clock of its own, and what is remembered of it."""
 
 import json
+import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -143,3 +144,24 @@ class TestRemembered:
         with ThreadPoolExecutor(2) as pool:
             one, two = pool.map(ask, ["a", "b"])
         assert one == two
+
+
+class TestProcessor:
+    EPYC = "processor\t: 0\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\n"
+
+    def said(self, tmp_path, monkeypatch, text):
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(timing, "CPUINFO", tmp_path / "cpuinfo")
+        return timing.processor()
+
+    def test_generations_of_one_name_are_told_apart(self, tmp_path, monkeypatch):
+        text = self.EPYC.format(25, 17) + self.EPYC.format(26, 2)
+        assert self.said(tmp_path, monkeypatch, text) == "AMD EPYC family 25 model 17"
+
+    def test_without_numbers_it_is_the_name(self, tmp_path, monkeypatch):
+        assert self.said(tmp_path, monkeypatch, "model name : A: B\n") == "A: B"
+
+    @pytest.mark.parametrize("text", ["", "CPU part\t: 0xd40\n"])
+    def test_without_a_name_it_is_what_python_says(self, tmp_path, monkeypatch, text):
+        wanted = platform.processor() or platform.machine()
+        assert self.said(tmp_path, monkeypatch, text) == wanted != ""
