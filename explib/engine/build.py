@@ -12,26 +12,27 @@ from explib.engine.native import NoCompiler
 
 __all__ = ["TYPES", "NoCompiler", "computes", "instructions", "library"]
 
-SOURCE = Path(__file__).parent / "csrc/kernels.cpp"
+SOURCES = Path(__file__).parent / "csrc"
 _P, _I = ctypes.c_void_p, ctypes.c_int
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """What the engine may compute in, as the C++ numbers them."""
 
 
-def library() -> ctypes.CDLL:
-    """The kernels as a C library, compiled first where that is not done (some 10 s).
+def library(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+    """The kernels as a C library, those of int8 or all others; compiled first, if needed.
 
     Raises NoCompiler, in one line, where it cannot be built; see `native.load`.
     """
-    return _library(os.environ.get("CXX"), os.environ.get("EXPLIB_CXXFLAGS"))
+    name = "int8.cpp" if dtype == torch.int8 else "kernels.cpp"
+    return _library(name, os.environ.get("CXX"), os.environ.get("EXPLIB_CXXFLAGS"))
 
 
 @cache  # for each setting of the environment
-def _library(compiler: str | None, target: str | None) -> ctypes.CDLL:
+def _library(name: str, compiler: str | None, target: str | None) -> ctypes.CDLL:
     try:
-        return _declared(native.load(SOURCE, "-pthread", "-fopenmp"))
+        return _declared(native.load(SOURCES / name, "-pthread", "-fopenmp"))
     except NoCompiler:  # of those, not every one has OpenMP
-        return _declared(native.load(SOURCE, "-pthread"))
+        return _declared(native.load(SOURCES / name, "-pthread"))
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -48,16 +49,32 @@ def computes(lib: ctypes.CDLL, dtype: torch.dtype) -> bool:
     return bool(lib.explib_computes(TYPES.index(dtype)))
 
 
+def block(lib: ctypes.CDLL, dtype: torch.dtype) -> int:
+    """Images of a block, whose pixels fill a vector."""
+    return lib.explib_vector_bytes() // (2 if dtype == torch.float16 else 4)
+
+
 def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
     """Of a 1x1 convolution the number of channels whose kernels stand together."""
     return lib.explib_chunk(TYPES.index(dtype), pairs)
 
 
-def byte_chunk(
-    lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, channels: int
+def byte_filters(
+    lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, flat: int, many: bool
 ) -> int:
-    """Of an int8 conv with outputs (height, width) how many channels' kernels stand together."""
-    return lib.explib_byte_chunk(kernel, stride, height, width, channels)
+    """Of an int8 conv with outputs (height, width) how many filters' kernels stand together.
+
+    flat: 1 for single images, 0 for blocks of them. many: whether most words of a 1x1 one are kept.
+    """
+    return lib.explib_byte_filters(kernel, stride, height, width, flat, many)
+
+
+def byte_chunk(
+    lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, channels: int,
+    filters: int, flat: int,
+) -> int:  # fmt: skip
+    """Of such a conv how many channels' kernels stand together; filters: by `byte_filters`."""
+    return lib.explib_byte_chunk(kernel, stride, height, width, channels, filters, flat)
 
 
 def instructions(lib: ctypes.CDLL) -> str:

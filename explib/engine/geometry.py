@@ -41,7 +41,7 @@ def plain(op: Op, source: Shape) -> bool:
         for kernel, stride, pad, dilation, size, made in _axes(op, source)
     )
     square = op.kernel in ((1, 1), (3, 3)) and op.stride[0] == op.stride[1]
-    return same and square and not 1 < op.groups == source[0]
+    return same and square and not depthwise(op, source)
 
 
 def in_bytes(op: Op, source: Shape) -> bool:
@@ -52,8 +52,13 @@ def in_bytes(op: Op, source: Shape) -> bool:
         for kernel, step, pad, dilation, size, made in _axes(op, source)
     )
     square = op.kernel == (side, side) and op.stride == (stride, stride)
-    fits = side == 1 or (side in (3, 5, 7) and stride <= 2)
-    return same and square and fits and not 1 < op.groups == source[0]
+    fits = (side == 1 and not depthwise(op, source)) or (side in (3, 5, 7) and stride <= 2)
+    return same and square and fits
+
+
+def depthwise(op: Op, source: Shape) -> bool:
+    """Whether a conv has filters of one channel each; as plan.h has it."""
+    return 1 < op.groups == source[0]
 
 
 def cropped(op: Op, source: Shape) -> Op:

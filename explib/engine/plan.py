@@ -4,12 +4,13 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from explib.engine import geometry
-from explib.engine.build import TYPES, byte_chunk, chunk, library
+from explib.engine.build import TYPES, byte_chunk, byte_filters, chunk, library
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -26,6 +27,8 @@ ACTS = (
     "leaky", "prelu", "elu", "tanh",
 )  # fmt: skip
 _PAIRWISE = ("add", "sub", "mul", "div")
+TOGETHER = 1.85
+"""int8: how many times the words may become for several filters at once, which load them once."""
 
 
 def native(op: Op, sources: Sequence[tuple[int, ...]]) -> bool:
@@ -67,11 +70,12 @@ _AXIS = ("kernel", "stride", "pad", "dilation")
 
 class _Op(ctypes.Structure):
     _axes = tuple(f"{name}_{axis}" for axis in "hw" for name in _AXIS)
-    _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups")
+    _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", "together")
     _arrays = (
         "bias", "slope", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
-        "byte_weight", "byte_start", "byte_index", "byte_scale", "byte_bias",
+        "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
+        "byte_scale", "byte_bias",
     )  # fmt: skip
     _fields_ = [
         *[(name, ctypes.c_int32) for name in _numbers],
@@ -235,7 +239,7 @@ class Network:
     def __init__(self, ops, inputs, outputs, *, dtype: torch.dtype, threads: int):
         self.inputs, self.outputs, self.dtype, self.threads = inputs, outputs, dtype, threads
         self.shapes = {op.name: op.shape for op in ops} | inputs
-        self._library = library()
+        self._library = library(dtype)
         self._keep: list[np.ndarray] = []
         ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
         found, slots, listed = places(ops, inputs, outputs)
@@ -307,7 +311,8 @@ class Network:
         return array.ctypes.data
 
     def _op(self, kind: str, source: int, other: int, output: int, **more) -> _Op:
-        return _Op(KINDS.index(kind), source, other, output, **more)
+        codes = dict.fromkeys(_CODES, _Code(1, 0))  # what is stored as it is
+        return _Op(KINDS.index(kind), source, other, output, **codes | more)
 
     def _source(self, op: Op) -> Shape:
         return geometry.chw(self.shapes[op.inputs[0]])
@@ -320,16 +325,19 @@ class Network:
         act = ACTS.index("clamp" if op.act == "relu6" else op.act)
         more = dict(act=act, groups=op.groups, alpha=alpha, beta=beta)
         names = op.inputs[0], op.inputs[-1], op.name
-        if op.kind != "copy":  # which takes what is stored as it is
+        if op.kind != "copy":
             more |= dict(zip(_CODES, (self._codes[name] for name in names), strict=True))
         for name in _AXIS:
             more |= dict(zip((f"{name}_h", f"{name}_w"), getattr(op, name), strict=True))
-        arrays = {name: self._held(array) for name, array in self._arrays(op).items()}
+        given = self._arrays(op)
+        more["together"] = given.pop("together", 1)
+        arrays = {name: self._held(array) for name, array in given.items()}
         return self._op(_KIND.get(op.kind, op.kind), source, other, index[op.name], **more | arrays)
 
-    def _arrays(self, op: Op) -> dict[str, np.ndarray]:
+    def _arrays(self, op: Op) -> dict[str, Any]:
         """What the C++ reads beside the numbers of an op."""
-        arrays, kind, source = {}, _KIND.get(op.kind, op.kind), self._source(op)
+        arrays: dict[str, Any] = {}
+        kind, source = _KIND.get(op.kind, op.kind), self._source(op)
         if op.slope is not None:
             arrays["slope"] = _floats(op.slope)
         if op.weight is not None:
@@ -363,7 +371,7 @@ class Network:
         values = self._scalars(values)
         return np.repeat(values, 2, axis=-1) if values.dtype == np.float16 else values
 
-    def _kernels(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, np.ndarray]:
+    def _kernels(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, Any]:
         """The kernels (F, C / groups, KH, KW) that are not all zeros, by filter and by channel."""
         channels, plain = source[0], geometry.plain(op, source)
         by_chunk = plain and op.kernel == (1, 1)
@@ -379,8 +387,10 @@ class Network:
         total = np.concatenate([[0], keep.sum(1).cumsum()])
         wanted = total[-1] * np.arange(self.threads + 1) / self.threads
         share = np.searchsorted(total, wanted)
+        if self.dtype == torch.int8:  # no thread begins within filters that are computed together
+            share = share // 4 * 4
         share[0], share[-1] = 0, filters
-        lists = {"share": share.astype(np.int32)}
+        lists: dict[str, Any] = {"share": share.astype(np.int32)}
         if self.dtype == torch.bfloat16:
             size = chunk(self._library, self.dtype, True) if by_chunk else channels
             lists |= _by_chunk(_pairs, flat, keep, size)
@@ -388,7 +398,9 @@ class Network:
                 own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
                 lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
         if self.dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
-            lists |= self._bytes(weight, op)
+            lists |= self._bytes(weight, op, source)
+            if not geometry.depthwise(op, source):
+                return lists
         if by_chunk:
             lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
             lists["weight"] = self._words(lists["weight"])
@@ -412,33 +424,52 @@ class Network:
             "index_by_channel": f[order].astype(np.int32),
         }
 
-    def _bytes(self, weight: np.ndarray, op: Op) -> dict[str, np.ndarray]:
+    def _bytes(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, Any]:
         """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
-        Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels.
+        Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels; of filters
+        that are computed `together` one each, also where it is zero for some of them.
         """
         assert op.steps is not None
         steps, side = op.steps.numpy(), op.kernel[0]
+        depthwise = geometry.depthwise(op, source)
         whole = np.rint(weight / steps[:, None, None, None])
         scale, zero = steps * op.scales[0], op.zeros[0]
         bias = np.zeros(len(weight)) if op.bias is None else _floats(op.bias)
-        made = {
+        made: dict[str, Any] = {
             "byte_scale": scale.astype(np.float32),
             "byte_bias": (bias - scale * zero * whole.sum((1, 2, 3))).astype(np.float32),
         }
-        plane = geometry.chw(op.shape)[1:]
-        size = byte_chunk(self._library, side, op.stride[0], *plane, self._source(op)[0])
         if side == 1:
             whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % 4)))
-            words, size = whole.reshape(len(whole), -1, 1, 4), size // 4
+            words = whole.reshape(len(whole), -1, 1, 4)
         else:
-            whole = _ungrouped(whole, op.groups)
+            whole = whole if depthwise else _ungrouped(whole, op.groups)
             words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -side % 4)))
             words = words.reshape(*words.shape[:2], -1, 4)
         keep = np.asarray(words.any((2, 3)))
         flat = words.astype(np.int8).view(np.int32)[..., 0]
-        lists = _by_chunk(_singles, flat, keep, size)
-        return made | {f"byte_{name}": array for name, array in lists.items()}
+        like = side, op.stride[0], *geometry.chw(op.shape)[1:]
+        grouped = _grouped(flat, keep, 4)
+        many = side == 1 and bool(grouped[1].mean() < TOGETHER * keep.mean())
+        for layout, name in enumerate(("byte", "flat")):
+            if name == "byte" and depthwise:
+                continue  # blocks of images have no bytes of a row side by side
+            at_once = byte_filters(self._library, *like, layout, many)
+            made["together"] = max(at_once, made.get("together", 1))
+            size = byte_chunk(self._library, *like, source[0], at_once, layout)
+            size //= 4 if side == 1 else 1
+            kernels, kept = grouped if at_once > 1 else (flat, keep)
+            lists = _by_chunk(_singles, kernels, kept, size)
+            made |= {f"{name}_{part}": array for part, array in lists.items()}
+        return made
+
+
+def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (F, C, 1) as taps (F / size, C, size) of `size` filters, kept where one is."""
+    more = ((0, -len(weight) % size), (0, 0))
+    weight = np.pad(weight[:, :, 0], more).reshape(-1, size, weight.shape[1]).swapaxes(1, 2)
+    return weight, np.asarray(np.pad(keep, more).reshape(-1, size, keep.shape[1]).any(1))
 
 
 def _floats(tensor: torch.Tensor) -> np.ndarray:

@@ -109,7 +109,7 @@ def outputs_match(
 
     def inputs() -> Inputs:
         if random:
-            return _random(like, count)
+            return random_like(like, count)
         return tree_map_only(torch.Tensor, lambda x: x[:count].clone() if x.ndim else x, like)
 
     with modes_kept(model), modes_kept(built), torch.no_grad():
@@ -120,7 +120,7 @@ def outputs_match(
     )
 
 
-def _random(like: Inputs, count: int) -> Inputs:
+def random_like(like: Inputs, count: int) -> Inputs:
     """As many random inputs of the same shapes; of other than floats, the first again and again."""
     generator = torch.Generator().manual_seed(0)
 

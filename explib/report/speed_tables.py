@@ -117,15 +117,12 @@ def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
         return pd.DataFrame()
     record = max(found, key=lambda record: record["provenance"].get("created", ""))
     name, lines = record["provenance"]["hardware"]["name"], []
-    in_int8 = {row["arch"] for row in record["networks"] if "engine int8" in row["images_per_s"]}
     for row in record["networks"]:
         best = {column: _fastest(row, names) for column, names in ALTERNATIVES.items()}
         line = {"network": row["label"], "batch": str(row["batch"])}
         for column, (speed, precision) in best.items():
             said = "" if precision in column else f" {precision}"
             line[column] = f"{speed:.0f}{said}" if speed else NOT_MEASURED
-        if row["batch"] < 16 and row["arch"] in in_int8:
-            line["engine int8, pruned"] = "as fp32"  # which such batches are computed in
         ours = best["engine, pruned"][0]
         exact = ("torch.compile, dense", "OpenVINO, dense", "ONNX Runtime, dense")
         dense = max(best[column][0] for column in exact)

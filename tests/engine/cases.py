@@ -1,14 +1,13 @@
 """Every op that the engine has a kernel for, on planes that fit no tile, against torch."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
 from explib.engine import build, plan, quantization, reference
 from explib.engine.graph import Op
 
-PLANES = ((13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
+PLANES = ((13, 9), (17, 20), (7, 30), (5, 5), (2, 3), (1, 1))
 BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03, torch.int8: 1e-5}
 Shape = tuple[int, ...]
 Case = tuple[str, Op, list[Shape]]
@@ -148,6 +147,8 @@ def moved(shape: Shape) -> Iterator[Case]:
         yield "slice of neighbours", Op("slice", "y", ("x",), part, pad=(-1, -1)), [shape]
     flat = Op("flatten", "y", ("x",), (channels * height * width,))
     yield "flatten", flat, [shape]
+    joined = Op("cat", "y", ("x", "z", "x"), (2 * channels + 2, height, width))
+    yield "cat", joined, [shape, (2, height, width)]
 
 
 def cases(plane: tuple[int, int]) -> Iterator[Case]:
@@ -182,12 +183,6 @@ def drawn(op: Op, inputs: dict[str, Shape], count: int) -> dict[str, torch.Tenso
     return values
 
 
-def interleaved(count: int) -> bool:
-    """Whether so many images fill the engine's vectors: kernels.cpp."""
-    lanes = build.library().explib_vector_bytes() // 4
-    return 3 * -(-count // lanes) * lanes <= 5 * count
-
-
 @torch.no_grad()
 def error(fast: plan.Network, op: Op, count: int) -> float:
     """By how much the op and the conv behind it miss torch's, as a share of what is allowed.
@@ -197,9 +192,7 @@ def error(fast: plan.Network, op: Op, count: int) -> float:
     """
     values = drawn(op, fast.inputs, count)
     ops, bound = fast.ops, BOUNDS[fast.dtype]
-    if not interleaved(count):  # int8 is float32 there, but for its weights
-        ops = [replace(made, scales=()) for made in ops]
-    elif op.scales:
+    if op.scales:
         codes = map(quantization.Code, op.scales, op.zeros)
         values |= {
             n: quantization.coded(values[n], c) for n, c in zip(op.inputs, codes, strict=False)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from explib import engine, models, registry
 from explib.data import eval_batches, load_data
-from explib.engine import build, export, fused, graph, plan
+from explib.engine import build, compiling, export, fused, graph, plan
 from explib.params import Params
 from explib.pruning import checkpoints, criteria, layers
 from explib.pruning import masks as masking
@@ -287,6 +287,21 @@ BRANCHING = {
     "one batch": (lambda x: x.view(2, -1), r"for some sizes of the batch \(.* == 2\)"),
     "each image": (lambda x: torch.stack([y + 1 for y in x]), "for some sizes of the batch"),
 }
+
+
+@needs_compiler
+def test_blocks_that_answer_otherwise_than_single_images_are_not_used(monkeypatch):
+    """Small batches, with which a network is compared, never run in blocks."""
+    model, example = nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8)
+    run = compiling.Network.__call__
+
+    def wrong(self, *tensors):
+        return [2 * y if len(y) >= 4 else y for y in run(self, *tensors)]
+
+    monkeypatch.setattr(compiling.Network, "__call__", wrong)
+    with pytest.warns(UserWarning, match="the engine makes something else of it; this network"):
+        fast = engine.compile(model, example)
+    assert fast.report["engine"] == "torch"
 
 
 @pytest.mark.parametrize(("branch", "why"), BRANCHING.values(), ids=BRANCHING)

@@ -1,4 +1,4 @@
-"""Networks as files with their graph: read without the class that built them, checked, refused."""
+"""Networks as files with their graph (stored, saving): read without their class, checked."""
 
 import json
 import subprocess

@@ -1,9 +1,10 @@
-// int8: square convolutions of blocks of images by dot products of four bytes.
+// int8: square convolutions by dot products of four bytes.
 //
 // A word holds four codes of one image that a filter takes at once: neighbouring pixels of a row of
 // its kernel (3, 5, 7: of more than there are the weights are zero), of a 1x1 conv neighbouring
-// channels. A tile's words
-// are put together once for all filters; sums are exact, in 32 bits.
+// channels. A vector holds the words of one pixel of as many images (here), or of pixels side by
+// side of one (byte_images.h). A tile's words are put together once for all filters; sums are exact,
+// in 32 bits.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -19,6 +20,9 @@ constexpr int WORDS_BYTES = 48 * 1024;  // of the second, where that spares a 3x
 constexpr int BYTE_SUMS_BYTES = 128 * 1024;  // and for sums that wait for more channels
 // Registers hold the sums of a tile, of 32 vectors or 16
 constexpr int WIDE = VECTOR_BYTES == 64 || TILE_H == 4 ? 2 : 1;
+
+template <int N>
+using Int = std::integral_constant<int, N>;
 
 typedef uint8_t Bytes __attribute__((vector_size(BYTE_LANES), may_alias, aligned(1)));
 
@@ -107,12 +111,73 @@ FORCED inline Words quads(const Byte* at) {
 #endif
 }
 
-// K: 1, 3, 5 or 7; S: the stride, which of a 1x1 conv only pack sees
-template <int K, int S, int TH, int TW>
+// Values of a filter's outputs to their codes, with any activation. other: null, or what is added
+[[gnu::noinline]] inline void end_values(const Op& op, int f, Types<float>::V* values, int count,
+                                         const Byte* other, const int64_t* at) {
+    for (int i = 0; other && i < count; ++i)
+        values[i] += decoded<Byte>(load(other + at[i]), op.other_code);
+    for (int i = 0; i < count; ++i) {
+        activate<1>(op, f, values + i);
+        values[i] = coded<Byte>(values[i], op.out_code);
+    }
+}
+
+// N vectors of a filter's sums to codes of its outputs: vector i is at at(i) of `other`, which is
+// added unless it is null, and put(i, codes) stores it
+template <int N, class At, class Put>
+FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* other,
+                            const At& at, const Put& put) {
+    using V = Types<float>::V;
+    const float scale = op.byte_scale[f], bias = op.byte_bias[f];
+    V made[N];
+    const auto each = [&](auto change) FORCED {
+        repeat<N>([&](auto i) FORCED {
+            change(made[i], __builtin_convertvector(sums[i], V), at(i));
+        });
+    };
+    if (op.act > RELU) {
+        V values[N];
+        int64_t where[N];
+        repeat<N>([&](auto i) FORCED {
+            values[i] = __builtin_convertvector(sums[i], V) * scale + bias;
+            where[i] = at(i);
+        });
+        end_values(op, f, values, N, other, where);
+        repeat<N>([&](auto i) FORCED { put(i, values[i]); });
+        return;
+    }
+    // in units of the outputs' codes, all of it
+    const float unit = 1 / op.out_code.scale, least = op.act ? op.out_code.zero : 0;
+    const float factor = scale * unit, beside = op.other_code.scale * unit;
+    const float shift = bias * unit + op.out_code.zero;
+    if (other) {
+        const float start = shift - beside * op.other_code.zero;
+        each([&](V& value, V sum, int64_t at) FORCED {
+            value = sum * factor + (load(other + at) * beside + start);
+        });
+    } else {
+        each([&](V& value, V sum, int64_t) FORCED { value = sum * factor + shift; });
+    }
+    if (least > 0)
+        each([&](V& value, V, int64_t) FORCED { value = value < least ? V{} + least : value; });
+    repeat<N>([&](auto i) FORCED { put(i, made[i]); });
+}
+
+// The kernels of a conv as words, by chunk and in that by filter, or by group of filters
+struct ByteLists {
+    const int32_t *weight, *start, *index;
+};
+
+// TH x TW vectors of outputs of a conv, of which Layout knows where they are:
+//   pack<Tile>(words, y, x, first, channels)  puts the words of so many channels together
+//   end<Tile>(sums, f, y, x)                  makes outputs of a filter's sums
+// K: 1, 3, 5 or 7; S: the stride; 0: every vector of outputs has K rows of words of its own, and x
+// counts them; M: filters at once, for which a word is loaded once
+template <class Layout, int K_, int S_, int TH_, int TW_, int M_ = 1>
 struct ByteTile {
-    static constexpr int HEIGHT = TH, WIDTH = TW;
+    static constexpr int K = K_, S = S_, TH = TH_, TW = TW_, M = M_;
     static constexpr int Q = (K + 3) / 4;  // words of a row of a kernel
-    static constexpr int IH = (TH - 1) * S + K, WORDS = IH * TW * Q;
+    static constexpr int IH = S ? (TH - 1) * S + K : K * TH, WORDS = IH * TW * Q;
     static constexpr int ITEM = K == 1 ? 4 : 1;  // channels whose words lie together
     // Channels of a chunk, for which the words of a tile lie in the cache at once
     static constexpr int chunk(int channels) {
@@ -120,80 +185,45 @@ struct ByteTile {
         if (K > 1 && channels * each <= WORDS_BYTES) return channels;
         return std::max(1, FEW_BYTES / each) * ITEM;
     }
-    static constexpr int FILTERS = BYTE_SUMS_BYTES / (TH * TW * VECTOR_BYTES);
-
-    const ConvBlock<Byte>& a;
-    Words* words;
-
-    // The words of `channels` channels of the tile at (y, x)
-    void pack(int y, int x, int first, int channels) const {
-        const int64_t plane = block_plane(a.height, a.width) * BYTE_LANES;
-        const Byte* in = a.in + first * plane;
-        Words* to = words;
-        if constexpr (K == 1) {
-            const int stride = a.op.rows.stride * BYTE_LANES;
-            for (int c = 0; c < channels; c += 4) {
-                const Byte* from[4];  // beyond the last one weights are zero
-                for (int i = 0; i < 4; ++i) from[i] = in + std::min(c + i, channels - 1) * plane;
-                repeat<TH>([&](auto r) FORCED {
-                    repeat<TW>([&](auto t) FORCED {
-                        const int64_t at = (int64_t(y + r) * a.width + x + t) * stride;
-                        *to++ = quads(from[0] + at, from[1] + at, from[2] + at, from[3] + at);
-                    });
-                });
-            }
-            return;
-        }
-        Byte outside[BYTE_LANES];
-        std::memset(outside, int(a.op.in_code.zero), BYTE_LANES);
-        const Words none = quads(outside, outside, outside, outside);
-        for (int c = 0; c < channels; ++c, in += plane)
-            for (int i = 0; i < IH; ++i, to += TW * Q) {
-                const int row = y * S - K / 2 + i;
-                if (row < 0 || row >= a.height) {
-                    repeat<TW * Q>([&](auto t) FORCED { to[t] = none; });
-                    continue;
-                }
-                const Byte* from = in + int64_t(row) * a.width * BYTE_LANES;
-                const auto pixel = [&](int at) FORCED {
-                    return at >= 0 && at < a.width ? from + at * BYTE_LANES : outside;
-                };
-                repeat<TW * Q>([&](auto t) FORCED {
-                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // whose weight is not zero
-                    const int at = (x + t / Q) * S - K / 2 + t % Q * 4;
-                    // beyond it there may be any that is in memory
-                    to[t] = at >= 0 && at + last < a.width && at + 3 <= a.width
-                                ? quads(from + at * BYTE_LANES)
-                                : quads(pixel(at), pixel(at + std::min(1, last)),
-                                        pixel(at + std::min(2, last)), pixel(at + last));
-                });
-            }
+    static constexpr int FILTERS = BYTE_SUMS_BYTES / (TH * TW * VECTOR_BYTES) / M * M;
+    // The row of outputs that row i of the words serves with row ky of a kernel, or -1
+    static constexpr int row(int i, int ky) {
+        constexpr int step = S ? S : 1;
+        if (!S) return i / TH == ky ? i % TH : -1;
+        const int dy = i - ky;
+        return dy >= 0 && dy % step == 0 && dy / step < TH ? dy / step : -1;
     }
+
+    const Layout& a;
+    Words* words;
 
     // What filters make of the words of chunk h; `ends` says that it is the last one
     void add(int y, int x, int h, bool ends, int first, int last, Words* sums) const {
-        constexpr int SETS = TH * TW >= 7 ? 1 : 8 / (TH * TW);
-        const int32_t* start = a.op.byte_start + int64_t(h) * a.out_channels;
-        for (int f = first; f < last; ++f, sums += TH * TW) {
-            int k = start[f];
-            const int end = start[f + 1];
+        constexpr int N = TH * TW, SETS = M * N >= 7 ? 1 : 8 / (M * N);
+        const ByteLists& lists = a.lists;
+        const int32_t* start = lists.start + int64_t(h) * ((a.filters + M - 1) / M);
+        for (int f = first; f < last; f += M, sums += M * N) {
+            int k = start[f / M];
+            const int end = start[f / M + 1];
             if (k == end && h && !ends) continue;
-            Words acc[SETS][TH][TW] = {};
-            if (h)
-                repeat<TH * TW>([&](auto i) FORCED { acc[0][i / TW][i % TW] = sums[i]; });
-            const auto one = [&](Words(&sum)[TH][TW], int k) FORCED {
-                const Words* from = words + int64_t(a.op.byte_index[k]) * WORDS;
-                const int32_t* w = (const int32_t*)a.op.byte_weight + int64_t(k) * K * Q;
+            Words acc[SETS][M][N] = {};
+            if (h) repeat<M * N>([&](auto i) FORCED { acc[0][i / N][i % N] = sums[i]; });
+            const auto one = [&](Words(&sum)[M][N], int k) FORCED {
+                const Words* from = words + int64_t(lists.index[k]) * WORDS;
+                const int32_t* w = lists.weight + int64_t(k) * K * Q * M;
                 repeat<Q>([&](auto q) FORCED {
-                    Words weights[K];
-                    repeat<K>([&](auto ky) FORCED { weights[ky] = Words{} + w[ky * Q + q]; });
+                    Words weights[K][M];
+                    repeat<K * M>([&](auto i) FORCED {
+                        weights[i / M][i % M] = Words{} + w[(i / M * Q + q) * M + i % M];
+                    });
                     repeat<IH>([&](auto i) FORCED {
                         repeat<TW>([&](auto t) FORCED {
                             const Words codes = from[(i * TW + t) * Q + q];
-                            repeat<K>([&](auto ky) FORCED {
-                                constexpr int dy = i - ky;
-                                if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
-                                    sum[dy / S][t] = add_dots(sum[dy / S][t], codes, weights[ky]);
+                            repeat<K * M>([&](auto j) FORCED {
+                                constexpr int ky = j / M, m = j % M, r = row(i, ky);
+                                if constexpr (r >= 0)
+                                    sum[m][r * TW + t] =
+                                        add_dots(sum[m][r * TW + t], codes, weights[ky][m]);
                             });
                         });
                     });
@@ -203,68 +233,136 @@ struct ByteTile {
                 repeat<SETS>([&](auto s) FORCED { one(acc[s], k + s); });
             if constexpr (SETS > 1) {
                 for (; k < end; ++k) one(acc[0], k);
-                repeat<SETS - 1>([&](auto s) FORCED {
-                    repeat<TH * TW>([&](auto i) FORCED {
-                        acc[0][i / TW][i % TW] += acc[s + 1][i / TW][i % TW];
-                    });
+                repeat<(SETS - 1) * M * N>([&](auto i) FORCED {
+                    constexpr int at = i % (M * N);
+                    acc[0][at / N][at % N] += acc[i / (M * N) + 1][at / N][at % N];
                 });
             }
             if (!ends) {
-                repeat<TH * TW>([&](auto i) FORCED { sums[i] = acc[0][i / TW][i % TW]; });
+                repeat<M * N>([&](auto i) FORCED { sums[i] = acc[0][i / N][i % N]; });
                 continue;
             }
-            end_sums(acc[0], f, y, x);
+            repeat<M>([&](auto m) FORCED {
+                if (M == 1 || f + m < a.filters) a.template end<ByteTile>(acc[0][m], f + m, y, x);
+            });
         }
     }
 
-    // Sums of a filter to codes of its outputs
-    FORCED void end_sums(const Words (&acc)[TH][TW], int f, int y, int x) const {
-        using V = Types<float>::V;
-        const Op& op = a.op;
-        const float scale = op.byte_scale[f], bias = op.byte_bias[f];
-        V made[TH][TW];
-        const auto each = [&](auto change) FORCED {
-            repeat<TH * TW>([&](auto i) FORCED {
-                change(made[i / TW][i % TW], __builtin_convertvector(acc[i / TW][i % TW], V),
-                       i / TW, i % TW);
-            });
-        };
-        if (op.act > RELU) {
-            each([&](V& value, V sum, int, int) FORCED { value = sum * scale + bias; });
-            return finish<Byte, TH, TW>(a, f, y, x, made);
+    // Chunks of `size` channels, as the lists have them; of a depthwise conv each filter's own one
+    void run(int y, int x, int size) const {
+        if (a.depthwise) {
+            for (int f = a.first; f < a.last; ++f) {
+                a.template pack<ByteTile>(words, y, x, f * a.channels / a.filters, 1);
+                add(y, x, 0, true, f, f + 1, nullptr);
+            }
+            return;
         }
-        // in units of the outputs' codes, all of it
-        const float unit = 1 / op.out_code.scale, least = op.act ? op.out_code.zero : 0;
-        const float factor = scale * unit, beside = op.other_code.scale * unit;
-        const float shift = bias * unit + op.out_code.zero;
-        const int64_t first = (f * block_plane(a.out_height, a.out_width) +
-                               int64_t(y) * a.out_width + x) * BYTE_LANES;
-        const auto at = [&](int r, int t) FORCED {
-            return first + (int64_t(r) * a.out_width + t) * BYTE_LANES;
-        };
-        if (a.other) {
-            const float start = shift - beside * op.other_code.zero;
-            each([&](V& value, V sum, int r, int t) FORCED {
-                value = sum * factor + (load(a.other + at(r, t)) * beside + start);
-            });
-        } else {
-            each([&](V& value, V sum, int, int) FORCED { value = sum * factor + shift; });
-        }
-        if (least > 0)
-            each([&](V& value, V, int, int) FORCED { value = value < least ? V{} + least : value; });
-        each([&](V& value, V, int r, int t) FORCED { store(a.out + at(r, t), value); });
-    }
-
-    void run(int y, int x) const {
-        const int size = chunk(a.channels), chunks = (a.channels + size - 1) / size;
+        const int chunks = (a.channels + size - 1) / size;
         Words* sums = words + WORDS_BYTES / VECTOR_BYTES;
         for (int first = a.first; first < a.last; first += chunks > 1 ? FILTERS : a.last) {
             const int last = chunks > 1 ? std::min(first + FILTERS, a.last) : a.last;
             for (int h = 0; h < chunks; ++h) {
-                pack(y, x, h * size, std::min(size, a.channels - h * size));
+                const int channels = std::min(size, a.channels - h * size);
+                a.template pack<ByteTile>(words, y, x, h * size, channels);
                 add(y, x, h, h + 1 == chunks, first, last, sums);
             }
         }
+    }
+};
+
+// Filters at once of a 1x1 conv most of whose words have weights: what fits in 32 registers
+constexpr int POINT_FILTERS = VECTOR_BYTES == 64 || TILE_H == 4 ? 4 : 1;
+constexpr int POINT_TILE = POINT_FILTERS > 1 ? 6 : 8;  // vectors of a tile then
+
+// with(tile): a tile for `left` vectors of the outputs of a 1x1 conv, as an empty ByteTile's type
+template <class Layout, int S, class With>
+inline int with_point_tile(int together, int left, const With& with) {
+    const auto of = [&](auto n) FORCED {
+        if constexpr (n <= POINT_TILE) if (together > 1)
+            return with((ByteTile<Layout, 1, S, n, 1, POINT_FILTERS>*)nullptr);
+        return with((ByteTile<Layout, 1, S, n, 1>*)nullptr);
+    };
+    if (together > 1) {  // tiles of about one size
+        const int tiles = (left + POINT_TILE - 1) / POINT_TILE;
+        left = (left + tiles - 1) / tiles;
+    }
+    if (WIDE == 2 && left >= 14) return of(Int<14>{});
+    if (WIDE == 2 && left == 13) return of(Int<13>{});
+    if (left >= 8) return of(Int<8>{});
+    if (left == 7) return of(Int<7>{});
+    if (left == 6 && together > 1) return of(Int<6>{});
+    if (left == 5 && together > 1) return of(Int<5>{});
+    if (left >= 4) return of(Int<4>{});
+    if (left == 3 && together > 1) return of(Int<3>{});
+    return left >= 2 ? of(Int<2>{}) : of(Int<1>{});
+}
+
+// A conv of a block of images
+struct ByteBlock {
+    const Op& op;
+    const Tensor &in, &out;
+    const Byte *from, *other;  // other: added to the outputs, or null
+    Byte* to;
+    ByteLists lists;
+    int channels, filters, first, last;  // of the filters those to compute
+    static constexpr bool depthwise = false;
+
+    template <class Tile>
+    void pack(Words* to, int y, int x, int first, int channels) const {
+        constexpr int K = Tile::K, S = Tile::S ? Tile::S : 1, TH = Tile::TH, TW = Tile::TW, Q = Tile::Q;
+        const int64_t plane = block_plane(in.height, in.width) * BYTE_LANES;
+        const Byte* codes = from + first * plane;
+        if constexpr (K == 1) {
+            int64_t at[TH];
+            for (int i = 0; i < TH; ++i) {
+                const int row = (x + i) / out.width, column = (x + i) % out.width;
+                at[i] = (int64_t(row) * in.width + column) * op.rows.stride * BYTE_LANES;
+            }
+            for (int c = 0; c < channels; c += 4) {
+                const Byte* from[4];  // beyond the last one weights are zero
+                for (int i = 0; i < 4; ++i) from[i] = codes + std::min(c + i, channels - 1) * plane;
+                for (int i = 0; i < TH; ++i)
+                    *to++ = quads(from[0] + at[i], from[1] + at[i], from[2] + at[i], from[3] + at[i]);
+            }
+            return;
+        }
+        Byte outside[BYTE_LANES];
+        std::memset(outside, int(op.in_code.zero), BYTE_LANES);
+        const Words none = quads(outside, outside, outside, outside);
+        for (int c = 0; c < channels; ++c, codes += plane)
+            for (int i = 0; i < Tile::IH; ++i, to += TW * Q) {
+                const int row = y * S - K / 2 + i;
+                if (row < 0 || row >= in.height) {
+                    repeat<TW * Q>([&](auto t) FORCED { to[t] = none; });
+                    continue;
+                }
+                const Byte* from = codes + int64_t(row) * in.width * BYTE_LANES;
+                const auto pixel = [&](int at) FORCED {
+                    return at >= 0 && at < in.width ? from + at * BYTE_LANES : outside;
+                };
+                repeat<TW * Q>([&](auto t) FORCED {
+                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // whose weight is not zero
+                    const int at = (x + t / Q) * S - K / 2 + t % Q * 4;
+                    // beyond it there may be any that is in memory
+                    to[t] = at >= 0 && at + last < in.width && at + 3 <= in.width
+                                ? quads(from + at * BYTE_LANES)
+                                : quads(pixel(at), pixel(at + std::min(1, last)),
+                                        pixel(at + std::min(2, last)), pixel(at + last));
+                });
+            }
+    }
+
+    template <class Tile>
+    FORCED void end(const Words* sums, int f, int y, int x) const {
+        const int64_t first = (f * block_plane(out.height, out.width) + int64_t(y) * out.width + x) *
+                              BYTE_LANES;
+        const auto at = [&](int i) FORCED {
+            const int64_t row = Tile::S ? int64_t(i / Tile::TW) * out.width : i;
+            return first + (row + i % Tile::TW) * BYTE_LANES;
+        };
+        end_sums<Tile::TH * Tile::TW>(
+            op, f, sums, other, at,
+            [&](int i, Types<float>::V codes) FORCED { store(to + at(i), codes); });
     }
 };
 
@@ -274,47 +372,55 @@ template <class With>
 inline int with_byte_tile(int kernel, int stride, int height, int width, const With& with) {
     const auto sized = [&](auto th, auto tw) FORCED {
         const auto strided = [&](auto k) FORCED {
-            if (stride == 1) return with((ByteTile<k, 1, th, tw>*)nullptr);
-            return with((ByteTile<k, 2, th, tw>*)nullptr);
+            if (stride == 1) return with((ByteTile<ByteBlock, k, 1, th, tw>*)nullptr);
+            return with((ByteTile<ByteBlock, k, 2, th, tw>*)nullptr);
         };
-        if (kernel == 1) return with((ByteTile<1, 1, th, tw>*)nullptr);
-        if (kernel == 3) return strided(std::integral_constant<int, 3>{});
-        if (kernel == 5) return strided(std::integral_constant<int, 5>{});
-        return strided(std::integral_constant<int, 7>{});
+        if (kernel == 3) return strided(Int<3>{});
+        return kernel == 5 ? strided(Int<5>{}) : strided(Int<7>{});
     };
     const int side = std::min(height, width);
-    if (side >= 7 && height % 8 == 0)
-        return sized(std::integral_constant<int, 8>{}, std::integral_constant<int, WIDE>{});
-    if (side >= 7 && height % 7 == 0)
-        return sized(std::integral_constant<int, 7>{}, std::integral_constant<int, WIDE>{});
-    if (side >= 4)
-        return sized(std::integral_constant<int, 4>{}, std::integral_constant<int, 2 * WIDE>{});
-    if (side >= 2)
-        return sized(std::integral_constant<int, 2>{}, std::integral_constant<int, 2>{});
-    return sized(std::integral_constant<int, 1>{}, std::integral_constant<int, 1>{});
+    if (side >= 7 && height % 8 == 0) return sized(Int<8>{}, Int<WIDE>{});
+    if (side >= 7 && height % 7 == 0) return sized(Int<7>{}, Int<WIDE>{});
+    if (side >= 4) return sized(Int<4>{}, Int<2 * WIDE>{});
+    if (side >= 2) return sized(Int<2>{}, Int<2>{});
+    return sized(Int<1>{}, Int<1>{});
 }
 
-inline int byte_chunk(int kernel, int stride, int height, int width, int channels) {
-    return with_byte_tile(kernel, stride, height, width, [&](auto* tile) {
+// Channels of a chunk; together: filters at once of a 1x1 conv
+inline int byte_chunk(int kernel, int stride, int height, int width, int channels, int together) {
+    const auto of = [&](auto* tile) {
         return std::remove_pointer_t<decltype(tile)>::chunk(channels);
-    });
+    };
+    if (kernel == 1) return with_point_tile<ByteBlock, 0>(together, height * width, of);
+    return with_byte_tile(kernel, stride, height, width, of);
 }
 
 // A conv with lists of bytes. Threads share the rows of tiles where there are many, else the filters
 inline void byte_block(const Op& op, const Tensor& in, const Tensor& out, const Byte* x,
                        const Byte* other, Byte* y, Words* scratch, int part, int parts) {
-    ConvBlock<Byte> a = {x, other, y, 0, out.channels, in.height, in.width, out.height, out.width,
-                         op, nullptr, nullptr, nullptr};
-    a.channels = in.channels, a.out_channels = out.channels;
-    if (a.out_height < 8 * TILE_H * parts) {
+    const int K = op.rows.kernel, S = op.rows.stride, pixels = out.height * out.width;
+    const ByteLists lists{(const int32_t*)op.byte_weight, op.byte_start, op.byte_index};
+    ByteBlock a{op, in, out, x, other, y, lists, in.channels, out.channels, 0, out.channels};
+    const int size = byte_chunk(K, S, out.height, out.width, in.channels, op.together);
+    if (K == 1 ? pixels < 8 * POINT_TILE * parts : out.height < 8 * TILE_H * parts) {
         if (parts > 1) a.first = op.share[part], a.last = op.share[part + 1];
         part = 0, parts = 1;
     }
-    with_byte_tile(op.rows.kernel, op.rows.stride, out.height, out.width, [&](auto* tile) {
+    if (K == 1) {
+        const int end = (int)split(pixels, part + 1, parts);
+        for (int p = (int)split(pixels, part, parts); p < end;)
+            p += with_point_tile<ByteBlock, 0>(op.together, end - p, [&](auto* tile) {
+                using Tile = std::remove_pointer_t<decltype(tile)>;
+                Tile{a, scratch}.run(0, p, size);
+                return Tile::TH;
+            });
+        return;
+    }
+    with_byte_tile(K, S, out.height, out.width, [&](auto* tile) {
         using Tile = std::remove_pointer_t<decltype(tile)>;
         const Tile made{a, scratch};
-        tiles<Byte, Tile::HEIGHT, Tile::WIDTH>(a, part, parts,
-                                               [&](int y, int x) { made.run(y, x); });
+        tiles<Tile::TH, Tile::TW>(out.height, out.width, part, parts,
+                                  [&](int y, int x) { made.run(y, x, size); });
         return 0;
     });
 }

@@ -214,27 +214,29 @@ struct Phases {
     }
 };
 
-// The pixels of a plane as phases, from `out` on
+// The pixels of a plane as phases, from `out` on; of int8 what its codes stand for
 template <class T>
 void split_phases(const Op& op, const Phases& phases, const Tensor& a, const T* in, int wide,
-                  T* out) {
+                  typename Types<T>::Scalar* out) {
+    using S = typename Types<T>::Scalar;
     const int down = op.rows.stride, along = op.columns.stride, size = phases.along.size;
     for (int phase = 0; phase < phases.count; ++phase, out += phases.plane) {
-        std::fill_n(out, phases.origin, T(0));
-        T* row = out + phases.origin;
+        std::fill_n(out, phases.origin, S(0));
+        S* row = out + phases.origin;
         for (int r = 0; r < phases.down.size; ++r, row += phases.pitch) {
             const int y = r * down + phase / along, first = phase % along;
             const int count = y < a.height ? std::clamp((a.width - first + along - 1) / along, 0, size) : 0;
             const T* x = in + int64_t(y) * wide + first;
+            const auto pixel = [&](int at) FORCED { return decoded<T>(S(x[at]), op.in_code); };
             if (along == 1)
-                std::copy_n(x, count, row);
+                for (int q = 0; q < count; ++q) row[q] = pixel(q);
             else if (along == 2)
-                for (int q = 0; q < count; ++q) row[q] = x[2 * q];
+                for (int q = 0; q < count; ++q) row[q] = pixel(2 * q);
             else
-                for (int q = 0; q < count; ++q) row[q] = x[q * along];
-            std::fill_n(row + count, phases.pitch - count, T(0));
+                for (int q = 0; q < count; ++q) row[q] = pixel(q * along);
+            std::fill_n(row + count, phases.pitch - count, S(0));
         }
-        std::fill(row, out + phases.plane, T(0));
+        std::fill(row, out + phases.plane, S(0));
     }
 }
 

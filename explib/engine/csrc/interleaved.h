@@ -70,7 +70,7 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
 
 template <class T, int TH, int TW>
 void conv_sized(const ConvBlock<T>& a, int part, int parts) {
-    tiles<T, TH, TW>(a, part, parts, [&](int y, int x) {
+    tiles<TH, TW>(a.out_height, a.out_width, part, parts, [&](int y, int x) {
         if (a.op.rows.kernel == 1)
             conv_tile<T, 1, 1, TH, TW>(a, y, x);
         else if (a.op.rows.stride == 1)

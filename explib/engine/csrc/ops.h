@@ -103,6 +103,7 @@ struct BlockPixels {
     int pitch_in, pitch_out;
     static FORCED Pixel get(const T* plane, int64_t at) { return load(plane + at * SIZE); }
     static FORCED void set(T* plane, int64_t at, Pixel value) { store(plane + at * SIZE, value); }
+    static FORCED Pixel all(typename Types<T>::Scalar value) { return Pixel{} + value; }
 };
 template <class T>
 struct ImagePixels {
@@ -111,6 +112,7 @@ struct ImagePixels {
     int pitch_in, pitch_out;
     static FORCED Pixel get(const T* plane, int64_t at) { return plane[at]; }
     static FORCED void set(T* plane, int64_t at, Pixel value) { plane[at] = value; }
+    static FORCED Pixel all(typename Types<T>::Scalar value) { return Pixel(value); }
 };
 
 inline bool is_whole(const Op& op, const Tensor& in, const Tensor& out) {
@@ -122,7 +124,7 @@ inline bool is_whole(const Op& op, const Tensor& in, const Tensor& out) {
 template <class T, class Layout>
 void select_plane(const Op& op, const Layout& layout, const Tensor& out, const T* x, T* y) {
     const int32_t *rows = op.index + out.channels, *columns = rows + out.height;
-    const typename Layout::Pixel outside = typename Layout::Pixel{} + typename Types<T>::Scalar(coded<T>(op.alpha, op.out_code));
+    const auto outside = Layout::all(typename Types<T>::Scalar(coded<T>(op.alpha, op.out_code)));
     // lists rise: so do neighbours only where the last is as far from the first as it is here
     const bool neighbours = columns[0] >= 0 && columns[out.width - 1] - columns[0] == out.width - 1;
     for (int r = 0; r < out.height; ++r) {

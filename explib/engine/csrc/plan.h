@@ -23,6 +23,7 @@ struct Op {
     int32_t kind, in, other, out;
     Axis rows, columns;
     int32_t act, groups;
+    int32_t together;  // int8, 1x1: filters whose kernels stand together, so that one word serves all
     float alpha, beta;  // of the activation, SCALAR and LAYERNORM (eps); SELECT: alpha is outside
     // CONV, LINEAR, AFFINE, LAYERNORM: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
     const float *bias, *slope;  // slope: of PRELU, (F,)
@@ -41,10 +42,13 @@ struct Op {
     const int32_t* start_by_channel;  // (threads * C + 1,)
     const int32_t* index_by_channel;  // the filter of each kernel
     const int32_t* share;             // (threads + 1,)
-    // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats, the factor and the bias of
-    // each filter's sums, (F,), and the codes of `in`, `other` and `out`
+    // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats:
+    // in chunks for blocks (of depthwise convs never), in others for single images. The factor and the bias of each filter's
+    // sums, (F,), and the codes of `in`, `other` and `out`
     const void* byte_weight;
     const int32_t *byte_start, *byte_index;
+    const void* flat_weight;
+    const int32_t *flat_start, *flat_index;
     const float *byte_scale, *byte_bias;
     Code in_code, other_code, out_code;
 };

@@ -1,10 +1,12 @@
 // Single images, [C][rows of W + halo]: a vector holds neighbouring pixels. Planes have zeros
-// around them, so that a shifted plane is a shifted load; threads share every op.
+// around them, so that a shifted plane is a shifted load; those of int8 have none (byte_images.h).
+// Threads share every op.
 #pragma once
 #include <algorithm>
 #include <map>
 #include <memory>
 
+#include "byte_images.h"
 #include "general.h"
 #include "ops.h"
 #include "plan.h"
@@ -76,44 +78,52 @@ void conv_filter(const Op& op, const T* in, int64_t plane, const int* shift, int
 template <class T>
 class Images {
     using V = typename Types<T>::V;
+    using Scalar = typename Types<T>::Scalar;
     static constexpr int LANES = Types<T>::lanes;
+    static constexpr bool BYTES = std::is_same_v<T, Byte>;
     const Plan& plan;
-    std::vector<int64_t> starts;  // of the slots, in scalars
-    int64_t size = 0, scratch_size = 0;
+    std::vector<int64_t> starts;  // of the slots, in values
+    int64_t size = 0, scratch_size = 0;  // in values, and in scalars
     std::vector<std::unique_ptr<Memory>> memories, scratch;
+    std::vector<std::unique_ptr<Memory>> byte_scratch;  // of int8's convs
+    std::map<const Op*, Windows> windows;               // of those
     std::vector<std::unique_ptr<PointScratch>> point_scratch;
     std::map<const Op*, Phases> phases;  // of convs that are not plain
     // of the pixels of a body: 1 inside the image, 0 between its rows
     std::map<std::pair<int, int>, std::unique_ptr<Memory>> inside;
 
     // A plane is a body of rows and a margin of zeros, whole vectors both
-    int pitch(int width) const { return width + plan.halo; }
+    int halo() const { return BYTES ? 0 : plan.halo; }
+    int pitch(int width) const { return width + halo(); }
     int body(int height, int width) const { return round_up(height * pitch(width), LANES); }
-    int margin(int width) const { return round_up(plan.halo * (pitch(width) + 1), LANES); }
+    int margin(int width) const { return round_up(halo() * (pitch(width) + 1), LANES); }
     int64_t plane(int height, int width) const { return body(height, width) + margin(width); }
+    // before the first plane and behind the last one: a margin, and what loads there reach beyond
+    int lead(int width) const { return BYTES ? windows_reach(width) : margin(width); }
+    int beyond(int width) const { return lead(width) + (BYTES ? 0 : 2 * PAIR * LANES); }
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
-        return memory + starts[a.slot] + margin(a.width) + a.first * plane(a.height, a.width);
+        return memory + starts[a.slot] + lead(a.width) + a.first * plane(a.height, a.width);
     }
 
   public:
     explicit Images(const Plan& plan)
-        : plan(plan), memories(plan.threads), scratch(plan.threads), point_scratch(plan.threads) {
+        : plan(plan), memories(plan.threads), scratch(plan.threads), byte_scratch(plan.threads),
+          point_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
-            // two margins more: before the first plane, and for loads that begin near the end
-            size += s.channels * plane(s.height, s.width) + 2 * margin(s.width) + 2 * PAIR * LANES;
+            size += lead(s.width) + s.channels * plane(s.height, s.width) + beyond(s.width);
         }
         for (const Op& o : plan.ops) {
             if (o.out < 0) continue;
             const Tensor& out = plan.tensors[o.out];
             if (o.in >= 0) scratch_size = std::max(scratch_size, need(o, plan.tensors[o.in], out));
             auto& mask = inside[{out.height, out.width}];
-            if (mask) continue;
-            mask = std::make_unique<Memory>(body(out.height, out.width) * sizeof(T));
+            if (mask || BYTES) continue;
+            mask = std::make_unique<Memory>(body(out.height, out.width) * sizeof(Scalar));
             for (int r = 0; r < out.height; ++r)
-                std::fill_n((T*)mask->data + r * pitch(out.width), out.width, T(1));
+                std::fill_n((Scalar*)mask->data + r * pitch(out.width), out.width, Scalar(1));
         }
     }
 
@@ -121,15 +131,17 @@ class Images {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         for (auto& memory : scratch)
-            if (!memory) memory = std::make_unique<Memory>(scratch_size * sizeof(T));
-        PointScratch::prepare(point_scratch);
+            if (!memory) memory = std::make_unique<Memory>(scratch_size * sizeof(Scalar));
+        if (!BYTES) return PointScratch::prepare(point_scratch);
+        for (auto& one : byte_scratch)
+            if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
     }
 
     // One of `parts` threads that run this at once on the same worker's memory
     void run(int worker, const float* const* in, float* const* out, int64_t image, int part,
              int parts, Barrier& barrier) {
         T* memory = (T*)memories[worker]->data;
-        T* extra = (T*)scratch[worker]->data;
+        Scalar* extra = (Scalar*)scratch[worker]->data;
         for (const Op& op : plan.ops) {
             run_op(op, worker, memory, extra, in, out, image, part, parts, barrier);
             barrier.wait(parts);
@@ -139,7 +151,11 @@ class Images {
   private:
     // What an op needs of scratch memory, in scalars
     int64_t need(const Op& op, const Tensor& in, const Tensor& out) {
-        if (op.kind == CONV && !is_plain(op, in, out)) {
+        if (op.kind == CONV && BYTES && op.flat_weight) {
+            windows.try_emplace(&op, op, in, out);
+            return 0;
+        }
+        if (op.kind == CONV && is_general(op, in, out)) {
             const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
             const Phases& own = phases.try_emplace(&op, op, in, out, LANES, wide).first->second;
             const int64_t planes = wide ? 0
@@ -149,13 +165,17 @@ class Images {
         }
         const int each = op.kind == CONV     ? out.channels * PAIR * LANES
                          : op.kind == LINEAR ? round_up(in.channels, LANES)
-                                             : 2 * round_up(pitch(in.width), LANES);
+                                             : 4 * round_up(pitch(in.width), LANES);  // two rows of floats
         int64_t size = int64_t(each) * plan.threads;
         if (op.kind == CONV && op.rows.kernel == 3 && op.rows.stride > 1)
             size += int64_t(op.rows.stride) * op.rows.stride * in.channels *
                         plane(out.height, out.width) +
                     2 * margin(out.width) + 2 * PAIR * LANES;
         return size;
+    }
+
+    bool is_general(const Op& op, const Tensor& in, const Tensor& out) const {
+        return BYTES ? !op.flat_weight : !is_plain(op, in, out);
     }
 
     // Rows of a filter's outputs at once, in scalars: at least one row and what vectors add
@@ -168,63 +188,104 @@ class Images {
         const auto reach = [](const Axis& axis) {
             return std::max(axis.pad, (axis.kernel - 1) * axis.dilation - axis.pad);
         };
-        return op.rows.stride * op.columns.stride == 1 && in.height == out.height &&
+        return !BYTES && op.rows.stride * op.columns.stride == 1 && in.height == out.height &&
                in.width == out.width && op.rows.pad >= 0 && op.columns.pad >= 0 &&
                std::max(reach(op.rows), reach(op.columns)) <= plan.halo;
     }
 
-    // First over rows, whole vectors at a time, then over columns
     void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out,
-                    float* row) const {
-        const int wide = pitch(a.width), wide_out = pitch(o.width);
-        const bool most = op.kind == MAXPOOL;
-        const int32_t *rows = op.index, *columns = rows + 2 * o.height;
-        if (!most && is_whole(op, a, o)) {
-            const auto lanes = plane_sum(in, body(a.height, a.width) / LANES);
+                    void* rows) const {
+        if (op.kind == AVGPOOL && is_whole(op, a, o)) {
+            const int pixels = BYTES ? a.height * a.width : body(a.height, a.width);
+            const auto lanes = plane_sum(in, pixels / LANES);
             float sum = 0;
             for (int i = 0; i < LANES; ++i) sum += lanes[i];
-            out[0] = T(sum * op.bias[0] * op.bias[1]);
+            for (int i = pixels / LANES * LANES; i < pixels; ++i) sum += float(in[i]);
+            // of int8: what zero stands for, as often as it is in the sum
+            sum = decoded<T>(sum, Code{op.in_code.scale, op.in_code.zero * pixels});
+            out[0] = T(coded<T>(sum * op.bias[0] * op.bias[1], op.out_code));
             return;
         }
-        for (int r = 0; r < o.height; ++r) {
-            const int first = rows[2 * r], last = rows[2 * r + 1];
-            const int down = most ? op.rows.dilation : 1, along = most ? op.columns.dilation : 1;
-            std::copy_n(in + first * wide, a.width, row);
-            for (int i = first + down; i < last; i += down)
-                for (int q = 0; q < a.width; ++q) {
-                    const float x(in[i * wide + q]);
-                    row[q] = most ? larger(row[q], x) : row[q] + x;
-                }
-            for (int q = 0; q < o.width; ++q) {
+        const auto most = [](auto a, auto b) FORCED { return larger(a, b); };
+        const auto kept = [](auto value, int, int) FORCED { return value; };
+        if (op.kind == AVGPOOL)
+            join_windows(op, a, o, in, out, (float*)rows, 1, 1,
+                         [&](T x) FORCED { return decoded<T>(float(x), op.in_code); },
+                         [](float a, float b) FORCED { return a + b; },
+                         [&](float sum, int r, int q) FORCED {
+                             return coded<T>(sum * op.bias[r] * op.bias[o.height + q], op.out_code);
+                         });
+        else if constexpr (BYTES)
+            join_windows(op, a, o, (const uint8_t*)in, (uint8_t*)out, (uint8_t*)rows,
+                         op.rows.dilation, op.columns.dilation, [](auto x) { return x; }, most, kept);
+        else
+            join_windows(op, a, o, in, out, (T*)rows, op.rows.dilation, op.columns.dilation,
+                         [](auto x) { return x; }, most, kept);
+    }
+
+    // What becomes of the pixels of each window: first over rows, whole rows at a time, then over
+    // as many neighbours as the widest windows have. down, along: from one of them to the next
+    template <class P, class R, class Get, class Join, class Put>
+    void join_windows(const Op& op, const Tensor& a, const Tensor& o, const P* in,
+                      P* __restrict out, R* __restrict row,
+                      int down, int along, const Get& get, const Join& join, const Put& put) const {
+        // copies, which what is written could not be
+        const int wide = pitch(a.width), width = a.width, height_out = o.height, width_out = o.width;
+        const int32_t *rows = op.index, *columns = rows + 2 * height_out;
+        R* joined = row + round_up(wide, LANES);
+        int full = 0;
+        for (int q = 0; q < width_out; ++q)
+            full = std::max(full, columns[2 * q + 1] - columns[2 * q]);
+        for (int r = 0; r < height_out; ++r, out += pitch(width_out)) {
+            const P* x = in + rows[2 * r] * wide;
+            const P* end = in + rows[2 * r + 1] * wide;
+            for (int q = 0; q < width; ++q) row[q] = get(x[q]);
+            for (x += down * wide; x < end; x += down * wide)
+                for (int q = 0; q < width; ++q) row[q] = join(row[q], get(x[q]));
+            std::copy_n(row, width + 1 - full, joined);
+            for (int d = along; d < full; d += along)
+                for (int q = 0; q <= width - full; ++q) joined[q] = join(joined[q], row[q + d]);
+            for (int q = 0; q < width_out; ++q) {
                 const int from = columns[2 * q], to = columns[2 * q + 1];
-                float value = row[from];
-                for (int c = from + along; c < to; c += along)
-                    value = most ? larger(value, row[c]) : value + row[c];
-                out[r * wide_out + q] =
-                    T(most ? value : value * op.bias[r] * op.bias[o.height + q]);
+                R value = to - from == full ? joined[from] : row[from];
+                for (int c = from + along; c < to && to - from < full; c += along)
+                    value = join(value, row[c]);
+                out[q] = P(put(value, r, q));
             }
         }
     }
 
-    void run_op(const Op& op, int worker, T* memory, T* extra, const float* const* ins, float* const* outs,
-                int64_t image, int part, int parts, Barrier& barrier) {
+    void run_op(const Op& op, int worker, T* memory, Scalar* extra, const float* const* ins,
+                float* const* outs, int64_t image, int part, int parts, Barrier& barrier) {
         const Tensor& a = plan.tensors[op.in >= 0 ? op.in : op.out];
         const Tensor& o = plan.tensors[op.out >= 0 ? op.out : op.in];
         const T* in = op.in >= 0 ? data(memory, op.in) : nullptr;
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
-        if (op.kind == CONV && !is_plain(op, a, o))
-            return general(op, a, o, memory, extra, part, parts, barrier);
-        if (op.kind == CONV && op.rows.kernel == 1)
-            return pointwise(op, a, o, memory, *point_scratch[parts == 1 ? worker : part], part,
-                             parts);
-        if (op.kind == CONV) return conv(op, a, o, memory, extra, part, parts, barrier);
+        if (op.kind == CONV) {
+            const int own = parts == 1 ? worker : part;
+            if (is_general(op, a, o))
+                return general(op, a, o, memory, extra, part, parts, barrier);
+            if constexpr (BYTES) {
+                const Byte* other = op.other >= 0 ? data(memory, op.other) : nullptr;
+                const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start, op.flat_index};
+                return byte_image({op, a, o, in, other, out, plane(a.height, a.width),
+                                   plane(o.height, o.width), windows.at(&op), lists, a.channels,
+                                   o.channels, 0, o.channels, is_depthwise(op, a)},
+                                  (Words*)byte_scratch[own]->data, part, parts);
+            } else {
+                if (op.rows.kernel == 1)
+                    return pointwise(op, a, o, memory, *point_scratch[own], part, parts);
+                return conv(op, a, o, memory, extra, part, parts, barrier);
+            }
+        }
         if (op.kind == LINEAR) {
             float* scores = op.other >= 0 ? outs[op.other] + image * o.channels : nullptr;
             return linear(op, a, o, in, out, scores, extra, part, parts);
         }
         const int64_t from = plane(a.height, a.width), to = plane(o.height, o.width);
         const int wide = pitch(a.width), wide_out = pitch(o.width);
-        const V* mask = op.out >= 0 ? (const V*)inside.at({o.height, o.width})->data : nullptr;
+        const V* mask =
+            op.out >= 0 && !BYTES ? (const V*)inside.at({o.height, o.width})->data : nullptr;
         const int vectors = body(o.height, o.width) / LANES;
         if (op.kind == LAYERNORM)
             return layernorm<T>(op, in, out, to, a.channels, mask, split(vectors, part, parts),
@@ -237,21 +298,23 @@ class Images {
             T* y = op.kind == FLATTEN ? out + int64_t(c) * a.height * a.width * to : out + c * to;
             switch (op.kind) {
                 case LOAD:
-                case STORE:
+                case STORE: {
+                    const int64_t first = (image * o.channels + c) * o.height * o.width;
                     for (int r = 0; r < o.height; ++r)
-                        for (int q = 0; q < o.width; ++q) {
-                            const int64_t at =
-                                ((image * o.channels + c) * o.height + r) * o.width + q;
-                            if (op.kind == LOAD)
-                                y[r * wide_out + q] = T(ins[op.other][at]);
-                            else
-                                outs[op.other][at] = float(x[r * wide + q]);
+                        if (op.kind == LOAD) {
+                            const float* from = ins[op.other] + first + r * o.width;
+                            for (int q = 0; q < o.width; ++q)
+                                y[r * wide_out + q] = T(coded<T>(from[q], op.out_code));
+                        } else {
+                            float* to = outs[op.other] + first + r * o.width;
+                            for (int q = 0; q < o.width; ++q)
+                                to[q] = decoded<T>(float(x[r * wide + q]), op.in_code);
                         }
                     break;
+                }
                 case MAXPOOL:
                 case AVGPOOL:
-                    pool_plane(op, a, o, x, y,
-                               (float*)(extra + int64_t(part) * 2 * round_up(wide, LANES)));
+                    pool_plane(op, a, o, x, y, extra + int64_t(part) * 4 * round_up(wide, LANES));
                     break;
                 case SELECT: {
                     const int source = op.index[c];
@@ -273,7 +336,10 @@ class Images {
                         const Tensor& b = plan.tensors[op.other];
                         z = data(memory, op.other) +
                             (b.channels == 1 ? 0 : c) * plane(b.height, b.width);
-                        if (b.height * b.width < o.height * o.width) point = splat(*z), z = nullptr;
+                        if (b.height * b.width < o.height * o.width) {
+                            point = splat(decoded<T>(Scalar(*z), op.other_code));
+                            z = nullptr;
+                        }
                     }
                     elementwise(op, c, x, z, point, y, mask, vectors);
                     break;
@@ -283,14 +349,14 @@ class Images {
     }
 
     void linear(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out, float* scores,
-                T* extra, int part, int parts) {
-        using Loose = typename Types<T>::Loose;
+                Scalar* extra, int part, int parts) {
+        using Loose = typename Types<Scalar>::Loose;
         const int64_t from = plane(1, 1), to = plane(1, 1);
-        T* x = extra + int64_t(part) * round_up(a.channels, LANES);
-        for (int c = 0; c < a.channels; ++c) x[c] = in[c * from];
+        Scalar* x = extra + int64_t(part) * round_up(a.channels, LANES);
+        for (int c = 0; c < a.channels; ++c) x[c] = decoded<T>(Scalar(in[c * from]), op.in_code);
         const int last = (int)split(o.channels, part + 1, parts);
         for (int f = (int)split(o.channels, part, parts); f < last; ++f) {
-            const T* row = (const T*)op.weight + int64_t(f) * a.channels;
+            const Scalar* row = (const Scalar*)op.weight + int64_t(f) * a.channels;
             V sums = {};
             int c = 0;
             for (; c + LANES <= a.channels; c += LANES)
@@ -306,7 +372,7 @@ class Images {
             if (scores)
                 scores[f] = sum;
             else
-                out[f * to] = T(sum);
+                out[f * to] = T(coded<T>(sum, op.out_code));
         }
     }
 
@@ -429,8 +495,8 @@ class Images {
 
     // A conv of any kind: from the input where its halo is wide enough, else from phases of it.
     // Threads share the channels of depthwise ones, else the rows where there are many, else filters
-    void general(const Op& op, const Tensor& a, const Tensor& o, T* memory, T* extra, int part,
-                 int parts, Barrier& barrier) {
+    void general(const Op& op, const Tensor& a, const Tensor& o, T* memory, Scalar* extra,
+                 int part, int parts, Barrier& barrier) {
         const Phases& own = phases.at(&op);
         const bool halo = in_halo(op, a, o), depthwise = is_depthwise(op, a);
         const bool by_row = !depthwise && o.height >= 4 * parts;
@@ -440,7 +506,7 @@ class Images {
                        : by_row || parts == 1 ? o.channels : op.share[part + 1];
         const int64_t from = plane(a.height, a.width);
         const T* in = data(memory, op.in);
-        if (halo) {
+        if constexpr (!BYTES) if (halo) {
             const int vectors = body(o.height, o.width) / LANES;
             const int v0 = by_row ? (int)split(vectors, part, parts) : 0;
             const int v1 = by_row ? (int)split(vectors, part + 1, parts) : vectors;
@@ -448,8 +514,8 @@ class Images {
                 filter(op, o, memory, in, from, own.shift.data(), f, v0, v1);
             return;
         }
-        T* sums = extra + part * flat(own);
-        T* planes = extra + plan.threads * flat(own);
+        Scalar* sums = extra + part * flat(own);
+        Scalar* planes = extra + plan.threads * flat(own);
         if (depthwise) {
             planes += int64_t(part) * own.count * own.plane;
             for (int f = f0; f < f1; ++f) {
@@ -470,39 +536,45 @@ class Images {
     }
 
     // Rows r0 to r1 of filters f0 to f1, from phases: a few rows of every filter, then the next
-    void flat_rows(const Op& op, const Tensor& o, const Phases& own, T* memory, const T* in,
-                   int64_t step, int f0, int f1, int r0, int r1, T* sums) {
+    void flat_rows(const Op& op, const Tensor& o, const Phases& own, T* memory, const Scalar* in,
+                   int64_t step, int f0, int f1, int r0, int r1, Scalar* sums) {
         const int rows = std::max(1, FLAT / own.pitch);
         for (int r = r0; r < r1; r += rows) {
             const int count = std::min(rows, r1 - r);
             const int vectors = round_up((count - 1) * own.pitch + o.width, LANES) / LANES;
-            const T* x = in + own.origin + int64_t(r) * own.pitch;
+            const Scalar* x = in + own.origin + int64_t(r) * own.pitch;
             for (int f = f0; f < f1; ++f) {
                 int v = 0;
                 for (; v + 4 <= vectors; v += 4)
-                    conv_filter<T, 4>(op, x + v * LANES, step, own.shift.data(), f, sums + v * LANES);
+                    conv_filter<Scalar, 4>(op, x + v * LANES, step, own.shift.data(), f,
+                                           sums + v * LANES);
                 for (; v < vectors; ++v)
-                    conv_filter<T, 1>(op, x + v * LANES, step, own.shift.data(), f, sums + v * LANES);
+                    conv_filter<Scalar, 1>(op, x + v * LANES, step, own.shift.data(), f,
+                                           sums + v * LANES);
                 for (int i = 0; i < count; ++i)
                     finish_row(op, o, memory, sums + i * own.pitch, f, r + i);
             }
         }
     }
 
-    void finish_row(const Op& op, const Tensor& o, T* memory, const T* sums, int f, int row) {
-        using Loose = typename Types<T>::Loose;
+    void finish_row(const Op& op, const Tensor& o, T* memory, const Scalar* sums, int f, int row) {
+        using Loose = typename Types<Scalar>::Loose;
         const int64_t at = f * plane(o.height, o.width) + int64_t(row) * pitch(o.width);
         const T* other = op.other >= 0 ? data(memory, op.other) + at : nullptr;
         T* out = data(memory, op.out) + at;
         for (int q = 0; q < o.width; q += CHUNK * LANES) {
             const int scalars = std::min(CHUNK * LANES, o.width - q);
+            alignas(64) T made[CHUNK * LANES] = {};  // rows begin anywhere
             V values[CHUNK] = {};
+            if (other) std::memcpy(made, other + q, scalars * sizeof(T));
             for (int i = 0; i * LANES < scalars; ++i) {
                 values[i] = *(const Loose*)(sums + q + i * LANES);
-                if (other) values[i] += *(const Loose*)(other + q + i * LANES);
+                if (other) values[i] += decoded<T>(load(made + i * LANES), op.other_code);
             }
             activate<CHUNK>(op, f, values);
-            std::memcpy(out + q, values, scalars * sizeof(T));
+            for (int i = 0; i * LANES < scalars; ++i)
+                store(made + i * LANES, coded<T>(values[i], op.out_code));
+            std::memcpy(out + q, made, scalars * sizeof(T));
         }
     }
 

@@ -26,7 +26,6 @@ struct ConvBlock {
     const int32_t* weight;
     const int32_t* start;
     const void* index;  // int32_t, of a 1x1 conv uint8_t
-    int channels = 0, out_channels = 0;  // of int8
 };
 
 template <class V, int TH, int TW>
@@ -47,23 +46,19 @@ FORCED inline void finish(const ConvBlock<T>& a, int f, int y, int x,
         });
     };
     if (a.other)
-        each([&](V& sum, int64_t row, int at) FORCED {
-            sum += decoded<T>(load(a.other + row + at), a.op.other_code);
-        });
+        each([&](V& sum, int64_t row, int at) FORCED { sum += load(a.other + row + at); });
     repeat<TH>([&](auto r) FORCED { activate<TW>(a.op, f, acc[r]); });
-    each([&](V& sum, int64_t row, int at) FORCED {
-        store(a.out + row + at, coded<T>(sum, a.op.out_code));
-    });
+    each([&](V& sum, int64_t row, int at) FORCED { store(a.out + row + at, sum); });
 }
 
 // The tiles of one of `parts` threads, as body(y, x). The last one of a row or column ends with it and
 // may overlap the one before, of the same thread: where the outputs are also the residual it must not
-template <class T, int TH, int TW, class Body>
-FORCED inline void tiles(const ConvBlock<T>& a, int part, int parts, const Body& body) {
-    const int rows = (a.out_height + TH - 1) / TH;
+template <int TH, int TW, class Body>
+FORCED inline void tiles(int height, int width, int part, int parts, const Body& body) {
+    const int rows = (height + TH - 1) / TH;
     for (int r = (int)split(rows, part, parts); r < (int)split(rows, part + 1, parts); ++r)
-        for (int x = 0; x < a.out_width; x += TW)
-            body(std::min(r * TH, a.out_height - TH), std::min(x, a.out_width - TW));
+        for (int x = 0; x < width; x += TW)
+            body(std::min(r * TH, height - TH), std::min(x, width - TW));
 }
 
 }  // namespace

@@ -132,11 +132,11 @@ template <>
 FORCED inline Types<float>::V load(const Byte* at) {
     using V = Types<float>::V;
 #if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)at)));
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)));
 #elif defined(__AVX2__)
     return (V)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at)));
 #else
-    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias));
+    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias, aligned(1)));
     return __builtin_convertvector(*(const Bytes*)at, V);
 #endif
 }
@@ -146,7 +146,7 @@ FORCED inline void store(Byte* at, Types<float>::V value) {
 #if defined(__AVX512F__)
     const __m512 most = _mm512_min_ps((__m512)value, _mm512_set1_ps(255));
     const __m512i words = _mm512_max_epi32(_mm512_cvtps_epi32(most), _mm512_setzero_si512());
-    _mm_store_si128((__m128i*)at, _mm512_cvtepi32_epi8(words));
+    _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(words));
 #elif defined(__AVX2__)
     const __m256 most = _mm256_min_ps((__m256)value, _mm256_set1_ps(255));
     const __m256i words = _mm256_cvtps_epi32(most);
@@ -155,7 +155,7 @@ FORCED inline void store(Byte* at, Types<float>::V value) {
     _mm_storel_epi64((__m128i*)at, _mm_packus_epi16(halves, halves));
 #else
     using V = Types<float>::V;
-    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias));
+    typedef uint8_t Bytes __attribute__((vector_size(Types<float>::lanes), may_alias, aligned(1)));
     value = value < 255 ? (value > 0 ? value : V{}) : V{} + 255.f;
     const auto words = (Types<float>::Words)(value + 12582912.0f) & 255;  // as Byte(float)
     *(Bytes*)at = __builtin_convertvector(words, Bytes);

@@ -1,0 +1,21 @@
+// Networks of int8; apart from the others, since who does not ask for it need not wait for it.
+#include "network.h"
+
+extern "C" {
+
+// Channels of a chunk of a conv with outputs (height, width), whose kernels stand together: of
+// blocks, or of single images
+int explib_byte_chunk(int kernel, int stride, int height, int width, int channels, int together,
+                      int flat) {
+    return (flat ? image_chunk : byte_chunk)(kernel, stride, height, width, channels, together);
+}
+// Filters whose kernels stand together in one of those layouts, where `many` of their words are kept
+int explib_byte_filters(int kernel, int stride, int height, int width, int flat, int many) {
+    return byte_filters(kernel, stride, height, width, flat, many);
+}
+
+void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
+                 int n_slots, int halo, int threads, int) {
+    return planned<Byte>(ops, n_ops, tensors, n_tensors, slots, n_slots, halo, threads);
+}
+}
