@@ -387,8 +387,8 @@ class Network:
         total = np.concatenate([[0], keep.sum(1).cumsum()])
         wanted = total[-1] * np.arange(self.threads + 1) / self.threads
         share = np.searchsorted(total, wanted)
-        if self.dtype == torch.int8:  # no thread begins within filters that are computed together
-            share = share // 4 * 4
+        if self.dtype == torch.int8 and by_chunk:
+            share = share // 4 * 4  # no thread begins within filters that are computed together
         share[0], share[-1] = 0, filters
         lists: dict[str, Any] = {"share": share.astype(np.int32)}
         if self.dtype == torch.bfloat16:
