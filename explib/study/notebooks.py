@@ -54,7 +54,8 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
             parameters,
             progress_bar=False,
             stdout_file=Bars(),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning at each start
+            # no warning at each start, no error where the interrupt that ends it comes too late
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             config=Config({"KernelManager": sockets}),
         )
     write_text(output, nbformat.writes(executed) + "\n")

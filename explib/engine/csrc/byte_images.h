@@ -1,7 +1,7 @@
 // int8: square convolutions of single images, whose planes are flat: [C][rows without gaps].
 //
-// A vector holds the words (bytes.h) of outputs side by side: of one row, or where rows are short of
-// the flat plane. What lies outside of the image is put in as the code of zero.
+// A vector holds the words (bytes.h) of outputs side by side: of one row, or where rows are short
+// of the flat plane. What lies outside of the image is put in as the code of zero.
 #pragma once
 #include <algorithm>
 #include <cstring>

@@ -3,8 +3,8 @@
 // A word holds four codes of one image that a filter takes at once: neighbouring pixels of a row of
 // its kernel (3, 5, 7: of more than there are the weights are zero), of a 1x1 conv neighbouring
 // channels. A vector holds the words of one pixel of as many images (here), or of pixels side by
-// side of one (byte_images.h). A tile's words are put together once for all filters; sums are exact,
-// in 32 bits.
+// side of one (byte_images.h). A tile's words are put together once for all filters; sums are
+// exact, in 32 bits.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -309,7 +309,8 @@ struct ByteBlock {
 
     template <class Tile>
     void pack(Words* to, int y, int x, int first, int channels) const {
-        constexpr int K = Tile::K, S = Tile::S ? Tile::S : 1, TH = Tile::TH, TW = Tile::TW, Q = Tile::Q;
+        constexpr int K = Tile::K, S = Tile::S ? Tile::S : 1, Q = Tile::Q;
+        constexpr int TH = Tile::TH, TW = Tile::TW;
         const int64_t plane = block_plane(in.height, in.width) * BYTE_LANES;
         const Byte* codes = from + first * plane;
         if constexpr (K == 1) {
@@ -321,8 +322,8 @@ struct ByteBlock {
             for (int c = 0; c < channels; c += 4) {
                 const Byte* from[4];  // beyond the last one weights are zero
                 for (int i = 0; i < 4; ++i) from[i] = codes + std::min(c + i, channels - 1) * plane;
-                for (int i = 0; i < TH; ++i)
-                    *to++ = quads(from[0] + at[i], from[1] + at[i], from[2] + at[i], from[3] + at[i]);
+                for (const int64_t pixel : at)
+                    *to++ = quads(from[0] + pixel, from[1] + pixel, from[2] + pixel, from[3] + pixel);
             }
             return;
         }
@@ -341,7 +342,7 @@ struct ByteBlock {
                     return at >= 0 && at < in.width ? from + at * BYTE_LANES : outside;
                 };
                 repeat<TW * Q>([&](auto t) FORCED {
-                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // whose weight is not zero
+                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // that has a weight
                     const int at = (x + t / Q) * S - K / 2 + t % Q * 4;
                     // beyond it there may be any that is in memory
                     to[t] = at >= 0 && at + last < in.width && at + 3 <= in.width
@@ -354,8 +355,8 @@ struct ByteBlock {
 
     template <class Tile>
     FORCED void end(const Words* sums, int f, int y, int x) const {
-        const int64_t first = (f * block_plane(out.height, out.width) + int64_t(y) * out.width + x) *
-                              BYTE_LANES;
+        const int64_t pixel = f * block_plane(out.height, out.width) + int64_t(y) * out.width + x;
+        const int64_t first = pixel * BYTE_LANES;
         const auto at = [&](int i) FORCED {
             const int64_t row = Tile::S ? int64_t(i / Tile::TW) * out.width : i;
             return first + (row + i % Tile::TW) * BYTE_LANES;

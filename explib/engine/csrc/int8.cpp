@@ -9,7 +9,7 @@ int explib_byte_chunk(int kernel, int stride, int height, int width, int channel
                       int flat) {
     return (flat ? image_chunk : byte_chunk)(kernel, stride, height, width, channels, together);
 }
-// Filters whose kernels stand together in one of those layouts, where `many` of their words are kept
+// Filters whose kernels stand together in one of those layouts, if `many` of their words are kept
 int explib_byte_filters(int kernel, int stride, int height, int width, int flat, int many) {
     return byte_filters(kernel, stride, height, width, flat, many);
 }

@@ -9,6 +9,7 @@
 #include "ops.h"
 #include "plan.h"
 #include "pointwise.h"
+#include "pools.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -292,7 +293,7 @@ class Blocks {
                     break;
                 case MAXPOOL:
                 case AVGPOOL:
-                    pool_plane(op, a, o, x, y);
+                    pool_block(op, a, o, x, y);
                     break;
                 case SELECT: {
                     const int source = op.index[c];
@@ -321,38 +322,6 @@ class Blocks {
                     break;
             }
         }
-    }
-
-    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y) const {
-        using Wide = decltype(widened(V{}));
-        const int32_t *rows = op.index, *columns = rows + 2 * o.height;
-        if (op.kind == AVGPOOL && is_whole(op, a, o)) {
-            // of int8: what zero stands for, as often as it is in the sum
-            const Code code{op.in_code.scale, op.in_code.zero * a.height * a.width};
-            const Wide sum = decoded<T>(plane_sum(x, a.height * a.width), code);
-            return store(y, narrowed<V>(coded<T>(sum * op.bias[0] * op.bias[1], op.out_code)));
-        }
-        for (int r = 0; r < o.height; ++r)
-            for (int q = 0; q < o.width; ++q, y += LANES) {
-                const int r0 = rows[2 * r], r1 = rows[2 * r + 1];
-                const int c0 = columns[2 * q], c1 = columns[2 * q + 1];
-                if (op.kind == MAXPOOL) {
-                    V most = load(x + (r0 * a.width + c0) * LANES);
-                    for (int i = r0; i < r1; i += op.rows.dilation)
-                        for (int j = c0; j < c1; j += op.columns.dilation)
-                            most = larger(most, load(x + (i * a.width + j) * LANES));
-                    store(y, most);
-                } else {
-                    Wide sum = {};
-                    for (int i = r0; i < r1; ++i)
-                        for (int j = c0; j < c1; ++j) {
-                            const V pixel = load(x + (i * a.width + j) * LANES);
-                            sum += widened(decoded<T>(pixel, op.in_code));
-                        }
-                    sum = sum * op.bias[r] * op.bias[o.height + q];
-                    store(y, narrowed<V>(coded<T>(sum, op.out_code)));
-                }
-            }
     }
 };
 

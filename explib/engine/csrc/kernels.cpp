@@ -17,7 +17,8 @@ int explib_computes(int type) {
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
                  int n_slots, int halo, int threads, int type) {
     const auto made = [&](auto zero) -> void* {
-        return planned<decltype(zero)>(ops, n_ops, tensors, n_tensors, slots, n_slots, halo, threads);
+        using T = decltype(zero);
+        return planned<T>(ops, n_ops, tensors, n_tensors, slots, n_slots, halo, threads);
     };
 #if HALF
     if (type == FLOAT16) return made(_Float16{});

@@ -11,6 +11,7 @@
 #include "ops.h"
 #include "plan.h"
 #include "pointwise.h"
+#include "pools.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -165,7 +166,8 @@ class Images {
         }
         const int each = op.kind == CONV     ? out.channels * PAIR * LANES
                          : op.kind == LINEAR ? round_up(in.channels, LANES)
-                                             : 4 * round_up(pitch(in.width), LANES);  // two rows of floats
+                                             // two rows of floats, of half as many scalars
+                                             : 4 * round_up(pitch(in.width), LANES);
         int64_t size = int64_t(each) * plan.threads;
         if (op.kind == CONV && op.rows.kernel == 3 && op.rows.stride > 1)
             size += int64_t(op.rows.stride) * op.rows.stride * in.channels *
@@ -191,68 +193,6 @@ class Images {
         return !BYTES && op.rows.stride * op.columns.stride == 1 && in.height == out.height &&
                in.width == out.width && op.rows.pad >= 0 && op.columns.pad >= 0 &&
                std::max(reach(op.rows), reach(op.columns)) <= plan.halo;
-    }
-
-    void pool_plane(const Op& op, const Tensor& a, const Tensor& o, const T* in, T* out,
-                    void* rows) const {
-        if (op.kind == AVGPOOL && is_whole(op, a, o)) {
-            const int pixels = BYTES ? a.height * a.width : body(a.height, a.width);
-            const auto lanes = plane_sum(in, pixels / LANES);
-            float sum = 0;
-            for (int i = 0; i < LANES; ++i) sum += lanes[i];
-            for (int i = pixels / LANES * LANES; i < pixels; ++i) sum += float(in[i]);
-            // of int8: what zero stands for, as often as it is in the sum
-            sum = decoded<T>(sum, Code{op.in_code.scale, op.in_code.zero * pixels});
-            out[0] = T(coded<T>(sum * op.bias[0] * op.bias[1], op.out_code));
-            return;
-        }
-        const auto most = [](auto a, auto b) FORCED { return larger(a, b); };
-        const auto kept = [](auto value, int, int) FORCED { return value; };
-        if (op.kind == AVGPOOL)
-            join_windows(op, a, o, in, out, (float*)rows, 1, 1,
-                         [&](T x) FORCED { return decoded<T>(float(x), op.in_code); },
-                         [](float a, float b) FORCED { return a + b; },
-                         [&](float sum, int r, int q) FORCED {
-                             return coded<T>(sum * op.bias[r] * op.bias[o.height + q], op.out_code);
-                         });
-        else if constexpr (BYTES)
-            join_windows(op, a, o, (const uint8_t*)in, (uint8_t*)out, (uint8_t*)rows,
-                         op.rows.dilation, op.columns.dilation, [](auto x) { return x; }, most, kept);
-        else
-            join_windows(op, a, o, in, out, (T*)rows, op.rows.dilation, op.columns.dilation,
-                         [](auto x) { return x; }, most, kept);
-    }
-
-    // What becomes of the pixels of each window: first over rows, whole rows at a time, then over
-    // as many neighbours as the widest windows have. down, along: from one of them to the next
-    template <class P, class R, class Get, class Join, class Put>
-    void join_windows(const Op& op, const Tensor& a, const Tensor& o, const P* in,
-                      P* __restrict out, R* __restrict row,
-                      int down, int along, const Get& get, const Join& join, const Put& put) const {
-        // copies, which what is written could not be
-        const int wide = pitch(a.width), width = a.width, height_out = o.height, width_out = o.width;
-        const int32_t *rows = op.index, *columns = rows + 2 * height_out;
-        R* joined = row + round_up(wide, LANES);
-        int full = 0;
-        for (int q = 0; q < width_out; ++q)
-            full = std::max(full, columns[2 * q + 1] - columns[2 * q]);
-        for (int r = 0; r < height_out; ++r, out += pitch(width_out)) {
-            const P* x = in + rows[2 * r] * wide;
-            const P* end = in + rows[2 * r + 1] * wide;
-            for (int q = 0; q < width; ++q) row[q] = get(x[q]);
-            for (x += down * wide; x < end; x += down * wide)
-                for (int q = 0; q < width; ++q) row[q] = join(row[q], get(x[q]));
-            std::copy_n(row, width + 1 - full, joined);
-            for (int d = along; d < full; d += along)
-                for (int q = 0; q <= width - full; ++q) joined[q] = join(joined[q], row[q + d]);
-            for (int q = 0; q < width_out; ++q) {
-                const int from = columns[2 * q], to = columns[2 * q + 1];
-                R value = to - from == full ? joined[from] : row[from];
-                for (int c = from + along; c < to && to - from < full; c += along)
-                    value = join(value, row[c]);
-                out[q] = P(put(value, r, q));
-            }
-        }
     }
 
     void run_op(const Op& op, int worker, T* memory, Scalar* extra, const float* const* ins,
@@ -314,7 +254,8 @@ class Images {
                 }
                 case MAXPOOL:
                 case AVGPOOL:
-                    pool_plane(op, a, o, x, y, extra + int64_t(part) * 4 * round_up(wide, LANES));
+                    pool_image(op, layout, a, o, x, y, BYTES ? a.height * a.width : from,
+                               extra + int64_t(part) * 4 * round_up(wide, LANES));
                     break;
                 case SELECT: {
                     const int source = op.index[c];
