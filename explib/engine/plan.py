@@ -450,7 +450,7 @@ class Network:
         keep = np.asarray(words.any((2, 3)))
         flat = words.astype(np.int8).view(np.int32)[..., 0]
         like = side, op.stride[0], *geometry.chw(op.shape)[1:]
-        grouped = _grouped(flat, keep, 4)
+        grouped = _grouped(flat, keep, 4) if side == 1 else (flat, keep)
         many = side == 1 and bool(grouped[1].mean() < TOGETHER * keep.mean())
         for layout, name in enumerate(("byte", "flat")):
             if name == "byte" and depthwise:

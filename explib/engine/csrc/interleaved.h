@@ -4,7 +4,7 @@
 #include <cstring>
 #include <memory>
 
-#include "bytes.h"
+#include "byte_blocks.h"
 #include "general.h"
 #include "ops.h"
 #include "plan.h"
