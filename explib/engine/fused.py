@@ -9,6 +9,7 @@ of up to 4 x 4) becomes a matrix product, and a strided 1x1 one is trained as `s
 
 import ctypes
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -224,22 +225,29 @@ class NormAct(nn.Module):
         super().__init__()
         self.norm, self.relu = norm, relu
 
-    def forward(self, x, add=None):
+    def takes(self, shape: torch.Size, like: torch.Tensor, add: torch.Tensor | None) -> bool:
+        """Whether the passes compute it of an x of this shape, of the type and device of `like`."""
         norm = self.norm
-        if (
-            not sound(norm)
-            or x.numel() <= x.shape[1]  # torch says what is wrong with one value a channel, or none
-            or (not norm.training and torch.is_grad_enabled())
-            or x.dtype not in (torch.float32, torch.bfloat16)
-            or (add is not None and add.shape != x.shape)
-            or (x.is_cuda and not (norm.training and _usual(norm)))
-        ):
-            y = norm(x) if add is None else norm(x) + add
+        return (
+            sound(norm)
+            and shape.numel() > shape[1]  # torch says what is wrong with one value a channel
+            and (norm.training or not torch.is_grad_enabled())
+            and like.dtype in (torch.float32, torch.bfloat16)
+            and (add is None or add.shape == shape)
+            and (not like.is_cuda or (norm.training and _usual(norm)))
+        )
+
+    def forward(self, x, add=None, bias=None):
+        """bias: of the conv that made x without it, on a GPU."""
+        norm = self.norm
+        if not self.takes(x.shape, x, add):
+            y = norm(x if bias is None else x + bias.to(x.dtype)[:, None, None])
+            y = y if add is None else y + add
             return F.relu(y) if self.relu else y
         x = x.contiguous(memory_format=torch.channels_last)
         add = _like(x, add)
         if x.is_cuda:
-            return on_gpu()[0].norm_act(norm, x, add, self.relu)
+            return on_gpu()[0].norm_act(norm, x, add, self.relu, bias)
         if norm.training:
             count = x.numel() // x.shape[1]
             return norm_act(norm, x, add, self.relu, count, (normalize, backward))
@@ -300,14 +308,15 @@ def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(made, node, module, modules)
         elif like.is_cuda:
-            if is_plain_conv(module, (3,)) and on_gpu()[1].takes(module):
-                _replace(made, node, [node], on_gpu()[1].Conv(module), node.args)
+            pass
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):
             _replace(made, node, [node], strided.Strided(module), node.args)
         elif node.op == "call_function" and node.target is torch.conv2d:
             node.target = strided.conv2d
+    if like.is_cuda:
+        _fuse_convs(made, modules)
     graph.eliminate_dead_code()
     made.recompile()
     if not outputs_match(made, model, like):
@@ -346,7 +355,30 @@ def _fuse_norm(fused, norm, module, modules) -> None:
     _replace(fused, norm, chain, NormAct(module, relu), (norm.args[0], add))
 
 
-def _replace(fused, node, chain, module, args) -> None:
+def _fuse_convs(fused, modules) -> None:
+    """Put a conv that only a norm's node takes into that node, on a GPU."""
+    convs, small = on_gpu()[1], []
+    for node in [n for n in fused.graph.nodes if n.op == "call_module"]:
+        after, conv = fused.get_submodule(str(node.target)), node.args[0]
+        layer: Any = modules.get(str(conv.target)) if conv.op == "call_module" else None
+        if not isinstance(after, NormAct) or type(layer) is not nn.Conv2d or not _only_user(conv):
+            continue
+        args = conv.args[0], node.args[1]
+        new = _replace(fused, node, [node], convs.ConvNorm(layer, after), args)
+        if is_plain_conv(layer, (3,)) and convs.takes(layer):
+            small.append((new, layer))
+    if not small:
+        return
+    fused.add_submodule("fused_weights", convs.Weights([layer for _, layer in small]))
+    with fused.graph.inserting_before(next(iter(fused.graph.nodes))):
+        weights = fused.graph.call_module("fused_weights")
+    for number, (node, _) in enumerate(small):
+        with fused.graph.inserting_before(node):
+            own = fused.graph.call_function(operator.getitem, (weights, number))
+        node.args = (*node.args, own)
+
+
+def _replace(fused, node, chain, module, args) -> fx.Node:
     name = f"fused_{node.name}"
     fused.add_submodule(name, module)
     with fused.graph.inserting_before(chain[-1]):
@@ -354,6 +386,7 @@ def _replace(fused, node, chain, module, args) -> None:
     chain[-1].replace_all_uses_with(new)
     for old in reversed(chain):
         fused.graph.erase_node(old)
+    return new
 
 
 def _only_user(node):

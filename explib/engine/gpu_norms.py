@@ -21,6 +21,9 @@ TILE = 8192
 PROGRAMS = 264
 """Groups of rows, about: two for each multiprocessor of a large GPU."""
 
+FEW = 4096
+"""Values that a program adds up which follows them."""
+
 
 @triton.jit
 def _tile(start, first, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -28,6 +31,16 @@ def _tile(start, first, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexp
     row = start + tl.arange(0, ROWS)[:, None]
     column = first + tl.arange(0, COLUMNS)[None, :]
     return row.to(tl.int64) * channels + column, (row < rows) & (column < channels)
+
+
+@triton.jit
+def joined(values, inside, count, mean, squares, before):
+    """Mean and squared deviations of so many rows before, and of these (count, 0 outside)."""
+    own = tl.sum(values, 0) / tl.maximum(count, 1.0)
+    away = tl.where(inside, values - own[None, :], 0.0)
+    apart, share = own - mean, count / tl.maximum(before + count, 1.0)
+    squares += tl.sum(away * away, 0) + apart * apart * before * share
+    return mean + apart * share, squares
 
 
 @triton.jit
@@ -45,11 +58,7 @@ def _moments(
         at, inside = _tile(start, first, rows, channels, ROWS, COLUMNS)
         values = tl.load(x + at, inside, 0.0).to(tl.float32)
         count = tl.minimum(tl.maximum(rows - start, 0), ROWS).to(tl.float32)
-        own = tl.sum(values, 0) / tl.maximum(count, 1.0)
-        away = tl.where(inside, values - own[None, :], 0.0)
-        apart, share = own - mean, count / tl.maximum(before + count, 1.0)
-        squares += tl.sum(away * away, 0) + apart * apart * before * share
-        mean += apart * share
+        mean, squares = joined(values, inside, count, mean, squares, before)
         before += count
     column = first + tl.arange(0, COLUMNS)
     to = partial + program * channels + column
@@ -59,11 +68,14 @@ def _moments(
 
 @triton.jit
 def _norm(
-    partial, weight, bias, running_mean, running_var, batches, found,
+    partial, weight, bias, added, running_mean, running_var, batches, found,
     programs, each, rows, channels, eps, momentum,
-    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADDED: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From partial moments: mean, 1 / deviation, scale and shift (4, C); running statistics."""
+    """From partial moments: mean, 1 / deviation, scale and shift (4, C); running statistics.
+
+    added: what belongs to the mean and was left out, since it falls out of all else.
+    """
     program = tl.arange(0, PROGRAMS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (program < programs) & (column[None, :] < channels)
@@ -83,6 +95,8 @@ def _norm(
     tl.store(found + 2 * channels + column, scale, there)
     tl.store(found + 3 * channels + column, shift, there)
     known = tl.load(running_mean + column, there, 0.0)
+    if ADDED:
+        mean += tl.load(added + column, there, 0.0)
     tl.store(running_mean + column, known + momentum * (mean - known), there)
     unbiased = var * (rows / tl.maximum(rows - 1.0, 1.0))
     known = tl.load(running_var + column, there, 0.0)
@@ -144,10 +158,10 @@ def _sums(
 
 @triton.jit
 def _factors(
-    partial, weight, found, factors, programs, rows, channels,
+    partial, weight, found, dweight, dbias, factors, programs, rows, channels,
     PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """From partial sums: gradients of weight and bias, and what `_back` needs of them (5, C)."""
+    """From partial sums: gradients of weight and bias, and what `_back` needs of them (3, C)."""
     program = tl.arange(0, PROGRAMS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (program < programs) & (column[None, :] < channels)
@@ -156,11 +170,11 @@ def _factors(
     weighed = tl.sum(tl.load(at + programs * channels, inside, 0.0), 0)
     there = column < channels
     inverse = tl.load(found + channels + column, there, 0.0)
-    tl.store(factors + column, weighed * inverse, there)
-    tl.store(factors + channels + column, plain, there)
-    tl.store(factors + 2 * channels + column, tl.load(weight + column, there, 0.0) * inverse, there)
-    tl.store(factors + 3 * channels + column, plain / rows, there)
-    tl.store(factors + 4 * channels + column, inverse * inverse * weighed / rows, there)
+    tl.store(dweight + column, weighed * inverse, there)
+    tl.store(dbias + column, plain, there)
+    tl.store(factors + column, tl.load(weight + column, there, 0.0) * inverse, there)
+    tl.store(factors + channels + column, plain / rows, there)
+    tl.store(factors + 2 * channels + column, inverse * inverse * weighed / rows, there)
 
 
 @triton.jit
@@ -174,9 +188,9 @@ def _back(
     column = first + tl.arange(0, COLUMNS)
     there = column < channels
     mean = tl.load(found + column, there, 0.0)
-    scale = tl.load(factors + 2 * channels + column, there, 0.0)
-    plain = tl.load(factors + 3 * channels + column, there, 0.0)
-    weighed = tl.load(factors + 4 * channels + column, there, 0.0)
+    scale = tl.load(factors + column, there, 0.0)
+    plain = tl.load(factors + channels + column, there, 0.0)
+    weighed = tl.load(factors + 2 * channels + column, there, 0.0)
     gradient = _gradient(dy, y, at, inside, RELU)
     if ADD:
         tl.store(dadd + at, gradient.to(dadd.dtype.element_ty), inside)
@@ -198,59 +212,102 @@ class _Shape:
         self.each = self.turns * tile
         self.cut: Any = {"ROWS": tile, "COLUMNS": columns}
         self.whole, self.grouped = (down, across), (self.programs, across)
-        self.few: Any = {"PROGRAMS": triton.next_power_of_2(self.programs), "COLUMNS": 16}
-        self.small = (triton.cdiv(self.channels, 16),)
+
+    def few(self, programs: int) -> tuple[tuple[int], Any]:
+        """How what so many programs have left is added up: the grid, and each one's cut."""
+        most = triton.next_power_of_2(programs)
+        columns = max(1, min(16, FEW // most))
+        return (triton.cdiv(self.channels, columns),), {"PROGRAMS": most, "COLUMNS": columns}
+
+
+def normalize(
+    x: torch.Tensor,
+    add: torch.Tensor | None,
+    norm: nn.BatchNorm2d,
+    relu: bool,
+    bias: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
+    each: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """relu(norm(x + bias) + add) with batch statistics, and what `gradients` needs of them (4, C).
+
+    Updates the running statistics. bias (C,): changes nothing but these. partial: each program's
+    moments of x, (2, programs, C), where they are known already, of `each` rows.
+    """
+    shape, y = _Shape(x), torch.empty_like(x)
+    size = shape.rows, shape.channels
+    if partial is None:
+        each = shape.each
+        partial = x.new_empty((2, shape.programs, shape.channels), dtype=torch.float32)
+        _moments[shape.grouped](x, partial, *size, TURNS=shape.turns, **shape.cut)
+    found = x.new_empty((4, shape.channels), dtype=torch.float32)
+    programs = partial.shape[1]
+    grid, cut = shape.few(programs)
+    _norm[grid](
+        partial, norm.weight, norm.bias, norm.weight if bias is None else bias,
+        norm.running_mean, norm.running_var, norm.num_batches_tracked, found,
+        programs, each, *size, norm.eps, norm.momentum, bias is not None, **cut,
+    )  # fmt: skip
+    other = x if add is None else add  # what is not there is not read
+    _apply[shape.whole](x, other, y, found, *size, add is not None, relu, **shape.cut)
+    return y, found
+
+
+def gradients(dy, x, y, weight, found, wants_add: bool) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of x, of add (None unless wanted), weight and bias, from that of the result.
+
+    y: the result where a ReLU made it, else None.
+    """
+    relu = y is not None
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    y = y if relu else x
+    shape, dx = _Shape(x), torch.empty_like(x)
+    dadd = torch.empty_like(x) if wants_add and relu else dx
+    partial = x.new_empty((2, shape.programs, shape.channels), dtype=torch.float32)
+    dweight, dbias = (x.new_empty(shape.channels, dtype=torch.float32) for _ in range(2))
+    factors = x.new_empty((3, shape.channels), dtype=torch.float32)
+    size = shape.rows, shape.channels
+    _sums[shape.grouped](dy, x, y, found, partial, *size, relu, shape.turns, **shape.cut)
+    grid, cut = shape.few(shape.programs)
+    _factors[grid](partial, weight, found, dweight, dbias, factors, shape.programs, *size, **cut)
+    _back[shape.whole](
+        dy, x, y, dx, dadd, found, factors, *size, wants_add and relu, relu, **shape.cut
+    )
+    return dx, (dadd if relu else dy) if wants_add else None, dweight, dbias
 
 
 class _NormAct(torch.autograd.Function):
-    """relu(batch_norm(x) + add) with batch statistics; updates the running ones."""
+    """`normalize` and `gradients`; x and add channels last."""
 
     @staticmethod
-    def forward(ctx, x, add, weight, bias, running_mean, running_var, batches, eps, momentum, relu):
-        shape, y = _Shape(x), torch.empty_like(x)
-        partial = x.new_empty((2, shape.programs, shape.channels), dtype=torch.float32)
-        found = x.new_empty((4, shape.channels), dtype=torch.float32)
-        size = shape.rows, shape.channels
-        _moments[shape.grouped](x, partial, *size, TURNS=shape.turns, **shape.cut)
-        _norm[shape.small](
-            partial, weight, bias, running_mean, running_var, batches, found,
-            shape.programs, shape.each, *size, eps, momentum, **shape.few,
-        )  # fmt: skip
-        other = x if add is None else add  # what is not there is not read
-        _apply[shape.whole](x, other, y, found, *size, add is not None, relu, **shape.cut)
-        ctx.save_for_backward(x, y if relu else None, weight, found)
+    def forward(ctx, x, add, bias, relu, norm, *parameters):
+        y, found = normalize(x, add, norm, relu, bias)
+        ctx.save_for_backward(x, y if relu else None, norm.weight, found)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, y, weight, found = ctx.saved_tensors
-        relu, wants_add = y is not None, ctx.needs_input_grad[1]
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        y = y if relu else x
-        shape, dx = _Shape(x), torch.empty_like(x)
-        dadd = torch.empty_like(x) if wants_add and relu else dx
-        partial = x.new_empty((2, shape.programs, shape.channels), dtype=torch.float32)
-        factors = x.new_empty((5, shape.channels), dtype=torch.float32)
-        size = shape.rows, shape.channels
-        _sums[shape.grouped](dy, x, y, found, partial, *size, relu, shape.turns, **shape.cut)
-        _factors[shape.small](partial, weight, found, factors, shape.programs, *size, **shape.few)
-        _back[shape.whole](
-            dy, x, y, dx, dadd, found, factors, *size, wants_add and relu, relu, **shape.cut
-        )
-        given = (dadd if relu else dy) if wants_add else None
-        return dx, given, factors[0].clone(), factors[1].clone(), *[None] * 6
+        dx, dadd, dweight, dbias = gradients(dy, x, y, weight, found, ctx.needs_input_grad[1])
+        # what a conv's bias adds the norm takes away again
+        none = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+        return dx, dadd, none, None, None, dweight, dbias
 
 
-def norm_act(norm: nn.BatchNorm2d, x: torch.Tensor, add: torch.Tensor | None, relu: bool):
-    """relu(norm(x) + add) in training mode, x (N, C, H, W) channels last; see `fused.NormAct`.
+def norm_act(
+    norm: nn.BatchNorm2d,
+    x: torch.Tensor,
+    add: torch.Tensor | None,
+    relu: bool,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """relu(norm(x + bias) + add) in training mode, x (N, C, H, W) channels last.
 
-    The norm has all that `fused.sound` asks for, a momentum that is a number, and float32 weights.
+    The norm has all that `fused.NormAct` asks for, a number as momentum, and float32 weights.
+    bias: of the conv that made x without it.
     """
-    return _NormAct.apply(
-        x, add, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        norm.num_batches_tracked, norm.eps, norm.momentum, relu,
-    )  # fmt: skip
+    return _NormAct.apply(x, add, bias, relu, norm, norm.weight, norm.bias)
 
 
 def check() -> None:

@@ -1,5 +1,6 @@
 """Files of masks and of pruned networks, and state dicts as found in the wild."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from explib import models, registry
-from explib.files import load_tensors, save_tensors
+from explib.files import load_meta, load_tensors, save_tensors, sha256
 from explib.pruning import masks as masking
 from explib.pruning.masks import Masks
 
@@ -99,6 +100,19 @@ def save(
     return save_tensors(
         path, tensors, {**(meta or {}), "kind": "compact", "shapes": shapes, **more}
     )
+
+
+def origin(path: str | Path) -> str:
+    """The SHA-256 by which a network is known: of the file, or of the one that it is a copy of.
+
+    A copy in 16 bits may say so in its meta, under `copy_of`: runs that start from either start
+    from the same network.
+    """
+    meta: dict = {}
+    if Path(path).suffix == ".safetensors":
+        with contextlib.suppress(ValueError):  # of a file that is not of ours
+            meta = load_meta(path)
+    return str(meta.get("copy_of") or sha256(path))
 
 
 def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:

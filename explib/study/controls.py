@@ -17,10 +17,11 @@ import torch
 from explib import registry
 from explib.data import Data, load_data
 from explib.errors import ParamError
-from explib.files import resolve, sha256
+from explib.files import resolve
 from explib.params import Params
 from explib.pruning import counting
 from explib.pruning import masks as masking
+from explib.pruning.checkpoints import origin
 from explib.pruning.layers import conv_at
 from explib.pruning.masks import Masks
 from explib.rates import keep_floor, parse_rates
@@ -59,7 +60,7 @@ def measure(
     arch, name = start["arch"], f"controls-{start['arch']}"
     path = resolve(results_dir) / f"bench/{name}.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    network = sha256(networks.dense_path(Params(**{"results_dir": str(results_dir), **start})))
+    network = origin(networks.dense_path(Params(**{"results_dir": str(results_dir), **start})))
     rows = record["rows"] if record.get("checkpoint_sha256") == network else []
     data, plan = load_data(Params(**start)), _plan(arch, more)
     highest = max(cut["cut_pct"] for cut, *_ in plan)

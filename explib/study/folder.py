@@ -12,8 +12,9 @@ from torch import nn
 from explib import registry
 from explib.data import load_data
 from explib.errors import DataError, ParamError
-from explib.files import load_tensors, locked, resolve, save_tensors, sha256, write_json
+from explib.files import load_tensors, locked, resolve, save_tensors, write_json
 from explib.params import PLACES, Params, from_mapping
+from explib.pruning.checkpoints import origin
 from explib.pruning.masks import Masks
 from explib.study import records
 from explib.study.networks import dense_path
@@ -70,7 +71,7 @@ class Folder:
         self._same(record["params"], path)
         known, dense = record.get("provenance", {}), dense_path(self.params)
         if (kind == "finetune" or self.params.resume) and dense.is_file():
-            self._same_dense(known.get("checkpoint_sha256"), sha256(dense))
+            self._same_dense(known.get("checkpoint_sha256"), origin(dense))
         then, found = known.get("data", {}).get("sha256"), None
         if not registry.dataset(self.params.dataset).fixed:
             with contextlib.suppress(DataError):  # of images that are there no more

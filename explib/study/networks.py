@@ -11,7 +11,7 @@ from torch import nn
 from explib import models, registry
 from explib.data import example_of, size_of
 from explib.errors import ParamError
-from explib.files import resolve, sha256
+from explib.files import resolve
 from explib.params import Params
 from explib.pruning import checkpoints, counting, criteria
 from explib.pruning import layers as layer_finding
@@ -97,7 +97,7 @@ def load_dense(params: Params) -> Dense:
             f"{meta['normalization']!r}; set that"
         )
     checkpoints.load_weights(network.model, state, f"resume: {path.name}")
-    return Dense(network.model, network.convs, network.rates, path.name, sha256(path))
+    return Dense(network.model, network.convs, network.rates, path.name, checkpoints.origin(path))
 
 
 def _criterion(params: Params) -> Callable:
