@@ -117,9 +117,9 @@ def answer(show: str, passed: Callable = lambda result: True):
 
 def each(rows: Iterable[dict], show: str) -> list[dict]:
     """All rows, each printed as it comes, by a function of explib.report.text."""
-    found = []
+    found, text = [], _text(show)
     for row in rows:
-        click.echo(_text(show)(row))
+        click.echo(text(row))
         found.append(row)
     return found
 

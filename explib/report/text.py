@@ -120,6 +120,21 @@ def training(row: dict) -> str:
     return f"{name:45s} " + ("failed" if speed is None else f"{speed:10.0f} images/s")
 
 
+def gpu(row: dict) -> str:
+    """A row of `explib.study.bench.gpu.measure`."""
+    if "at_once" in row:
+        how = f"{row['trained_by']}, {row['precision']}"
+        return (
+            f"{row['network']}, {row['at_once']} at once: {row['images_per_s']:,.0f} images/s ({how})"
+        )
+    what = {
+        "recorded": "recorded steps against the same ones begun one by one",
+        "resumed": "an interrupted run against one that was not",
+    }[row["part"]]
+    off, equal = row["largest_difference"], row["of_two_equal_runs"]
+    return f"{row['network']}, {what}: off by {off:.2g}, two equal runs by {equal:.2g}"
+
+
 def values(found: dict[str, float]) -> str:
     """Named numbers, one a line."""
     return "\n".join(f"{name:45s} {value:10.4g}" for name, value in found.items())

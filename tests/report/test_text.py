@@ -1,6 +1,17 @@
 """What the command line says of results, on made-up ones."""
 
+import re
+
 from explib.report import text
+from tests.conftest import ROOT
+
+
+def test_what_the_command_line_prints_with_is_there():
+    source = (ROOT / "explib/__main__.py").read_text()
+    names = re.findall(r"@answer\(\"(\w+)\"", source)
+    names += re.findall(r"each\([^\n]*, \"(\w+)\"\)", source)
+    assert "gpu" in names and len(names) > 8
+    assert [name for name in names if not callable(getattr(text, name, None))] == []
 
 
 def test_rows_stand_in_columns():
@@ -62,3 +73,12 @@ def test_a_benchmark_that_failed_says_so():
     row = {"network": "vgg_16_bn", "task": "train", "loop": "ours, batch 9"}
     assert text.training(row | {"images_per_s": None}).endswith("failed")
     assert text.training(row | {"images_per_s": 1234.5}).split()[-2:] == ["1234", "images/s"]
+
+
+def test_a_gpu_is_right_and_fast():
+    checked = {"network": "resnet_56", "part": "resumed", "largest_difference": 0.0}
+    line = text.gpu(checked | {"of_two_equal_runs": 0.25})
+    assert line.endswith("that was not: off by 0, two equal runs by 0.25")
+    speed = {"network": "vgg_16_bn", "part": 4, "at_once": 4, "images_per_s": 84_341.2}
+    line = text.gpu(speed | {"precision": "bf16", "trained_by": "fused passes"})
+    assert line == "vgg_16_bn, 4 at once: 84,341 images/s (fused passes, bf16)"
