@@ -174,40 +174,71 @@ def macs(layers: list[dict]) -> Figure:
 
 @in_style
 def curves(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Top-1 by epoch, one line a run, and the dense start it came from; rows of records.frame.
+    """Top-1 by epoch, and the dense start it came from; rows of records.frame.
 
-    Each way and criterion has its colour, dashed with L1 survivors; runs of one name, which differ
-    in their seed, share a label, with their mean.
+    Each way and criterion has its colour, dashed with L1 survivors. Of runs of one name, which
+    differ in their seed, the mean and, pale, from the lowest to the highest. From ten epochs on the
+    last fifth stands beside the whole, on a scale of its own.
     """
-    figure, axes = new_figure(6.5, 4)
-    ends: dict[str, list] = {}
-    for _, run in frame.iterrows():
-        colour = colour_of(run["pruning_way"]) if run["kind"] == "finetune" else BLACK
-        top1 = [entry["top1"] for entry in run["history"]]
-        epochs = records.epochs_of(run["history"])
-        if run["kind"] == "finetune":
-            top1, epochs = [run["before"], *top1], [0, *epochs]
-        dashes = "-" if run["survivors"] == "random" else "--"
-        axes.plot(epochs, top1, dashes, color=colour, marker="o", markersize=3)
-        ends.setdefault(run["name"], []).append((top1[-1], epochs[-1], colour))
+    courses = [_course(run) for _, run in frame.iterrows()]
+    longest = max(epochs[-1] for *_, epochs, _ in courses)
+    late = longest >= 10
+    figure, axes = new_figure(9.5 if late else 6.5, 4, columns=1 + late, squeeze=False)
+    parts = axes[0]
     tuned = frame[frame["kind"] == "finetune"]
-    for dense in sorted(set(tuned["dense"])):
-        axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
+    ends = []
+    for (name, dashes, colour, epochs), own in _together(courses).items():
+        middle, low, high = np.mean(own, 0), np.min(own, 0), np.max(own, 0)
+        for part in parts:
+            part.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+            marker = "o" if len(epochs) < 30 else ""
+            part.plot(epochs, middle, dashes, color=colour, marker=marker, markersize=3)
+        ends.append((float(middle[-1]), epochs[-1], name, colour))
+    if late:
+        _zoom(parts[1], 0.8 * longest, longest)
+    for part in parts:
+        for dense in sorted(set(tuned["dense"])):
+            part.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
+        from_0 = len(tuned) and part is parts[0]
+        part.set(xlabel="epoch (0: pruned, not fine-tuned)" if from_0 else "epoch",
+                 ylabel="top-1, %")  # fmt: skip
+        part.xaxis.get_major_locator().set_params(integer=True)
     for dense in sorted(set(tuned["dense"]))[-1:]:
-        axes.annotate(f"dense {dense:.2f}", (0, dense), xytext=(0, 3), color="#555555",
-                      textcoords="offset points", fontsize=8.5)  # fmt: skip
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
-    labels = []
-    for name, own in ends.items():
-        each_top1, each_epochs, colours = zip(*own, strict=True)
-        labels.append((float(np.mean(each_top1)), max(each_epochs), name, colours[0]))
-    direct_labels(axes, labels)
-    axes.set(xlabel="epoch (0: pruned, not fine-tuned)" if len(tuned) else "epoch",
-             ylabel="top-1, %")  # fmt: skip
-    axes.set_title(title or ("Fine-tuning under masks" if len(tuned) else "Training"))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        parts[0].annotate(f"dense {dense:.2f}", (0, dense), xytext=(0, 3), color="#555555",
+                          textcoords="offset points", fontsize=8.5)  # fmt: skip
+        for part in parts:
+            low, high = part.get_ylim()
+            part.set_ylim(low, max(high, dense + 0.06 * (high - low)))  # room for the label
+    direct_labels(parts[-1], ends)
+    parts[0].set_title(title or ("Fine-tuning under masks" if len(tuned) else "Training"))
     return figure
+
+
+def _course(run: pd.Series) -> tuple:
+    """(name, dashes, colour, epochs, top-1 after each) of a run."""
+    tuned = run["kind"] == "finetune"
+    epochs = records.epochs_of(run["history"])
+    top1 = [entry["top1"] for entry in run["history"]]
+    if tuned:
+        top1, epochs = [run["before"], *top1], [0, *epochs]
+    colour = colour_of(run["pruning_way"]) if tuned else BLACK
+    return run["name"], "-" if run["survivors"] == "random" else "--", colour, epochs, top1
+
+
+def _together(courses: list[tuple]) -> dict[tuple, list]:
+    """The courses of runs of one name and equal epochs, by all that they have in common."""
+    found: dict[tuple, list] = {}
+    for name, dashes, colour, epochs, top1 in courses:
+        found.setdefault((name, dashes, colour, tuple(epochs)), []).append(top1)
+    return found
+
+
+def _zoom(axes, first: float, last: float) -> None:
+    """Show from `first` to `last`, as high as what is drawn there."""
+    lines = [line.get_xydata() for line in axes.lines]
+    shown = np.concatenate([line[line[:, 0] >= first] for line in lines])[:, 1]
+    spare = 0.08 * max(np.ptp(shown), 0.5)
+    axes.set(xlim=(first, last), ylim=(shown.min() - spare, shown.max() + spare))
 
 
 def _thinned(names: list[str], most: int) -> list[str]:

@@ -111,19 +111,20 @@ def _experiments(frame: pd.DataFrame) -> pd.Series:
 def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
 
-    What a comparison of criteria takes, at equal rates and epochs, from one dense network of each
-    architecture, by one recipe of fine-tuning and in one environment: those that most groups have,
-    of environments the one with most runs, of those with as many the one with most criteria. Adds
-    others: how many criteria were run at these, the group's own included.
+    What a comparison of criteria takes: at equal rates and epochs, from one dense network, by one
+    recipe of fine-tuning and in one environment; those that most criteria were run with, of
+    environments the one with most runs. Adds others: how many criteria were run at these, the
+    group's own included.
     """
     runs = groups(frame, usual)
     if runs.empty:
         return runs
     equal = ["arch", "compress_rate", "trained"]
     runs = runs[runs["schedule"] == "oneshot"]
-    alike = runs.groupby(["arch", "start", *RECIPE], sort=False, dropna=False).ngroup()
-    most = alike.groupby(runs["arch"]).agg(lambda numbers: numbers.value_counts().index[0])
-    runs = runs[alike == runs["arch"].map(most)]
+    alike = runs.groupby([*equal, "start", *RECIPE], sort=False, dropna=False).ngroup()
+    many = (runs["pruning_way"] + runs["survivors"]).groupby(alike).transform("nunique")
+    first = runs.assign(alike=alike, many=many).sort_values("many", ascending=False, kind="stable")
+    runs = runs[alike.isin(first.drop_duplicates(equal)["alike"])]
     runs = runs.drop_duplicates([*equal, *ENVIRONMENT, "pruning_way", "survivors"])
     sizes = runs.groupby([*equal, *ENVIRONMENT])["n"].agg(["size", "sum"]).reset_index()
     sizes = sizes.sort_values(["sum", "size"], ascending=False, kind="stable")

@@ -48,15 +48,29 @@ def test_curves_begin_before_fine_tuning_and_end_at_the_result(tmp_path):
     assert any("92.00" in text.get_text() for text in figure.axes[0].texts)
 
 
-def test_seeds_of_one_name_share_a_colour_and_one_label_with_their_mean(tmp_path):
+def test_of_seeds_of_one_name_the_mean_is_drawn_and_where_they_lie(tmp_path):
     for seed, last in enumerate((92.0, 93.0)):
         record(tmp_path, last, epochs=1, seed=seed)
     record(tmp_path, 90.0, epochs=1, pruning_way="random", name="chance")
     axes = plots.curves(records.frame(records.read_all(tmp_path))).axes[0]
-    colours = {line.get_ydata()[-1]: line.get_color() for line in axes.lines[:3]}
-    assert colours[92] == colours[93] != colours[90]
+    colours = {line.get_ydata()[-1]: line.get_color() for line in axes.lines[:2]}
+    assert colours[92.5] != colours[90]
+    between = [band.get_paths()[0].vertices for band in axes.collections]
+    assert {frozenset(y for x, y in own if x == 1) for own in between} == {
+        frozenset((92, 93)), frozenset((90,)),
+    }  # fmt: skip
     found = [t.get_text() for t in axes.texts if not t.get_text().startswith("dense")]
     assert sorted(found) == ["chance 90.00", "made-up 92.50"]
+
+
+def test_the_last_epochs_of_a_long_run_stand_beside_it(tmp_path):
+    record(tmp_path, 92.0, epochs=20)
+    whole, late = plots.curves(records.frame(records.read_all(tmp_path))).axes
+    assert late.get_xlim() == (16, 20) and whole.get_xlim()[0] <= 0
+    low, high = late.get_ylim()
+    assert whole.get_ylim()[0] < 40 < low < 92 < high
+    labels = [t.get_text() for t in late.texts]
+    assert labels == ["made-up 92.00"] and "made-up 92.00" not in {t.get_text() for t in whole.texts}
 
 
 def test_epochs_of_every_conv_stand_one_after_another(tmp_path):
