@@ -80,6 +80,12 @@ CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(f"{_WAYS}:l1", "L1 kernels", GREEN),
     "bn": Criterion(f"{_WAYS}:bn", "lowest-γ filters", ORANGE),
     "matched": Criterion(f"{_WAYS}:matched", "random, B's norms", BLACK),
+    "global_l1": Criterion(
+        f"{_WAYS}:global_l1", "global L1 kernels", "#B2DF8A", whole_network=True
+    ),
+    "taylor": Criterion(
+        "explib.training.taylor:taylor", "Taylor kernels", "#6A3D9A", whole_network=True
+    ),
     "filters": Criterion(
         "explib.pruning.filters:group_l1", "filters, group L1", PINK, whole_network=True
     ),
@@ -104,7 +110,8 @@ DATASETS: dict[str, Dataset] = {
 }
 BY_FIELD: dict[str, dict] = {"pruning_way": CRITERIA, "arch": NETWORKS, "dataset": DATASETS}
 """The entries that each field of Params takes the names of."""
-_ORDER = ("random", "bn", "A", "B", "matched", "l1", "filters")  # from chance to structure
+_ORDER = ("random", "bn", "A", "B", "matched", "l1", "global_l1", "taylor", "filters")
+"""From chance to structure."""
 
 
 def criterion(name: str, field: str = "pruning_way") -> Criterion:

@@ -33,7 +33,7 @@ class TestBuiltIn:
         labels = [
             registry.criterion(way).named(survivors) for way, survivors in registry.variants()
         ]
-        assert len(set(labels)) == len(labels) == 9
+        assert len(set(labels)) == len(labels) == 11
         assert labels[0] == "random kernels" and labels[2] == "A, random survivors"
         assert len({entry.colour for entry in CRITERIA.values()}) == len(CRITERIA)
         assert not {entry.colour for entry in CRITERIA.values()} & set(registry._OTHERS)

@@ -12,12 +12,15 @@ four stay, not three.
 
 import numpy as np
 import torch
+from torch import nn
 
 from explib import registry
 from explib.errors import ParamError
 from explib.pruning.criteria import Layer
+from explib.pruning.layers import Conv, Inputs, conv_at
+from explib.pruning.masks import Masks
 from explib.pruning.scores import delta_e, levels
-from explib.rates import EPSILON
+from explib.rates import EPSILON, number_to_prune
 
 _ALIKE = 16  # kernels next to each other by norm, among which `matched` draws anew
 
@@ -108,6 +111,41 @@ def matched(
     mask = np.empty(order.size, bool)
     mask[order] = keep.numpy().ravel()[order[drawn]]
     return torch.from_numpy(mask).view(keep.shape)
+
+
+def global_l1(
+    model: nn.Module, example_inputs: Inputs, convs: list[Conv], rates: dict[str, float]
+) -> Masks:
+    """Masks of the whole network: the kernels of least mean |w| go, whatever conv they are of.
+
+    As many that they save the multiply-adds that pruning every conv at its rate would. Convs whose
+    rate is 0 stay whole, and of every other one its largest kernel. ValueError, naming the layer,
+    for weights that are not finite.
+    """
+    pruned = [conv for conv in convs if rates.get(conv.name)]
+    sizes = []
+    for conv in pruned:
+        weight = conv_at(model, conv.name).weight.detach().cpu()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{conv.name}: weights hold NaN or infinite values")
+        sizes.append(weight.abs().mean((2, 3)).flatten())
+    largest = torch.cat([torch.arange(len(own)) == own.argmax() for own in sizes])
+    order = torch.cat(sizes).masked_fill(largest, torch.inf).argsort(stable=True)
+    counts = torch.tensor([conv.kernels for conv in pruned])
+    macs = torch.tensor([conv.kernel_macs for conv in pruned]).repeat_interleave(counts)
+    saved = macs[order].cumsum(0)
+    wanted = sum(number_to_prune(rates[c.name], c.kernels) * c.kernel_macs for c in pruned)
+    keep = torch.ones(len(order), dtype=torch.bool)
+    keep[order[: int((saved <= wanted).sum())]] = False
+    keep |= largest
+    masks = dict(zip((c.name for c in pruned), keep.split(counts.tolist()), strict=True))
+    return {
+        conv.name: masks.get(conv.name, torch.ones(conv.kernels, dtype=torch.bool)).view(
+            conv.filters, conv.channels
+        )
+        for conv in convs
+        if conv.name in rates
+    }
 
 
 def _by_frequency(layer: Layer, groups: int, bias_in_score: bool) -> tuple[np.ndarray, int]:

@@ -123,10 +123,8 @@ def training(row: dict) -> str:
 def gpu(row: dict) -> str:
     """A row of `explib.study.bench.gpu.measure`."""
     if "at_once" in row:
-        how = f"{row['trained_by']}, {row['precision']}"
-        return (
-            f"{row['network']}, {row['at_once']} at once: {row['images_per_s']:,.0f} images/s ({how})"
-        )
+        speed = f"{row['images_per_s']:,.0f} images/s ({row['trained_by']}, {row['precision']})"
+        return f"{row['network']}, {row['at_once']} at once: {speed}"
     what = {
         "recorded": "recorded steps against the same ones begun one by one",
         "resumed": "an interrupted run against one that was not",

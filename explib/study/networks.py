@@ -1,6 +1,6 @@
 """What a run starts from: the dense network of a configuration, its masks, and what they leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from explib import models, registry
-from explib.data import example_of, size_of
+from explib.data import eval_batches, example_of, load_data, size_of
 from explib.errors import ParamError
 from explib.files import resolve
 from explib.params import Params
@@ -129,6 +129,8 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         "binary_floor": params.binary_floor,
     }
     known = criteria.options_of(_criterion(params))
+    if "batches" in known:
+        options["batches"] = _calibration(params)
     return criteria.prune(
         dense.model,
         example_of(params),
@@ -138,6 +140,12 @@ def choose_masks(params: Params, dense: Dense, names: list[str] | None = None) -
         convs=dense.convs,
         **{name: value for name, value in options.items() if name in known},
     )
+
+
+def _calibration(params: Params, images: int = 1024) -> Iterator:
+    """The first training images, for criteria that look at the loss: 128 at a time."""
+    data = load_data(params)
+    return eval_batches(data.train.first(images), data, 128)
 
 
 def scores(params: Params, dense: Dense) -> dict[str, torch.Tensor]:

@@ -204,6 +204,7 @@ def test_gradients_are_computed_where_the_rule_holds_and_nowhere_else():
     """A new place has to be thought of: it runs in Guard, or has no strided 1x1 conv."""
     places = {
         "training/step.py": 1,  # in Guard
+        "training/taylor.py": 1,  # in Guard
         "training/backend.py": 2,  # to time a conv 3x3, and a Backend, which is in Guard
         "study/bench/training.py": 2,  # the plain loop, laid out as torch does, and a Backend
         "engine/gpu_convs.py": 1,  # on a GPU only

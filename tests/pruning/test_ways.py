@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from explib import registry
 from explib.params import from_yaml
@@ -316,3 +317,35 @@ class TestPermutation:
         one = chosen(weight, 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
         two = chosen(weight[:, order], 0.6, way, gamma=gamma, floor=0.2, generator=seeded())
         assert counts(two, level[:, order], way) == counts(one, level, way)
+
+
+class TestGlobalL1:
+    """Two convs 3x3 and 1x1 on maps of 8x8: a kernel costs 576 and 64 multiply-adds."""
+
+    @pytest.fixture
+    def model(self):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 1))
+        model[0].weight.data = torch.tensor([0.2, -0.5]).view(2, 1, 1, 1).expand(2, 1, 3, 3).clone()
+        model[1].weight.data = torch.tensor([0.1, 0.3, -0.4, 0.6]).view(2, 2, 1, 1)
+        return model
+
+    def test_the_smallest_go_wherever_they_are_while_the_cost_allows(self, model):
+        # 704 may go: 0.1 (64), 0.2 (576), 0.3 (64); another one would be too many
+        masks = prune(model, torch.zeros(1, 1, 8, 8), 0.5, "global_l1")
+        assert masks["0"].tolist() == [[False], [True]]
+        assert masks["1"].tolist() == [[False, False], [True, True]]
+
+    def test_every_conv_keeps_its_largest_and_those_of_rate_0_all(self, model):
+        masks = prune(model, torch.zeros(1, 1, 8, 8), {"0": 0.5, "1": 0.75}, "global_l1")
+        assert masks["0"].tolist() == [[False], [True]]  # 768 in all
+        assert masks["1"].tolist() == [[False, False], [False, True]]
+        model[0].weight.data *= 0.01  # its largest stays, though it is the smallest but one
+        masks = prune(model, torch.zeros(1, 1, 8, 8), {"0": 0.9, "1": 0.75}, "global_l1")
+        assert masks["0"].tolist() == [[False], [True]]
+        masks = prune(model, torch.zeros(1, 1, 8, 8), {"0": 0.0, "1": 0.5}, "global_l1")
+        assert masks["0"].all() and masks["1"].tolist() == [[False, False], [True, True]]
+
+    def test_weights_that_are_not_finite_are_named(self, model):
+        model[1].weight.data[0] = float("nan")
+        with pytest.raises(ValueError, match="1: weights hold NaN"):
+            prune(model, torch.zeros(1, 1, 8, 8), 0.5, "global_l1")

@@ -70,7 +70,9 @@ def test_the_last_epochs_of_a_long_run_stand_beside_it(tmp_path):
     low, high = late.get_ylim()
     assert whole.get_ylim()[0] < 40 < low < 92 < high
     labels = [t.get_text() for t in late.texts]
-    assert labels == ["made-up 92.00"] and "made-up 92.00" not in {t.get_text() for t in whole.texts}
+    assert labels == ["made-up 92.00"] and "made-up 92.00" not in {
+        t.get_text() for t in whole.texts
+    }
 
 
 def test_epochs_of_every_conv_stand_one_after_another(tmp_path):

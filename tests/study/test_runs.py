@@ -307,7 +307,7 @@ class TestFinetune:
         runs.finetune(trained.replace(precision=precision, distill=0.5, epochs=1))
         assert asked == [exact]
 
-    @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn", "matched"])
+    @pytest.mark.parametrize("way", ["A", "B", "random", "l1", "bn", "matched", "taylor"])
     def test_every_way_runs(self, trained, way):
         params = trained.replace(pruning_way=way, name=f"way-{way}", epochs=1, strict_rate=True)
         found = runs.finetune(params)
