@@ -43,9 +43,8 @@ class Params:
     results_dir: str = "results"  # records, tables and figures go below it
 
     # How kernels are chosen (method: score, levels, way)
-    pruning_way: str = (
-        "B"  # A, B; for comparison random, l1, bn, matched, filters; or a module:function
-    )
+    # A, B; for comparison random, l1, global_l1, taylor, bn, matched, filters; or a module:function
+    pruning_way: str = "B"
     compress_rate: str = "[0.5]"  # one rate per conv, or a single one for all
     survivors: str = "random"  # who stays in a redundant set: random (published) or l1
     groups: int = 13  # number of level groups

@@ -1,6 +1,7 @@
-"""Criteria against each other: groups of `selection.compared`, and their table, in."""
+"""Criteria against each other: groups of `selection.compared`, and differences between them."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -53,36 +54,50 @@ CONTROLS = ("random", "matched", "l1")
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
     """Each group of `selection.compared` against each of CONTROLS, over the seeds that both have.
 
-    Columns: run (the group's index), control, mean (points of top-1), half (of the 95 % interval,
-    NaN for one seed), p (of a paired t-test, by Holm's method over all rows), n (seeds).
+    Columns: run (the group's index), control, mean (points of top-1), half (of the 95 % interval),
+    p (of a t-test, by Holm's method over all rows), n (seeds). half and p come from the `scatter`
+    of all that was run at the same rates and epochs, since that of three pairs is itself chance;
+    of one seed they are NaN.
     """
     rows = []
-    for index, run in runs.iterrows():
-        way = run["pruning_way"]
-        for control in CONTROLS[: CONTROLS.index(way)] if way in CONTROLS else CONTROLS:
-            same = (runs[[*RATES, "trained"]] == run[[*RATES, "trained"]]).all(axis=1)
-            others = runs[(runs["pruning_way"] == control) & same]
-            if others.empty:
-                continue
-            other = others.iloc[0]["by_seed"]
-            if seeds := sorted(set(run["by_seed"]) & set(other)):
-                found = _paired([run["by_seed"][s] for s in seeds], [other[s] for s in seeds])
-                rows.append({"run": index, "control": control, **found})
+    for _, alike in runs.groupby([*RATES, "trained"], sort=False):
+        deviation, freedom = scatter(alike["by_seed"])
+        for index, run in alike.iterrows():
+            way = run["pruning_way"]
+            for control in CONTROLS[: CONTROLS.index(way)] if way in CONTROLS else CONTROLS:
+                others = alike[alike["pruning_way"] == control]
+                if others.empty:
+                    continue
+                other = others.iloc[0]["by_seed"]
+                if seeds := sorted(set(run["by_seed"]) & set(other)):
+                    mean = float(np.mean([run["by_seed"][s] - other[s] for s in seeds]))
+                    half = p = math.nan
+                    if len(seeds) > 1:
+                        error = deviation * math.sqrt(2 / len(seeds))
+                        half = error * float(stats.t.ppf(0.975, freedom))
+                        p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+                    found = {"mean": mean, "half": half, "p": p, "n": len(seeds)}
+                    rows.append({"run": index, "control": control, **found})
     table = pd.DataFrame(rows, columns=["run", "control", "mean", "half", "p", "n"])
     return table.assign(p=holm(table["p"]))
 
 
-def _paired(own: list[float], other: list[float]) -> dict:
-    """Mean difference of pairs, half of its 95 % interval, p of a paired t-test, and their number.
+def scatter(by_seed: Iterable[dict[int, float]]) -> tuple[float, int]:
+    """How far runs lie from what their criterion and their seed explain: (deviation, degrees).
 
-    One pair has no interval and no test: NaN.
+    by_seed: of each criterion, top-1 by seed. The residual standard deviation of top-1 = criterion
+    + seed, by least squares (two-way analysis of variance), and its degrees of freedom; NaN where
+    there are none. Of two criteria it is what a paired t-test takes.
     """
-    mean = sum(own) / len(own) - sum(other) / len(other)
-    if len(own) == 1:
-        return {"mean": mean, "half": math.nan, "p": math.nan, "n": 1}
-    test = stats.ttest_rel(own, other)
-    half = test.confidence_interval(0.95).high - mean
-    return {"mean": mean, "half": half, "p": float(test.pvalue), "n": len(own)}
+    runs = [(n, seed, top1) for n, own in enumerate(by_seed) for seed, top1 in own.items()]
+    criteria, seeds, top1 = (np.array(column) for column in zip(*runs, strict=True))
+    columns = [criteria == n for n in np.unique(criteria)] + [seeds == s for s in np.unique(seeds)]
+    design = np.stack(columns, axis=1).astype(float)
+    fit, _, rank, _ = np.linalg.lstsq(design, top1, rcond=None)
+    freedom = len(runs) - int(rank)
+    if not freedom:
+        return math.nan, 0
+    return float(np.sqrt(((top1 - design @ fit) ** 2).sum() / freedom)), freedom
 
 
 def holm(values: pd.Series) -> pd.Series:
@@ -98,6 +113,7 @@ def cell(against: pd.DataFrame, index: int, control: str) -> str:
     if rows.empty:
         return ""
     row = rows.iloc[0]
-    if row["n"] == 1:
-        return f"{row['mean']:+.2f} (n=1)"
-    return f"{row['mean']:+.2f} ± {row['half']:.2f} (p = {row['p']:.3f}, n={row['n']})"
+    if math.isnan(row["half"]):
+        return f"{row['mean']:+.2f} (n={row['n']})"
+    p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
+    return f"{row['mean']:+.2f} ± {row['half']:.2f} ({p}, n={row['n']})"

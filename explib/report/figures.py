@@ -313,7 +313,7 @@ _SEE = {
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
     "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
     "finding": "how far chance alone comes, and how little of the differences after few epochs is "
-    "left after many. Bars reach one standard deviation of n seeds; without n it is one seed.",
+    "left after many. Lines join what few epochs and many bring, on machines that the axis names.",
     "differences": "which intervals lie to one side of 0. They are of the seeds of one dense "
     "network, not corrected for how many there are; the table of criteria has corrected p values.",
     "lengths": "whether what a criterion gains in a few epochs is still there after many. Diamonds "

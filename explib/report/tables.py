@@ -169,8 +169,8 @@ def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
     By network, rates and epochs, the best one first. Differences to the criteria that know no
-    score are means over the seeds both sides have, with their 95 % interval and a paired t-test,
-    whose p values are Holm's for all tests of the table.
+    score are means over the seeds both sides have, with their 95 % interval and a t-test (see
+    `comparisons.differences`), whose p values are Holm's for all tests of the table.
     """
     runs = selection.compared(frame, usual)
     if runs.empty:

@@ -214,29 +214,57 @@ struct Phases {
     }
 };
 
+// Even and odd ones of `count` numbers, each a vector further than they are
+template <class T>
+FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
+    USE_TYPES;
+    int q = 0;
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+    using Loose = typename Types<T>::Loose;
+    for (; 2 * q < count; q += LANES)
+        [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
+            const V a = *(const Loose*)(in + 2 * q), b = *(const Loose*)(in + 2 * q + LANES);
+            *(Loose*)(even + q) = __builtin_shufflevector(a, b, 2 * I...);
+            *(Loose*)(odd + q) = __builtin_shufflevector(a, b, 2 * I + 1 ...);
+        }(std::make_integer_sequence<int, LANES>{});
+#endif
+#endif
+    for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
+}
+
 // The pixels of a plane as phases, from `out` on; of int8 what its codes stand for
 template <class T>
 void split_phases(const Op& op, const Phases& phases, const Tensor& a, const T* in, int wide,
                   typename Types<T>::Scalar* out) {
     using S = typename Types<T>::Scalar;
     const int down = op.rows.stride, along = op.columns.stride, size = phases.along.size;
-    for (int phase = 0; phase < phases.count; ++phase, out += phases.plane) {
-        std::fill_n(out, phases.origin, S(0));
-        S* row = out + phases.origin;
-        for (int r = 0; r < phases.down.size; ++r, row += phases.pitch) {
-            const int y = r * down + phase / along, first = phase % along;
-            const int count = y < a.height ? std::clamp((a.width - first + along - 1) / along, 0, size) : 0;
-            const T* x = in + int64_t(y) * wide + first;
-            const auto pixel = [&](int at) FORCED { return decoded<T>(S(x[at]), op.in_code); };
-            if (along == 1)
-                for (int q = 0; q < count; ++q) row[q] = pixel(q);
-            else if (along == 2)
-                for (int q = 0; q < count; ++q) row[q] = pixel(2 * q);
-            else
-                for (int q = 0; q < count; ++q) row[q] = pixel(q * along);
-            std::fill_n(row + count, phases.pitch - count, S(0));
+    for (int phase = 0; phase < phases.count; ++phase)
+        std::fill_n(out + phase * phases.plane, phases.origin, S(0));
+    for (int top = 0; top < down; ++top) {
+        S* first = out + top * along * phases.plane + phases.origin;
+        for (int r = 0; r < phases.down.size; ++r, first += phases.pitch) {
+            const int y = r * down + top;
+            const T* x = in + int64_t(y) * wide;
+            const auto count = [&](int left) {
+                return y < a.height ? std::clamp((a.width - left + along - 1) / along, 0, size) : 0;
+            };
+            if constexpr (std::is_same_v<T, S>)
+                // what is written beyond a row the next one or the end overwrites
+                if (along == 2) deinterleave(x, 2 * count(0), first, first + phases.plane);
+            for (int left = 0; left < along; ++left) {
+                S* row = first + left * phases.plane;
+                const int pixels = count(left);
+                if (!std::is_same_v<T, S> || along != 2)
+                    for (int q = 0; q < pixels; ++q)
+                        row[q] = decoded<T>(S(x[left + q * along]), op.in_code);
+                std::fill_n(row + pixels, phases.pitch - pixels, S(0));
+            }
         }
-        std::fill(row, out + phases.plane, S(0));
+        for (int left = 0; left < along; ++left) {
+            S* plane = out + (top * along + left) * phases.plane;
+            std::fill(first + left * phases.plane, plane + phases.plane, S(0));
+        }
     }
 }
 
