@@ -31,7 +31,7 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
 
     What the ways are compared with at the same cut is drawn by `criteria`.
     """
-    figure, axes = new_figure(7, 5.6)
+    figure, axes = new_figure(8.2, 5.8)
     published, rows = published_figures.published(), _published_rows()
     rows = rows[rows["arch"] == arch]
     for way, marker in (("A", "s"), ("B", "D")):
@@ -42,6 +42,11 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         axes.plot(rows["true_cut_pct"], top1, marker, color=colour_of(way), markersize=6,
                   alpha=0.6, label=f"published, way {way} (hollow: as claimed)")  # fmt: skip
     others = published["others"][published["others"]["arch"] == arch]
+    runs = _best_of(frame, arch)
+    runs = runs[runs["pruning_way"].isin(["A", "B"])] if len(runs) else runs
+    # what lies far below all of ours and the published ones is named at the edge
+    lowest = min([min(cell.values()) for cell in rows["top1_pct"]] + list(runs.get("last", [])))
+    below, others = (others[(others["top1_pct"] < lowest - 0.7) == far] for far in (True, False))
     axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
               label="other methods, as they claim")  # fmt: skip
     # names to the right of their crosses, of close ones around them in turn
@@ -59,8 +64,6 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     claimed = [rows.assign(top1_pct=[cell[way] for cell in rows["top1_pct"]]) for way in "AB"]
     marks = pd.concat([others.assign(room=0.25), *(own.assign(room=0.1) for own in claimed)])
     marks = marks[["cut_pct", "top1_pct", "room"]].astype(float)
-    runs = _best_of(frame, arch)
-    runs = runs[runs["pruning_way"].isin(["A", "B"])] if len(runs) else runs
     shown, cuts = False, 100 * (1 - runs["macs"] / runs["macs_dense"]) if len(runs) else None
     names: dict[tuple, list] = {}  # of stars one above the other
     for _, run in runs[::-1].iterrows():
@@ -77,14 +80,20 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
         # names and marks of others to the right
         right, off = (marks["cut_pct"] - cut).between(0, 5), (marks["top1_pct"] - run["last"]).abs()
         beside = (cuts - cut).between(0.5, 5).any() or (right & (off < marks["room"])).any()
-        text = f"{key[0]} {run['last']:.2f} ({run['trained']:g})"  # the star says which survivors
+        # the star says which survivors
+        seeds = f", n={run['n']}" if run["n"] > 1 else ""
+        text = f"{key[0]} {run['last']:.2f} ({run['trained']:g}{seeds})"
         label = (run["last"], cut, text, colour_of(key[0]))
         names.setdefault((beside, round(cut)), []).append(label)
     axes.set(xlabel="multiply-adds removed, %", ylabel="top-1 on CIFAR-10's test set, %")
     axes.set_title(f"{network_name(arch)}: accuracy against cut")
     axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
-    axes.margins(x=0.17, y=0.08)
+    axes.margins(x=0.2, y=0.08)
     low, high = axes.get_ylim()
+    for _, other in below.iterrows():
+        axes.annotate(f"{other['name']} {other['top1_pct']:.2f} ↓", (other["cut_pct"], low),
+                      xytext=(0, 4), ha="center", textcoords="offset points", fontsize=8,
+                      color="#555555")  # fmt: skip
     for (beside, _), labels in names.items():
         labels.sort()
         places = plots.apart([last for last, *_ in labels], 0.032 * (high - low), high)
