@@ -147,7 +147,8 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict]]:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        what = "is a folder; give a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("explib", "{}"))

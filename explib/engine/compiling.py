@@ -113,6 +113,8 @@ def compile(
     and later changes of it have no effect.
     """
     check_type(dtype)
+    if calibration is not None and dtype != torch.int8:
+        raise ValueError(f"calibration: is for dtype=torch.int8, which is {dtype}; leave it out")
     tensors = [leaf for leaf in tree_flatten(example_inputs)[0] if isinstance(leaf, torch.Tensor)]
     if not any(tensor.dtype == torch.float32 for tensor in tensors):
         raise TypeError("example_inputs: give a torch.float32 tensor (N, C, H, W)")
@@ -136,12 +138,17 @@ def listed(calibration: Any) -> list[Inputs]:
     """Batches of calibration images: of one, or none, a list too."""
     if isinstance(calibration, list):
         return calibration
+    if not isinstance(calibration, torch.Tensor | tuple | dict | None):
+        raise ValueError(
+            f"calibration: {described(calibration)}; give images as the example, or a list of such "
+            "batches"
+        )
     return [] if calibration is None else [calibration]
 
 
 def check_type(dtype: torch.dtype) -> None:
     if dtype not in build.TYPES:
-        raise ValueError(f"dtype: {dtype}; give {', '.join(map(str, build.TYPES))}")
+        raise ValueError(f"dtype: {dtype!r}; give {', '.join(map(str, build.TYPES))}")
 
 
 LAYOUTS = 0.1
@@ -161,6 +168,8 @@ def ready(
     fallback: bool,
 ) -> Compiled:
     """A graph, traced or read, in the engine; where that is not possible, `dense` in torch."""
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads: {threads!r}; give 1 or more, or None for torch's")
     threads = threads or torch.get_num_threads()
     if recheck:
         short, full = (
@@ -268,13 +277,20 @@ def _named(traced: graph.Graph, inputs: Inputs) -> dict[str, Any]:
     """Inputs by the names of their values. ValueError for others than the network takes."""
     leaves = tree_flatten(inputs)[0]
     if len(leaves) != len(traced.inputs):
-        raise ValueError(f"calibration: {described(inputs)}; give what the example has")
+        raise ValueError(
+            f"calibration: {described(inputs)}; give images as the example, or a list of such "
+            "batches"
+        )
     named = dict(zip(traced.inputs, leaves, strict=True))
     for name, shape in traced.shapes.items():
         x = named[name]
         if not torch.is_tensor(x) or x.dtype != torch.float32 or tuple(x.shape[1:]) != shape:
             wanted = ", ".join(["N", *map(str, shape)])
             raise ValueError(f"calibration: {described(inputs)}; give float32 ({wanted})")
+        if not (x.numel() and x.isfinite().all() and x.min() < x.max()):
+            raise ValueError(
+                "calibration: images without two finite values; give training images, normalized"
+            )
     return named
 
 

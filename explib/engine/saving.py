@@ -12,6 +12,7 @@ from explib import registry
 from explib.engine import export, graph, plan, stored, to_onnx
 from explib.engine.compiling import Compiled, check_type, coded, compile, listed, ready
 from explib.engine.images import MODES, reading
+from explib.engine.views import View
 from explib.pruning.checkpoints import load_network
 from explib.pruning.layers import Inputs, call
 
@@ -24,8 +25,8 @@ def save(
     dtype: torch.dtype = torch.float16,
     calibration: Inputs | Sequence[Inputs] | None = None,
     classes: Sequence[str] = (),
-    mean: Sequence[float] = (0.0,),
-    std: Sequence[float] = (1.0,),
+    mean: float | Sequence[float] = (0.0,),
+    std: float | Sequence[float] = (1.0,),
     resize: int = 0,
 ) -> Path:
     """Write a network with its graph, so that `load` needs no code of it; returns the path.
@@ -42,13 +43,18 @@ def save(
     """
     if dtype not in (torch.float16, torch.float32):
         raise ValueError(f"dtype: {dtype}; give torch.float16 or torch.float32")
-    images = {"mean": [*mean], "std": [*std], "resize": resize}
+    mean, std = ([n] if isinstance(n, int | float) else [*n] for n in (mean, std))
+    images = {"mean": mean, "std": std, "resize": resize}
     about = {"classes": [*classes], "images": images}
     shape = tuple(getattr(example_inputs, "shape", ()))[1:]
     if len(shape) == 3 and shape[0] in MODES:
         reading(about, shape)
     with torch.autocast("cpu", enabled=False):
         found, plain = export.trace(model, example_inputs)
+        scores = [value.sizes for value in found.results if isinstance(value, View)]
+        if classes and [(len(classes),)] != scores:
+            made = " and ".join(map(str, scores)) or "no tensor"
+            raise ValueError(f"classes: {len(classes)} names; the network returns {made} an image")
         if batches := listed(calibration):
             results = graph.names(found.results)
             ops = graph.fuse(found.ops, results, found.shapes, plan.native)
@@ -87,6 +93,11 @@ def load(
         in_codes = any(op.scales for op in file.graph.ops)
         dtype = dtype or (torch.int8 if in_codes else torch.float32)
         check_type(dtype)
+        if dtype == torch.int8 and not in_codes and calibration is None:
+            raise ValueError(
+                f"dtype: {path} holds no codes of 8 bits; give calibration, or write it anew by "
+                "engine.save(..., calibration=...)"
+            )
 
         def dense() -> Callable[[Inputs], Any]:
             network = stored.run(file)

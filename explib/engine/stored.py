@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -31,7 +31,7 @@ from explib.files import load_meta, load_tensors, save_tensors
 from explib.pruning.checkpoints import dense, pack
 from explib.pruning.layers import Inputs, call
 
-KIND, VERSION = "graph", 1
+KIND, VERSION = "graph", 2
 SAMPLED = 256
 """Of each image's result so many numbers are kept, at most, to compare with."""
 
@@ -147,24 +147,39 @@ def run(stored: Stored) -> Callable[..., Any]:
 def answers_of(network: Callable[..., Any], stored: Stored, count: int = 2) -> list[torch.Tensor]:
     """At most SAMPLED numbers (count, ...) of each result for made-up inputs, the same everywhere.
 
-    They are uniform in -1.7 to 1.7, and computed with whole numbers: no generator of a library,
-    which may change.
+    They are uniform, from -1.7 to 1.7 or of int8 in the range that an input's codes stand for, and
+    computed with whole numbers: no generator of a library, which may change.
     """
-    position = 0
+    position, ranges = 0, iter(_ranges(stored))
 
     def noise(leaf: torch.Tensor) -> torch.Tensor:
         nonlocal position
+        low, high = next(ranges)
         shape = (2, *leaf.shape[1:])
         at = torch.arange(position, position + math.prod(shape))
         position += len(at)
         mixed = at * 2654435761 % 2**32
         mixed = (mixed ^ (mixed >> 15)) * 2246822519 % 2**32
-        return ((mixed ^ (mixed >> 13)).double() / 2**31 - 1).mul(1.7).float().view(shape)[:count]
+        share = (mixed ^ (mixed >> 13)).double() / 2**32
+        return (low + (high - low) * share).float().view(shape)[:count]
 
     with torch.no_grad():
         results = tree_flatten(call(network, tree_map_only(torch.Tensor, noise, stored.example)))[0]
     flat = [value.reshape(count, -1) for value in results if isinstance(value, torch.Tensor)]
     return [rows[:, :: -(-rows.shape[1] // SAMPLED)] for rows in flat]
+
+
+def _ranges(stored: Stored) -> Iterator[tuple[float, float]]:
+    """Of each input that is a tensor, between what values the made-up ones lie."""
+    for name, leaf in zip(stored.graph.inputs, tree_flatten(stored.example)[0], strict=True):
+        if isinstance(leaf, torch.Tensor):
+            takers = [op for op in stored.graph.ops if name in op.inputs and op.scales]
+            if takers:
+                place = takers[0].inputs.index(name)
+                scale, zero = takers[0].scales[place], takers[0].zeros[place]
+                yield -zero * scale, (255 - zero) * scale
+            else:
+                yield -1.7, 1.7
 
 
 def _like(graph: Graph) -> list[torch.Tensor]:

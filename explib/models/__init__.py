@@ -1,5 +1,7 @@
 """The study's networks, and any other, by name. A family is one file with a `build` function."""
 
+import inspect
+
 from torch import nn
 
 from explib import registry
@@ -15,6 +17,12 @@ def build(arch: str, num_classes: int | None = None) -> nn.Module:
     """
     entry = registry.network(arch)
     make = registry.load(entry.function, "arch")
+    takes = inspect.signature(make).parameters.values()
+    if not any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in takes):
+        raise ParamError(
+            f"arch: {arch!r} takes no num_classes; give a function or class with an argument of "
+            "that name"
+        )
     model = make(num_classes=num_classes or entry.num_classes)
     if not isinstance(model, nn.Module):
         raise ParamError(f"arch: {arch!r} built a {type(model).__name__}; give a torch.nn.Module")

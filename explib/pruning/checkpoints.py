@@ -70,8 +70,10 @@ def save(
     and `num_classes`. Parameters of more than one dimension are stored as
     `dtype`, everything else (BatchNorm, biases, buffers) as it is, and what the network has under
     two names once. ValueError, naming the layer, for masks that do not fit or whose pruned kernels
-    are not zero, and for a state that is no tensor.
+    are not zero, for a state that is no tensor, and for another dtype than one of floats.
     """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype: {dtype!r}; give torch.float16, torch.bfloat16 or torch.float32")
     masks = masking.check(model, masks)
     for name, count in masking.leaks(model, masks).items():
         raise ValueError(
@@ -119,7 +121,8 @@ def load(path: str | Path) -> tuple[dict[str, torch.Tensor], Masks, dict]:
     """Read a file of `save`: (dense state dict, 16 bits as fp32; masks; meta)."""
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "compact":
-        raise ValueError(f"{path}: no compact network; give a file of explib.save")
+        other = "it is of engine.save: engine.load reads it" if meta.get("kind") == "graph" else ""
+        raise ValueError(f"{path}: no compact network; {other or 'give a file of explib.save'}")
     return *dense(path, tensors, meta), meta
 
 

@@ -29,7 +29,7 @@ from explib import registry
 from explib.errors import ParamError
 from explib.pruning.layers import Conv, Inputs, conv_at, find_convs, prunable
 from explib.pruning.masks import Masks, check
-from explib.rates import keep_floor, number_to_prune, spread_rates
+from explib.rates import keep_floor, number_to_prune
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,11 @@ def prune(
     _check_options(options, function, entry)
     if entry.whole_network:
         masks = function(model, example_inputs, convs, rates, **options)
-        check(model, masks, f"criterion {entry.label!r}")
-        return masks
+        _tell_known(model, rates)
+        known_zero = {name: _known(conv_at(model, name).weight.detach()).cpu() for name in masks}
+        return check(
+            model, {n: m & ~known_zero[n] for n, m in masks.items()}, f"criterion {entry.label!r}"
+        )
     _tell_known(model, rates)
     masks = {}
     for index, conv in enumerate(convs):
@@ -187,13 +190,22 @@ def _resolved(criterion: str | Callable) -> tuple[registry.Criterion, Callable]:
 def _by_name(rate: Any, names: list[str]) -> dict[str, float]:
     """The rate of each conv; ParamError for other convs and for what is no rate."""
     if isinstance(rate, dict):
-        if unknown := sorted(set(rate) - set(names)):
-            raise ParamError(f"rate: {unknown[0]!r} is not a prunable conv of the network")
+        if unknown := sorted(set(rate) - set(names), key=str):
+            near = registry.nearest(unknown[0], names)
+            hint = f"did you mean {near!r}?" if near else f"prunable are {', '.join(names[:3])} ..."
+            raise ParamError(
+                f"rate: {unknown[0]!r} is not a prunable conv of the network (grouped and "
+                f"depthwise ones stay dense); {hint}"
+            )
         rates = rate
     else:
         rate = rate.tolist() if isinstance(rate, np.ndarray | np.generic | torch.Tensor) else rate
         given = list(rate) if isinstance(rate, list | tuple) else [rate]
-        rates = dict(zip(names, spread_rates(given, len(names)), strict=True))
+        if len(given) not in (1, len(names)):
+            raise ParamError(
+                f"rate: {len(given)} for {len(names)} prunable convs; give one, or {len(names)}"
+            )
+        rates = dict(zip(names, given * (len(names) if len(given) == 1 else 1), strict=True))
     for name, value in rates.items():
         if not isinstance(value, Real) or not 0 <= float(value) < 1:
             raise ParamError(f"rate: {value!r} for {name}; give a number from 0 to below 1")

@@ -25,6 +25,8 @@ def check(model: nn.Module, masks: Masks, source: str = "masks") -> Masks:
     leave at least one kernel. Convs that share a weight need one mask, under either name, which is
     returned once.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: a {type(model).__name__}; give the network, then its masks")
     modules = dict(model.named_modules(remove_duplicate=False))
     fitting: Masks = {}
     first: dict[int, str] = {}  # id of a weight -> name of the mask

@@ -10,6 +10,8 @@ rounded up as it stands in binary, as the reference does it: of 10 kernels at 0.
 four stay, not three.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from torch import nn
@@ -139,6 +141,13 @@ def global_l1(
     keep[order[: int((saved <= wanted).sum())]] = False
     keep |= largest
     masks = dict(zip((c.name for c in pruned), keep.split(counts.tolist()), strict=True))
+    alone = [name for name, mask in masks.items() if mask.sum() == 1 < len(mask)]
+    if alone:
+        warnings.warn(
+            f"global_l1: of {len(alone)} convs one kernel each is left, {alone[0]} first; their "
+            "weights are the smallest",
+            stacklevel=4,
+        )
     return {
         conv.name: masks.get(conv.name, torch.ones(conv.kernels, dtype=torch.bool)).view(
             conv.filters, conv.channels

@@ -56,7 +56,8 @@ def fresh(params: Params) -> Dense:
             f"({' '.join(str(error.__cause__ or error).split())})"
             + (f"; its usual ones have {known.image_size} pixels a side" if known else "")
         ) from None
-    rates = models.rates_by_name(params.arch, [conv.name for conv in convs], params.rates)
+    usable = [conv.name for conv in layer_finding.prunable(convs)]
+    rates = models.rates_by_name(params.arch, usable, params.rates)
     if params.start_cov >= len(convs):
         raise ParamError(f"start_cov: {params.start_cov} of {len(convs)} convs; give a lower index")
     names = [conv.name for conv in convs][params.start_cov :]
@@ -82,8 +83,9 @@ def load_dense(params: Params) -> Dense:
         _criterion(params)  # if it cannot be imported, that is to be known before any long work
     if not path.is_file():
         raise FileNotFoundError(
-            f"resume: {path} is not there; run notebooks/00_baseline.ipynb with dataset "
-            f"{params.dataset!r} and arch {params.arch!r}, or set resume to a checkpoint"
+            f"resume: {path} is not there; run notebooks/00_baseline.ipynb or `explib "
+            f"baseline` with dataset {params.dataset!r} and arch {params.arch!r}, or set resume to "
+            "a checkpoint"
         )
     try:
         state, meta = checkpoints.load_state(path)

@@ -57,7 +57,12 @@ def taylor_scores(model: nn.Module, batches: Iterable, names: list[str]) -> dict
         model.eval()
         for batch in batches:
             images, labels = pair_of(model, batch)
-            loss = F.cross_entropy(call(model, images), labels)
+            try:
+                loss = F.cross_entropy(call(model, images), labels)
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise ValueError(f"batches: {' '.join(str(error).split())}") from None
+            if not loss.isfinite():
+                raise ValueError(f"batches: the loss is {float(loss)}; give finite images, labels")
             for own, weight, slope in zip(
                 found, weights, torch.autograd.grad(loss, weights), strict=True
             ):

@@ -67,6 +67,12 @@ def test_every_network_of_the_study_gives_torch_its_results(arch):
     assert fast.report["kernels"] == 0
 
 
+@pytest.mark.parametrize("threads", [-1, 0, "2", 1.5])
+def test_a_number_of_threads_that_cannot_be(threads):
+    with pytest.raises(ValueError, match=f"threads: {threads!r}; give 1 or more, or None"):
+        engine.compile(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8), threads=threads)
+
+
 @pytest.fixture(scope="module")
 def cifar10(cifar10_root):
     return load_data(

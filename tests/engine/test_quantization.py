@@ -172,8 +172,10 @@ class TestNetworks:
             (None, "calibration: none; give normalized training images, as the example"),
             ([], "calibration: none"),
             (torch.zeros(4, 3, 16, 16), "calibration: .*; give float32 (N, 3, 32, 32)"),
-            ((torch.zeros(4, 3, 32, 32),) * 2, "calibration: .*; give what the example has"),
-            (torch.full((4, 3, 32, 32), torch.nan), "calibration: .* is not finite"),
+            ((torch.zeros(4, 3, 32, 32),) * 2, "give images as the example, or a list of such"),
+            (iter([]), "calibration: a list_iterator; give images as the example, or a list"),
+            (torch.full((4, 3, 32, 32), torch.nan), "calibration: images without two finite"),
+            (torch.zeros(4, 3, 32, 32), "calibration: images without two finite values"),
         ],
     )
     def test_what_calibrates_nothing_is_said(self, calibration, message):
@@ -182,6 +184,38 @@ class TestNetworks:
             engine.compile(
                 model, torch.zeros(1, 3, 32, 32), dtype=torch.int8, calibration=calibration
             )
+
+    def test_calibration_is_for_nothing_else(self):
+        with pytest.raises(ValueError, match=r"calibration: is for dtype=torch\.int8, which is"):
+            engine.compile(small(), torch.zeros(1, 3, 32, 32), calibration=torch.ones(1))
+
+    def test_a_network_of_images_from_0_to_1_is_loaded_in_int8(self, tmp_path):
+        """Whose layers make of other values what their codes do not reach."""
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(60):
+            labels = torch.randint(0, 4, (64,))
+            images = 0.3 * torch.rand(64, 3, 16, 16)
+            images[torch.arange(64), labels % 3] += 0.5 * (labels < 3)[:, None, None]
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        path = tmp_path / "net.safetensors"
+        engine.save(path, model, images[:1], calibration=images)
+        loaded = engine.load(path, fallback=False)
+        assert loaded.report["dtype"] == "int8"
+        assert (loaded(images).argmax(1) == model(images).argmax(1)).float().mean() > 0.95
+
+    def test_a_file_without_codes_needs_calibration(self, tmp_path):
+        path = engine.save(tmp_path / "plain.safetensors", small(), torch.zeros(1, 3, 32, 32))
+        with pytest.raises(ValueError, match="holds no codes of 8 bits; give calibration"):
+            engine.load(path, dtype=torch.int8)
 
     def test_undecided_images_get_the_scores_of_float32(self):
         model, images = small(), torch.randn(40, 3, 32, 32)

@@ -197,6 +197,11 @@ def test_what_a_file_cannot_hold_is_said_before_anything_is_written(tmp_path):
         ({"classes": [1, 2]}, "classes: .1, 2.; give their names"),
         ({"mean": (0.5, 0.5)}, "mean: .0.5, 0.5.; give a number, or one for each channel"),
         ({"std": (0.0,)}, "std: .0.0.; give numbers above 0"),
+        ({"std": 0}, "std: .0.; give numbers above 0"),
+        (
+            {"mean": 0.5, "classes": ["a", "b"]},
+            r"classes: 2 names; the network returns \(4, 8, 8\)",
+        ),
         ({"resize": 7}, "resize: 7; give 0, or 8 or more pixels"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -222,10 +227,14 @@ def test_other_files_are_refused_by_name(tmp_path):
         engine.load(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         engine.load(tmp_path / "not-there.safetensors")
+    with pytest.raises(FileNotFoundError, match="is a folder; give a file"):
+        engine.load(tmp_path)
     path = engine.save(tmp_path / "net.safetensors", nn.Conv2d(3, 4, 1), image(8))
+    with pytest.raises(ValueError, match=r"it is of engine\.save: engine\.load reads it"):
+        explib.load(path)
     tensors, meta = load_tensors(path)
-    save_tensors(path, tensors, meta | {"version": 2})
-    with pytest.raises(ValueError, match=r"version 2; this explib reads 1"):
+    save_tensors(path, tensors, meta | {"version": 3})
+    with pytest.raises(ValueError, match=r"version 3; this explib reads 2"):
         engine.load(path)
 
 

@@ -82,6 +82,15 @@ class TestArchs:
             assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def posits(classes):
+    return nn.Linear(1, classes)
+
+
+def test_an_arch_that_takes_no_number_of_classes_is_told_its_name():
+    with pytest.raises(ParamError, match=r"arch: '.*:posits' takes no num_classes; give"):
+        models.build("tests.models.test_models:posits")
+
+
 def test_an_unknown_arch_lists_the_known():
     with pytest.raises(ParamError, match="'resnet_18' is unknown; did you mean 'resnet_110'"):
         models.build("resnet_18")

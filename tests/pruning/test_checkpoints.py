@@ -35,6 +35,11 @@ class TestSaving:
         ):
             with pytest.raises(ValueError, match=message):
                 save(path, net, given, {})
+        for dtype in (torch.int8, torch.bool, "fp16"):
+            with pytest.raises(ValueError, match=f"dtype: {dtype!r}; give torch.float16"):
+                save(path, net, {}, {}, dtype)
+        with pytest.raises(ValueError, match="model: a dict; give the network, then its masks"):
+            save(path, {}, net, {})
         assert not path.exists()
 
     def test_a_module_in_two_places_is_saved_once(self, tmp_path):

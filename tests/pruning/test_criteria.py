@@ -86,8 +86,13 @@ class TestErrors:
                 prune(net, image(8), {name: 0.5})
 
     def test_too_few_rates(self, net):
-        with pytest.raises(ParamError, match="2 rates for 3 convs"):
+        with pytest.raises(ParamError, match=r"^rate: 2 for 3 prunable convs; give one, or 3$"):
             prune(net, image(8), [0.5, 0.5])
+
+    def test_a_misspelt_conv_is_told_its_name(self):
+        model = torchvision.models.get_model("resnet18", weights=None)
+        with pytest.raises(ParamError, match=r"did you mean 'layer1\.0\.conv1'\?"):
+            prune(model, image(32), {"layer1.0.convv1": 0.5})
 
 
 class TestNetworks:

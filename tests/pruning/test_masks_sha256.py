@@ -13,7 +13,7 @@ from tests.conftest import PUBLIC, ROOT
 KNOWN = json.loads(Path(__file__).with_name("masks_sha256.json").read_text())
 """SHA-256 of the masks of every configuration in params/."""
 NAMES = ["A-71", "B-71", "B-71-l1", "A-53-l1", "B-71-groups25", "B-71-floor20", "B-53-published"]
-NAMES += ["random-71", "l1-71", "bn-71", "matched-71"]
+NAMES += ["random-71", "l1-71", "bn-71", "matched-71", "global-71"]
 """Of the public ResNet-56, whose weights are the same on every machine, as are sums in float64."""
 
 

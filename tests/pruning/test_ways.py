@@ -349,3 +349,14 @@ class TestGlobalL1:
         model[1].weight.data[0] = float("nan")
         with pytest.raises(ValueError, match="1: weights hold NaN"):
             prune(model, torch.zeros(1, 1, 8, 8), 0.5, "global_l1")
+
+    def test_a_conv_of_which_one_kernel_is_left_is_named(self, model):
+        with pytest.warns(UserWarning, match="of 2 convs one kernel each is left, 0 first"):
+            prune(model, torch.zeros(1, 1, 8, 8), {"0": 0.5, "1": 0.75}, "global_l1")
+
+    @pytest.mark.parametrize("way", ["global_l1", "l1"])
+    def test_what_is_zero_already_counts_as_pruned_and_first(self, model, way):
+        model[1].weight.data[:, 0] = 0
+        with pytest.warns(UserWarning, match="2 kernels of 1 convs are zero already"):
+            masks = prune(model, torch.zeros(1, 1, 8, 8), 0.25, way)
+        assert masks["1"].tolist() == [[False, True], [False, True]] and masks["0"].all()

@@ -26,7 +26,8 @@ def peak(layer):
 
 def small(num_classes):
     first = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)
-    return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+    last = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+    return nn.Sequential(*first, nn.Conv2d(8, 8, 3, groups=8), *last)
 
 def stripes(params):
     chance = torch.Generator().manual_seed(0)
@@ -66,11 +67,11 @@ def test_a_whole_run_its_record_tables_and_figures(mine, tmp_path, monkeypatch):
     params = from_yaml(mine, results_dir=results)
     assert "my_parts" not in sys.modules  # reading is not importing
     dense = runs.baseline(params)
-    assert dense["macs"]["dense"] == 8 * 9 * 10 * 14 + 64 * 9 * 8 * 12 + 8 * 2
+    assert dense["macs"]["dense"] == 8 * 9 * 10 * 14 + 64 * 9 * 8 * 12 + 8 * 9 * 6 * 10 + 8 * 2
     found = runs.finetune(params)
     runs.finetune(params.replace(pruning_way="random"))
     assert runs.finetune(params)["wall_s"] == found["wall_s"]  # not computed again
-    assert [row["pruned"] for row in found["layers"]] == [4, 32]
+    assert [row["pruned"] for row in found["layers"]] == [4, 32, 0]
     job = found["params"]["job_dir"]
     state, masks, meta = checkpoints.load(f"{job}/model.safetensors")
     model = checkpoints.load_weights(sys.modules["my_parts"].small(2), state, "mine")

@@ -70,5 +70,12 @@ def test_without_batches_or_with_none_it_says_so():
         explib.prune(model, images, 0.4, "taylor")
     with pytest.raises(ValueError, match="batches: empty"):
         explib.prune(model, images, 0.4, "taylor", batches=[])
+    for images_, labels, message in (
+        (images[:, :2], torch.arange(6) % 3, "batches: .* to have 3 channels, but got 2"),
+        (images, torch.arange(6), "batches: .*[Tt]arget"),
+        (images * float("nan"), torch.arange(6) % 3, "batches: the loss is nan; give finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explib.prune(model, images, 0.4, "taylor", batches=[(images_, labels)])
     with pytest.raises(ParamError, match="batches: is not for criterion"):
         explib.prune(model, images, 0.4, "l1", batches=batches())
