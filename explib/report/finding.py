@@ -16,6 +16,8 @@ ROLES = {
     "random": {"": "chance"},
     "matched": {"": "chance, sizes as EXP's"},
     "l1": {"": "magnitude: the largest stay"},
+    "global_l1": {"": "magnitude, all layers at once"},
+    "taylor": {"": "least effect on the loss goes"},
     "filters": {"": "whole filters"},
 }
 """What a criterion of the study is to a reader who knows none of their names."""

@@ -113,7 +113,7 @@ def fill(text: str, tables: dict[str, pd.DataFrame]) -> str:
         return f"{mark['open']}{to_markdown(table)}{mark['close']}"
 
     def number_of(mark: re.Match) -> str:
-        places = re.split(r" (minus|over) ", mark["place"])
+        places = re.split(r" (minus|over) (?=\w+;)", mark["place"])  # `gain over int8` is a column
         if not all(place.split(";")[0].strip() in short for place in places[::2]):
             return mark[0]
         cells = [_cell(place, short) for place in places[::2]]

@@ -173,7 +173,7 @@ class TestNetworks:
             ([], "calibration: none"),
             (torch.zeros(4, 3, 16, 16), "calibration: .*; give float32 (N, 3, 32, 32)"),
             ((torch.zeros(4, 3, 32, 32),) * 2, "give images as the example, or a list of such"),
-            (iter([]), "calibration: a list_iterator; give images as the example, or a list"),
+            (iter([]), "calibration: list_iterator; give images as the example, or a list"),
             (torch.full((4, 3, 32, 32), torch.nan), "calibration: images without two finite"),
             (torch.zeros(4, 3, 32, 32), "calibration: images without two finite values"),
         ],
