@@ -154,10 +154,10 @@ def engine_ways(
 
     calibration: of int8, batches of training images; without any, of these images themselves.
     """
-    given = list(calibration) or [images[:32]]
     ways: Ways = []
     for name in names:
         dtype = ENGINE[name]
+        given = list(calibration) or [images[:32]] if dtype == torch.int8 else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report says it too
             fast = engine.compile(model, images[:1], dtype=dtype, calibration=given)
@@ -286,8 +286,9 @@ def shipped(
         network = filters.narrowed(model, masks, EXAMPLE) if whole else model
         ways = engine_ways(network, images, calibration=given)
         for name in [name for name, _ in ways if real and name != "engine fp32"]:
+            codes = given if ENGINE[name] == torch.int8 else None
             fast = engine.compile(
-                network, images[:1], dtype=ENGINE[name], calibration=given, recheck=margin(name)
+                network, images[:1], dtype=ENGINE[name], calibration=codes, recheck=margin(name)
             )
             ways.append((f"{name}, rechecked", fast))
         if row["kind"] != "kernels":
