@@ -314,6 +314,21 @@ def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = in
     return runs[(runs["trained"] == chosen) | (runs["others"] >= also)]
 
 
+def _longest_compared(frame: pd.DataFrame, arch: str, usual: bool) -> pd.DataFrame:
+    """At each of a network's rates the longest groups that many criteria were run for.
+
+    Many: at least half as many as for any other number of epochs.
+    """
+    runs = selection.compared(frame, usual)
+    if runs.empty:
+        return runs
+    runs = runs[runs["arch"] == arch]
+    by_rates = runs.groupby("compress_rate")
+    runs = runs[2 * runs["others"] >= by_rates["others"].transform("max")]
+    longest = runs.groupby("compress_rate")["trained"].transform("max")
+    return runs[runs["trained"] == longest].sort_values("others", ascending=False, kind="stable")
+
+
 _SEE = {
     "published_vs_true": "every published cut (hollow) lies to the right of the true one.",
     "curves": "each line starts where pruning left the network; the dotted line is the network "
@@ -435,7 +450,7 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
         figures[f"finding-{arch}"] = finding.draw(frame, arch, usual)
         figures[f"differences-{arch}"] = differences(frame, arch, usual)
         figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
-        chosen = _most_compared(frame, arch, usual).get("runs", [])
+        chosen = _longest_compared(frame, arch, usual).get("runs", [])
         by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]
         by_rates = by_rates.groupby("compress_rate", sort=False)
         for _, alike in by_rates:

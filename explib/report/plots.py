@@ -297,7 +297,7 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
     ]
 
 
-def picture(path: str | Path, width: int = 760):
+def picture(path: str | Path, width: int = 680):
     """A PNG file as a notebook's output of at most `width` pixels and 64 colours: some 20 KB."""
     from IPython.display import Image
     from PIL import Image as pillow

@@ -94,7 +94,8 @@ def start_of(arch: str) -> dict:
 
 def _over_seeds(params: Params, data: Data, seeds: int, as_was: bool) -> dict:
     """What `_before` finds with several mask seeds, or with one where nothing is random."""
-    chance = params.survivors == "random" and params.pruning_way not in ("l1", "filters")
+    fixed = ("l1", "global_l1", "taylor", "filters")
+    chance = params.survivors == "random" and params.pruning_way not in fixed
     found = [
         _before(params.replace(seed=seed, mask_seed=seed), data, as_was)
         for seed in range(seeds if chance else 1)

@@ -238,7 +238,7 @@ def test_masks(good, tmp_path, case):
 def test_files_that_are_no_masks(good, tmp_path):
     path = checkpoints.save_masks(tmp_path / "masks.safetensors", _masks())
     refused(good, 1, "no such file", resume_mask=str(tmp_path / "missing"))
-    refused(good, 1, "no such file", resume_mask=str(tmp_path))
+    refused(good, 1, "is a folder; give a file", resume_mask=str(tmp_path))
     refused(good, 1, "holds no masks", resume_mask=str(networks.dense_path(good)))
     _truncated(path)
     refused(good, 1, "not a readable safetensors file", resume_mask=str(path))
