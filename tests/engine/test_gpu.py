@@ -13,10 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from explib import models
 from explib.engine import fused
+from explib.models import resnet
 from tests.conftest import ROOT
 
 needs_triton = pytest.mark.skipif(
@@ -271,3 +273,34 @@ class TestWhereThePassesAreUsed:
         with torch.no_grad():  # evaluation
             assert used(norm.eval()) == ["layers"]
         assert used(norm.eval()) == ["layers"]  # frozen
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "build", [lambda: resnet.build(depth=8), lambda: models.build("vgg_16_bn")]
+)
+def test_convs_and_norms_of_a_network_become_one_and_small_ones_share_their_weights(
+    monkeypatch, build
+):
+    """As on a GPU, in torch's layers: the graph is what a CPU can look at."""
+    from explib.engine import gpu_convs, gpu_norms
+
+    monkeypatch.setattr(fused, "on_gpu", lambda: (gpu_norms, gpu_convs))
+    torch.manual_seed(0)
+    model, images = build(), torch.randn(2, 3, 32, 32)
+    graph, modules = fused._traced(model, images), dict(model.named_modules())
+    made = fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(layer) is nn.BatchNorm2d:
+            fused._fuse_norm(made, node, layer, modules)
+    fused._fuse_convs(made, modules)
+    graph.eliminate_dead_code()
+    made.recompile()
+    left = [modules.get(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+    assert not any(isinstance(layer, nn.Conv2d | nn.BatchNorm2d) for layer in left)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert made.fused_weights.convs and set(made.fused_weights.convs) <= set(convs)
+    for training in (True, False):
+        found, wanted = made.train(training)(images), model.train(training)(images)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
