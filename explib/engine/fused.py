@@ -308,7 +308,7 @@ def fused(model: nn.Module, like: torch.Tensor) -> fx.GraphModule:
         if type(module) is nn.BatchNorm2d and node.args:
             _fuse_norm(made, node, module, modules)
         elif like.is_cuda:
-            pass
+            continue  # its convs go into their norms, below
         elif is_plain_conv(module, (3,)) and module.stride == (1, 1):
             _replace(made, node, [node], SmallConv(module), node.args)
         elif strided.affected(module):
@@ -359,9 +359,12 @@ def _fuse_convs(fused, modules) -> None:
     """Put a conv that only a norm's node takes into that node, on a GPU."""
     convs, small = on_gpu()[1], []
     for node in [n for n in fused.graph.nodes if n.op == "call_module"]:
-        after, conv = fused.get_submodule(str(node.target)), node.args[0]
-        layer: Any = modules.get(str(conv.target)) if conv.op == "call_module" else None
-        if not isinstance(after, NormAct) or type(layer) is not nn.Conv2d or not _only_user(conv):
+        after = fused.get_submodule(str(node.target))
+        conv = node.args[0] if isinstance(after, NormAct) else None
+        if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.args) != 1:
+            continue
+        layer: Any = modules.get(str(conv.target))
+        if type(layer) is not nn.Conv2d or not _only_user(conv):
             continue
         args = conv.args[0], node.args[1]
         new = _replace(fused, node, [node], convs.ConvNorm(layer, after), args)

@@ -275,9 +275,23 @@ class TestWhereThePassesAreUsed:
         assert used(norm.eval()) == ["layers"]  # frozen
 
 
+class Named(nn.Module):
+    """Whose layers are called by their arguments' names: the conv stays apart from its norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.flat = nn.Flatten()
+
+    def forward(self, x):
+        x = self.first_norm(self.first(x))
+        return self.flat(input=self.norm(self.conv(input=x)))
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    "build", [lambda: resnet.build(depth=8), lambda: models.build("vgg_16_bn")]
+    "build", [lambda: resnet.build(depth=8), lambda: models.build("vgg_16_bn"), lambda: Named()]
 )
 def test_convs_and_norms_of_a_network_become_one_and_small_ones_share_their_weights(
     monkeypatch, build
@@ -298,7 +312,8 @@ def test_convs_and_norms_of_a_network_become_one_and_small_ones_share_their_weig
     graph.eliminate_dead_code()
     made.recompile()
     left = [modules.get(str(node.target)) for node in graph.nodes if node.op == "call_module"]
-    assert not any(isinstance(layer, nn.Conv2d | nn.BatchNorm2d) for layer in left)
+    apart = [layer for layer in left if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+    assert apart == ([model.conv] if isinstance(model, Named) else [])
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert made.fused_weights.convs and set(made.fused_weights.convs) <= set(convs)
     for training in (True, False):
