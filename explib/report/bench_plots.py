@@ -41,6 +41,10 @@ SPENT = {
 """Of a network's shapes: how the names of its ways begin, that of its top-1, colour and marker."""
 
 
+_BESIDE = {"fp32": ((0, 6), "right"), "16 bits": ((0, 6), "center"), "int8": ((6, -3), "left")}
+"""Where a point's name stands, so that near ones do not meet."""
+
+
 @in_style
 def choices(record: dict) -> Figure | None:
     """Top-1 against images/s of every way to spend accuracy on speed; of an inference record.
@@ -64,10 +68,11 @@ def choices(record: dict) -> Figure | None:
             axes.plot([x for x, _, _ in points], [y for _, y, _ in points], f"-{marker}",
                       color=colour, label=label, markersize=6)  # fmt: skip
             for x, y, bits in points:
-                axes.annotate(bits, (x, y), xytext=(0, 6), textcoords="offset points",
-                              ha="center", fontsize=8, path_effects=[HALO])  # fmt: skip
+                offset, side = _BESIDE[bits]
+                axes.annotate(bits, (x, y), xytext=offset, textcoords="offset points", ha=side,
+                              fontsize=8, path_effects=[HALO])  # fmt: skip
         axes.set_title(f"{row['label']}, batch {row['batch']}")
-        axes.margins(x=0.1, y=0.25)
+        axes.margins(x=0.16, y=0.25)
         axes.set_xlim(0)
     for axes in grid[-1]:
         axes.set_xlabel("images per second")
@@ -105,7 +110,8 @@ def sparse_training(record: dict) -> Figure | None:
         for row in own:
             text = f"{row['surviving_kernels'] / row['all_kernels']:.1f}×"
             axes.annotate(text, (row["pruned_pct"], row["surviving_kernels"]), fontsize=8.5,
-                          xytext=(0, 6), textcoords="offset points", ha="center")  # fmt: skip
+                          xytext=(0, 6), textcoords="offset points", ha="center",
+                          path_effects=[HALO])  # fmt: skip
     axes.set(xlabel="kernels pruned, %", ylabel="images per second, forward and backward")
     axes.set_ylim(0)
     axes.margins(y=0.12)

@@ -1,7 +1,6 @@
 """The figures that the records allow: runs against each other, and against what was published."""
 
 import json
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,14 @@ from explib import registry
 from explib.files import resolve
 from explib.params import from_mapping
 from explib.pruning import scores as scoring
-from explib.rates import parse_rates
 from explib.registry import BLUE, GREY, RED
 from explib.report import bench_plots as bench
-from explib.report import comparisons, finding, inference_plots, plots, selection
+from explib.report import comparison_plots as comparison
+from explib.report import finding, inference_plots, plots, selection
 from explib.report.names import colour_of, criterion_name, network_name
 from explib.report.plots import curves, in_style, new_figure, save, sparsity
 from explib.study import networks, records
 from explib.study import published as published_figures
-
-PUBLISHED_EPOCHS = 30  # after each conv
-_PANEL = ["compress_rate", "trained"]
 
 
 @in_style
@@ -49,18 +45,6 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     below, others = (others[(others["top1_pct"] < lowest - 0.7) == far] for far in (True, False))
     axes.plot(others["cut_pct"], others["top1_pct"], "x", color=GREY, markersize=6,
               label="other methods, as they claim")  # fmt: skip
-    # names to the right of their crosses, of close ones around them in turn
-    around = [((6, -3), "left"), ((-6, -7), "right"), ((0, 6), "center"), ((6, -3), "left")]
-    for i, (_, other) in enumerate(others.sort_values("cut_pct").iterrows()):
-        right = (others["cut_pct"] - other["cut_pct"]).between(0, 3)
-        crowded = (
-            right
-            & (others["name"] != other["name"])
-            & ((others["top1_pct"] - other["top1_pct"]).abs() < 0.2)
-        )
-        offset, side = around[i % 4 if crowded.any() else 0]
-        axes.annotate(other["name"], (other["cut_pct"], other["top1_pct"]), xytext=offset, ha=side,
-                      textcoords="offset points", fontsize=8, color="#555555")  # fmt: skip
     claimed = [rows.assign(top1_pct=[cell[way] for cell in rows["top1_pct"]]) for way in "AB"]
     marks = pd.concat([others.assign(room=0.25), *(own.assign(room=0.1) for own in claimed)])
     marks = marks[["cut_pct", "top1_pct", "room"]].astype(float)
@@ -89,6 +73,8 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
     axes.set_title(f"{network_name(arch)}: accuracy against cut")
     axes.legend(fontsize=8.5, ncols=2, loc="upper left", bbox_to_anchor=(-0.07, -0.14))
     axes.margins(x=0.2, y=0.08)
+    stars = runs.assign(cut=cuts)[["cut", "last"]].values if len(runs) else ()
+    _name(axes, others, [*marks[["cut_pct", "top1_pct"]].values, *stars])
     low, high = axes.get_ylim()
     for _, other in below.iterrows():
         axes.annotate(f"{other['name']} {other['top1_pct']:.2f} ↓", (other["cut_pct"], low),
@@ -103,6 +89,26 @@ def accuracy_vs_cut(frame: pd.DataFrame, arch: str) -> Figure:
                 ha="right" if beside else "left", fontsize=8.5, textcoords="offset points",
             )  # fmt: skip
     return figure
+
+
+def _name(axes, others: pd.DataFrame, marks: list) -> None:
+    """Write each name beside its cross, on the first side where it meets no mark and no name."""
+    size = np.array([axes.bbox.width, axes.bbox.height]) * 72 / axes.figure.dpi
+    units = size / [np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())]  # points a unit
+    taken = [(*(at * units - 5), *(at * units + 5)) for at in marks]
+    for _, other in others.iterrows():
+        at, half = (other["cut_pct"], other["top1_pct"]), 2.6 * len(other["name"])
+        middles = [(6 + half, 0), (-6 - half, 0), (0, 10), (0, -10)]
+        boxes = [(*(at * units + middle - (half, 4)), *(at * units + middle + (half, 4)))
+                 for middle in middles]  # fmt: skip
+        free = [
+            all(box[2] < t[0] or t[2] < box[0] or box[3] < t[1] or t[3] < box[1] for t in taken)
+            for box in boxes
+        ]
+        chosen = free.index(True) if any(free) else 0
+        taken.append(boxes[chosen])
+        axes.annotate(other["name"], at, xytext=middles[chosen], textcoords="offset points",
+                      ha="center", va="center", fontsize=8, color="#555555")  # fmt: skip
 
 
 @in_style
@@ -129,158 +135,6 @@ def published_vs_true() -> Figure:
     return figure
 
 
-@in_style
-def criteria(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
-    """Every way and criterion at one network's rates: mean of last epochs, interval over seeds."""
-    runs = _most_compared(frame, arch, usual, also=3)
-    if len(runs) < 2:
-        return None
-    runs = runs.assign(
-        cut=100 * (1 - runs["macs"] / runs["macs_dense"]),
-        rates=[published_figures.named_rates(arch, rates) for rates in runs["compress_rate"]],
-    )
-    panels = [alike.sort_values("last") for _, alike in runs.groupby(["rates", "trained"])]
-    heights = [len(alike) + 0.6 for alike in panels]
-    figure, every = new_figure(6.8, 0.9 + 0.36 * sum(heights) + 0.5 * len(panels), len(panels),
-                            sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
-    for axes, alike in zip(every[:, 0], panels, strict=True):
-        labels, usually = [], alike[["n", "cut"]].round(1).mode().iloc[0]
-        for y, (_, run) in enumerate(alike.iterrows()):
-            way = selection.way_of(run)
-            hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
-            axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                          color=colour_of(way[0]), capsize=3, **hollow)  # fmt: skip
-            if run["n"] > 1:
-                axes.plot(list(run["by_seed"].values()), [y - 0.22] * run["n"], "|",
-                          color=colour_of(way[0]))  # fmt: skip
-            axes.annotate(f"{run['last']:.2f}", (run["last"], y), xytext=(0, 6), fontsize=8.5,
-                          textcoords="offset points", ha="center")  # fmt: skip
-            own = [] if run["n"] == usually["n"] else [_seeds(run["n"])]
-            own += [] if round(run["cut"], 1) == usually["cut"] else [f"−{run['cut']:.1f} %"]
-            labels.append("\n".join([criterion_name(*way), *([", ".join(own)] if own else [])]))
-        for dense in sorted(set(alike["dense"].round(2))):
-            axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
-            axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
-                          textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set(ylim=(-0.8, len(labels) - 0.3))
-        rates, trained = alike[["rates", "trained"]].iloc[0]
-        cut = f"cut {rates} % (truly {usually['cut']:.1f})"
-        if not rates.replace(".", "").isdigit():
-            cut = f"cut {usually['cut']:.1f} %"
-        epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
-        axes.set_title(f"{network_name(arch)}, {cut}, {epochs}, {_seeds(int(usually['n']))}")
-        axes.tick_params(labelbottom=True)
-        axes.margins(x=0.12)
-    axes.set(xlabel="top-1 at the last epoch, %")
-    return figure
-
-
-@in_style
-def differences(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
-    """Mean differences to the criteria without a score, with their 95 % intervals.
-
-    A panel for each of a network's rates and epochs with pairs of at least two seeds.
-    """
-    runs = selection.compared(frame, usual)
-    if runs.empty:
-        return None
-    found = comparisons.differences(runs).dropna(subset="half")
-    found = found.merge(runs[["arch", *_PANEL]], left_on="run", right_index=True)
-    found = found[found["arch"] == arch]
-    if found.empty:
-        return None
-    panels = [own for _, own in found.groupby(_PANEL)]
-    heights = [len(own) + 0.6 for own in panels]
-    figure, every = new_figure(6.8, 0.9 + 0.34 * sum(heights) + 0.5 * len(panels), len(panels),
-                            sharex=True, squeeze=False, height_ratios=heights)  # fmt: skip
-    for axes, own in zip(every[:, 0], panels, strict=True):
-        own = own.sort_values(["control", "mean"]).reset_index()
-        ways = [selection.way_of(runs.loc[run]) for run in own["run"]]
-        for y, (row, way) in enumerate(zip(own.to_dict("records"), ways, strict=True)):
-            hollow = {"markerfacecolor": "white"} if way[1] == "l1" else {}
-            axes.errorbar(row["mean"], y, xerr=row["half"], fmt="o", capsize=3,
-                          color=colour_of(way[0]), **hollow)  # fmt: skip
-        axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
-        labels = [
-            f"{criterion_name(*way)} − {criterion_name(row['control'])} (n={row['n']})"
-            for way, row in zip(ways, own.to_dict("records"), strict=True)
-        ]
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set(ylim=(-0.8, len(labels) - 0.3))
-        rates, trained = own[_PANEL].iloc[0]
-        cut = published_figures.named_rates(arch, rates)
-        epochs = "1 epoch" if trained == 1 else f"{trained:g} epochs"
-        axes.set_title(f"{network_name(arch)}, cut {cut} %, {epochs}")
-        axes.tick_params(labelbottom=True)
-    axes.set(xlabel="difference in top-1 at the last epoch, points")
-    return figure
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
-@in_style
-def lengths(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
-    """Top-1 at the end of longer and shorter fine-tunings, beside the published ones.
-
-    A panel for each of a network's rates, with the criteria that were run at several lengths.
-    """
-    runs = selection.compared(frame, usual)
-    if runs.empty:
-        return None
-    runs = runs[runs["arch"] == arch]
-    several = runs.groupby(["compress_rate", "pruning_way", "survivors"])["trained"]
-    runs = runs[several.transform("nunique") > 1]
-    if runs.empty:
-        return None
-    panels = [alike for _, alike in runs.groupby("compress_rate")]
-    figure, every = new_figure(7, 4.2 * len(panels), len(panels), squeeze=False)
-    for axes, alike in zip(every[:, 0], panels, strict=True):
-        _lengths(axes, alike.sort_values("trained"))
-    return figure
-
-
-def _lengths(axes, runs: pd.DataFrame) -> None:
-    """One panel of `lengths`: runs of one network at the same rates, the short ones first."""
-    arch, rates = runs[["arch", "compress_rate"]].iloc[0]
-    ends, published, ticks = [], [], sorted(set(runs["trained"]))
-    for (way, _), own in runs.groupby(["pruning_way", "survivors"]):
-        key = selection.way_of(own.iloc[0])
-        axes.errorbar(own["trained"], own["last"], yerr=own["last_std"].fillna(0), marker="o",
-                      linestyle="--" if key[1] == "l1" else "-", capsize=3, markersize=5,
-                      color=colour_of(way))  # fmt: skip
-        ends.append((*own[["last", "trained"]].iloc[-1], criterion_name(*key), colour_of(way)))
-    rows = published_figures.published()["rows"]
-    named = published_figures.named_rates(arch, rates)
-    for _, row in rows[(rows["arch"] == arch) & (rows["cut_pct"].astype(str) == named)].iterrows():
-        ticks.append(PUBLISHED_EPOCHS * len(parse_rates(rates)))
-        published = sorted((top1, way) for way, top1 in row["top1_pct"].items())
-        for top1, way in published:
-            axes.plot(ticks[-1], top1, "D", color=colour_of(way), markersize=6, alpha=0.6)
-    for dense in sorted(set(runs["dense"].round(2))):
-        axes.axhline(dense, color=GREY, linestyle=":", linewidth=1.2)
-        axes.annotate(f"dense {dense:.2f}", (ticks[0], dense), xytext=(0, 3), fontsize=8.5,
-                      textcoords="offset points", color="#555555")  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.margins(y=0.08)
-    low, high = axes.get_ylim()  # with everything drawn, so that labels stand where they belong
-    places = plots.apart(
-        [top1 for top1, _ in published], 0.05 * (high - low), high - 0.02 * (high - low)
-    )
-    for place, (top1, way) in zip(places, published, strict=True):
-        axes.annotate(f"published, {way} {top1:.2f}", (ticks[-1], place), xytext=(7, 0),
-                      textcoords="offset points", fontsize=8.5, va="center",
-                      annotation_clip=False, color=colour_of(way))  # fmt: skip
-    plots.direct_labels(axes, ends)
-    axes.set(xlabel="epochs of fine-tuning", ylabel="top-1, %")
-    cut = f" at the published cut of {named} %" if len(ticks) > runs["trained"].nunique() else ""
-    axes.set_title(f"{network_name(arch)}{cut}: what longer fine-tuning brings")
-
-
 def _published_rows() -> pd.DataFrame:
     """The published rows with true_cut_pct, by kernels, as in the table of FLOPs."""
     rows = published_figures.published()["rows"]
@@ -299,19 +153,6 @@ def _best_of(frame: pd.DataFrame, arch: str) -> pd.DataFrame:
     runs = runs[runs["arch"] == arch]
     runs = runs[runs["trained"] == runs.groupby(row)["trained"].transform("max")]
     return runs.drop_duplicates([*row, "start"])
-
-
-def _most_compared(frame: pd.DataFrame, arch: str, usual: bool, also: float = inf) -> pd.DataFrame:
-    """At each of a network's rates the groups of the epochs that most criteria were run for.
-
-    And of others that at least `also` criteria were run for.
-    """
-    runs = selection.compared(frame, usual)
-    if runs.empty:
-        return runs
-    runs = runs[runs["arch"] == arch].sort_values(["others", "trained"], ascending=False)
-    chosen = runs.groupby("compress_rate")["trained"].transform("first")
-    return runs[(runs["trained"] == chosen) | (runs["others"] >= also)]
 
 
 def _longest_compared(frame: pd.DataFrame, arch: str, usual: bool) -> pd.DataFrame:
@@ -335,7 +176,8 @@ _SEE = {
     "before pruning, and the distance to it at the right end is the price.",
     "criteria": "how far right each way and criterion ends, at the same rates; the dotted line is "
     "the network before pruning. Bars reach one standard deviation, small marks are the seeds; "
-    "hollow: L1 survivors. A line that differs from its title, in seeds or cut, says so.",
+    "hollow: L1 survivors. A value of more or fewer seeds and a name of another cut say so. "
+    "Left few epochs, right many, the same criterion on the same line.",
     "finding": "how far chance alone comes, and how little of the differences after few epochs is "
     "left after many. Lines join what few epochs and many bring, on machines that the axis names.",
     "differences": "which intervals lie to one side of 0. They are of the seeds of one dense "
@@ -446,10 +288,10 @@ def build(results_dir: str | Path = "results", dataset: str = "cifar10") -> list
     done = frame[frame["status"] == "done"] if not frame.empty else frame
     tuned = done[done["kind"] == "finetune"] if len(done) else done
     for arch in dict.fromkeys(tuned["arch"]) if len(tuned) else []:
-        figures[f"criteria-{arch}"] = criteria(frame, arch, usual)
+        figures[f"criteria-{arch}"] = comparison.criteria(frame, arch, usual)
         figures[f"finding-{arch}"] = finding.draw(frame, arch, usual)
-        figures[f"differences-{arch}"] = differences(frame, arch, usual)
-        figures[f"lengths-{arch}"] = lengths(frame, arch, usual)
+        figures[f"differences-{arch}"] = comparison.differences(frame, arch, usual)
+        figures[f"lengths-{arch}"] = comparison.lengths(frame, arch, usual)
         chosen = _longest_compared(frame, arch, usual).get("runs", [])
         by_rates = frame.loc[sorted(i for runs in chosen for i in runs)]
         by_rates = by_rates.groupby("compress_rate", sort=False)

@@ -43,7 +43,7 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     runs = runs[runs["arch"] == arch]
     runs = runs.assign(key=[selection.way_of(run) for _, run in runs.iterrows()])
     keys = sorted(set(runs["key"]), key=_place_of)
-    figure, axes = new_figure(7, 1.3 + 0.52 * len(keys))
+    figure, axes = new_figure(7, 1.3 + 0.42 * len(keys))
     for y, key in enumerate(keys):
         own = runs[runs["key"] == key].sort_values("trained")
         colour = colour_of(key[0])
@@ -53,7 +53,7 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
                           capsize=3, markersize=8, color=colour, **hollow)  # fmt: skip
             text = f"{run['last']:.2f} (n={run['n']})"
-            axes.annotate(text, (run["last"], y), xytext=(0, 8), textcoords="offset points",
+            axes.annotate(text, (run["last"], y), xytext=(0, 6), textcoords="offset points",
                           fontsize=8.5, ha="center")  # fmt: skip
     dense = runs["dense"].iloc[0]
     axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)

@@ -6,6 +6,7 @@ Pictures and script are inside, nothing is fetched; links lead to the files of t
 
 import base64
 import os
+import re
 from collections.abc import Callable
 from html import escape
 from importlib.resources import files
@@ -20,6 +21,7 @@ from explib.report.names import network_name
 from explib.study import records
 
 TITLE = "EXP pruning: report"
+PIXELS = 1.5  # a point of a figure's width
 Link = Callable[[str | Path], str]
 """A file's path below the results folder in, its address from the page out; "" if not there."""
 
@@ -34,7 +36,7 @@ SECTIONS = {
     "Before fine-tuning": (("controls",), ("controls", "settings")),
     "FLOPs, recounted": (("published_vs_true",), ("flops",)),
     "Speed of pruned networks": (
-        ("speed", "accuracy_vs_speed", "speed_vs_density"),
+        ("choices", "speed", "accuracy_vs_speed", "speed_vs_density"),
         ("alternatives", "inference", "speed", "shipped", "density", "exactness"),
     ),
     "Speed of training, and its recipe": (
@@ -182,11 +184,16 @@ def _sections(
 
 
 def _figure(path: Path, address: str) -> str:
-    """A figure inside the page, as SVG or PNG, whichever is smaller, and a line on what to see."""
+    """A figure inside the page, as SVG or PNG, whichever is smaller, and a line on what to see.
+
+    Letters are as large in all figures: a picture is as wide as it was drawn, where the page is.
+    """
     kinds = {path: "svg+xml", path.with_suffix(".png"): "png"}
     best = min((p for p in kinds if p.is_file()), key=lambda p: p.stat().st_size)
     data, seen = base64.b64encode(best.read_bytes()).decode(), figures.what_to_see(path.stem)
-    picture = f'<img alt="{escape(path.stem)}" src="data:image/{kinds[best]};base64,{data}">'
+    drawn = re.search(r'<svg[^>]* width="([\d.]+)', path.read_text())
+    width = f' width="{round(float(drawn[1]) * PIXELS)}"' if drawn else ""
+    picture = f'<img alt="{escape(path.stem)}"{width} src="data:image/{kinds[best]};base64,{data}">'
     picture = f'<a href="{address}">{picture}</a>' if address else picture
     return f"<figure>{picture}<figcaption>What to see: {escape(seen)}</figcaption></figure>"
 
