@@ -1,7 +1,9 @@
 """Fine-tuning of any classifier on batches of one's own, under masks: a plain call."""
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -12,10 +14,19 @@ from torch import nn
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.pruning import masks as masking
-from explib.pruning.layers import Inputs, modes_kept
+from explib.pruning.layers import Inputs, described, modes_kept
 from explib.pruning.masks import Masks
 from explib.training import backend
-from explib.training.evaluation import pair_of, strict_fp32, top1_of
+from explib.training.evaluation import (
+    answer,
+    check_batches,
+    check_network,
+    check_range,
+    hits,
+    pair_of,
+    strict_fp32,
+    top1_of,
+)
 from explib.training.loop import one_cycle, progress_bar, raise_diverged, set_lr
 from explib.training.step import add_gradients, masks_held
 
@@ -36,24 +47,34 @@ def finetune(
     """Train a classifier in place, its masks held at every step; returns one entry an epoch.
 
     batches: of (images, labels), gone through once an epoch, as a DataLoader or a list. images:
-    what the model is called with, a tensor, a tuple or a dict; labels: int64 (N,), or shares
-    (N, classes); both are moved to the model's device. By default SGD with Nesterov momentum 0.9
-    and `weight_decay`, its learning rate up to the peak `lr` within a fifth of all steps, then down
-    to 0 as a cosine. An `optimizer` of one's own keeps its learning rate, or that of its
-    `scheduler` of torch.optim.lr_scheduler, which steps after every batch. loss: of (scores,
+    what the model is called with, a tensor, a tuple or a dict; labels: whole numbers (N,) from 0,
+    or shares (N, classes); both are moved to the model's device. By default SGD with Nesterov
+    momentum 0.9 and `weight_decay`, its learning rate up to the peak `lr` within a fifth of all
+    steps, then down to 0 as a cosine. An `optimizer` of one's own keeps its learning rate, or that
+    of its `scheduler` of torch.optim.lr_scheduler, which steps after every batch. loss: of (scores,
     labels), a mean. On a CPU images (N, C, H, W) are computed by the surviving kernels only, or in
     fused passes, where the engine takes the network; results are torch's up to rounding.
 
     An entry: epoch, lr (of its last step), train_loss, train_top1 (per cent), seconds,
     images_per_s, and with `validation`, batches like the others, top1 on them. The masks are held
     while this runs, see `hold`; modes are left as they were. ValueError, in one line, for masks
-    that do not fit, batches that are empty or no such pairs, and numbers out of range; Diverged at
-    the end of an epoch in which loss or weights ceased to be finite.
+    that do not fit, batches that are empty or no such pairs, images or labels that do not go with
+    the model or the loss, and numbers out of range: where the first batch shows it, before anything
+    is trained. Diverged where loss or weights cease to be finite, at the latest at the end of the
+    epoch.
     """
-    _check(epochs, lr, optimizer, scheduler)
+    check_network(model)
+    _check(epochs, lr, weight_decay, optimizer, scheduler)
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks: a {described(masks)}; give {{name: bool (F, C)}}, {{}} for none")
     masks, length = masking.check(model, masks), _length(batches)
     peak = None if optimizer else lr
-    optimizer = optimizer or _sgd(model, lr, weight_decay, length)
+    optimizer = _optimizer(model, optimizer, lr, weight_decay, length)
+    batches, first = _first(batches, "batches", epochs)
+    scores = _tried(model, first, "batches")
+    if validation is not None:
+        validation, first = _first(validation, "validation", epochs)
+        _tried(model, first, "validation")
     optimizer.zero_grad()
     history: list[dict] = []
     network: Callable | None = None
@@ -68,12 +89,18 @@ def finetune(
             began, course, rates, count = time.perf_counter(), [], [], 0
             for batch in batches:
                 images, labels = pair_of(model, batch)
+                if labels.is_cpu:  # elsewhere it would be a wait in every step
+                    check_range(scores, labels)
                 network = network or _network(model, masks, images)
                 if peak and length and steps:
                     done = (epoch * length + len(course)) / steps
                     set_lr(optimizer, peak * one_cycle(min(done, 1.0)))
                 rates.append(float(optimizer.param_groups[0]["lr"]))
-                course.append(add_gradients(network, images, labels, loss))
+                with _explained(images, epoch, len(course)):
+                    course.append(add_gradients(network, images, labels, _checked(loss)))
+                first_step = not history and len(course) == 1
+                if (labels.is_cpu or first_step) and not course[-1].isfinite().all():
+                    break  # what follows would be no numbers either
                 optimizer.step()
                 optimizer.zero_grad()
                 if scheduler is not None:
@@ -81,7 +108,7 @@ def finetune(
                 count += len(labels)
                 bar.update()
             seconds = time.perf_counter() - began
-            entry = _entry(model, epoch, course, rates, count, seconds)
+            entry = _entry(model, epoch, course, rates, count, seconds, length)
             if network and validation is not None:
                 with strict_fp32():
                     entry["top1"] = top1_of(model.eval(), network, validation, "validation")
@@ -90,12 +117,14 @@ def finetune(
     return history
 
 
-def _check(epochs: int, lr: float, optimizer: Any, scheduler: Any) -> None:
+def _check(epochs: int, lr: float, weight_decay: float, optimizer: Any, scheduler: Any) -> None:
     """ParamError for numbers out of range, and for what does not go together."""
     if type(epochs) is not int or epochs < 1:
         raise ParamError(f"epochs: {epochs!r}; give a whole number of at least 1")
     if not isinstance(lr, Real) or not 0 < lr < float("inf"):
         raise ParamError(f"lr: {lr!r}; give a number above 0")
+    if not isinstance(weight_decay, Real) or not 0 <= weight_decay < float("inf"):
+        raise ParamError(f"weight_decay: {weight_decay!r}; give a number of at least 0")
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ParamError(
             f"optimizer: a {type(optimizer).__name__}; give one of torch.optim, made of the "
@@ -108,26 +137,98 @@ def _check(epochs: int, lr: float, optimizer: Any, scheduler: Any) -> None:
 
 
 def _length(batches: Iterable) -> int | None:
-    """How many batches there are; None where that is not known."""
+    """How many batches there are; None where that is not known. ValueError for no batches."""
+    check_batches(batches)
     try:
         return len(batches)  # type: ignore[arg-type]  # asked, not known
     except TypeError:
         return None
 
 
-def _sgd(
-    model: nn.Module, lr: float, weight_decay: float, length: int | None
+def _optimizer(
+    model: nn.Module, given: Any, lr: float, weight_decay: float, length: int | None
 ) -> torch.optim.Optimizer:
-    """The optimizer by default; ValueError where nothing can be trained, or for no known length."""
+    """The one given, or that by default; ValueError where it trains nothing of the model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("model: no parameter requires a gradient; nothing can be trained")
+    if given is not None:
+        own = {id(parameter) for parameter in trained}
+        if not any(id(p) in own for group in given.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer: has no parameter of this model that requires a gradient; make it of "
+                "model.parameters()"
+            )
+        return given
     if length is None:
         raise ValueError(
             "batches: have no len(), which the learning rate's schedule needs; give a list or a "
             "DataLoader, or an optimizer of your own"
         )
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("model: no parameter requires a gradient; nothing can be trained")
     return torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+
+
+def _first(batches: Iterable, what: str, epochs: int) -> tuple[Iterable, Any]:
+    """The batches and the first of them, drawn without a change of torch's random state."""
+    check_batches(batches, what)
+    with torch.random.fork_rng(devices=[]):
+        iterator = iter(batches)
+        first = next(iterator, None)
+    if first is None:
+        raise ValueError(f"{what}: empty; give batches of (images, labels), as a DataLoader does")
+    if iterator is not batches:
+        return batches, first
+    if epochs > 1:
+        raise ValueError(
+            f"{what}: a {type(batches).__name__}, which ends with the first epoch of {epochs}; "
+            "give a list or a DataLoader"
+        )
+    return itertools.chain([first], iterator), first
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, batch: Any, what: str) -> torch.Tensor:
+    """The scores of a batch in evaluation mode; ValueError where batch and model do not fit."""
+    images, labels = pair_of(model, batch, what)
+    with modes_kept(model):
+        scores = answer(model.eval(), images, what)
+    hits(scores, labels)
+    check_range(scores, labels, what)
+    return scores
+
+
+def _checked(loss: Callable) -> Callable:
+    """The loss, whose errors say in one line that it is the loss's, and what it was given."""
+
+    def checked(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        given = f"scores {described(scores)} and labels {described(labels)}"
+        try:
+            value = loss(scores, labels)
+        except Exception as error:
+            raise ParamError(f"loss: does not take {given} ({_why(error)})") from error
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise ParamError(f"loss: returns {described(value)} for {given}; give their mean")
+        return value
+
+    return checked
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def _explained(images: Inputs, epoch: int, step: int) -> Iterator[None]:
+    """ValueError, in one line, for what training a batch raises, as BatchNorm of a single image."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, ParamError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"batches: batch {step + 1} of epoch {epoch + 1}, images {described(images)}, cannot "
+            f"be trained on ({_why(error)}); of a last one with a single image: drop_last=True"
+        ) from error
 
 
 def _network(model: nn.Module, masks: Masks, images: Inputs) -> Callable:
@@ -148,6 +249,7 @@ def _entry(
     rates: list[float],
     count: int,
     seconds: float,
+    length: int | None,
 ) -> dict:
     """An epoch's line of history, from each step's sum of losses and hits and learning rate."""
     if not course:
@@ -156,7 +258,7 @@ def _entry(
             "once an epoch, as a list or a DataLoader"
         )
     sums = torch.stack(course).cpu().double()
-    raise_diverged("fine-tuning", sums, rates, model, epoch)
+    raise_diverged("fine-tuning", sums, rates, model, epoch, length)
     loss, correct = sums.sum(0).tolist()
     return {
         "epoch": epoch + 1,

@@ -337,11 +337,17 @@ def _steps(data: Data, params: Params, first: int, count: int, soft=None) -> Ite
 
 
 def raise_diverged(
-    label: str, course: torch.Tensor, rates: list[float], model: nn.Module, epoch: int
+    label: str,
+    course: torch.Tensor,
+    rates: list[float],
+    model: nn.Module,
+    epoch: int,
+    steps: int | None = None,
 ) -> None:
     """Raise Diverged unless an epoch's losses, course[:, 0], and the weights after it are finite.
 
-    rates: the learning rate of each of its steps.
+    rates: the learning rate of each of its steps. steps: of a whole epoch, where this one was cut
+    short.
     """
     broken = (~course[:, 0].isfinite()).nonzero().flatten().tolist()
     number = broken[0] if broken else len(course) - 1
@@ -351,7 +357,9 @@ def raise_diverged(
         if torch.stack([t.isfinite().all() for t in (*model.parameters(), *running)]).all():
             return
         what = "weights are not finite"
+    hint = f"at learning rate {rates[number]:.2g}; use a smaller lr"
+    if broken and epoch == number == 0:
+        hint = "before any training; look for NaN in the images, labels or weights"
     raise Diverged(
-        f"{label}: {what} in epoch {epoch + 1}, step {number + 1} of {len(course)}, at learning "
-        f"rate {rates[number]:.2g}; use a smaller lr"
+        f"{label}: {what} in epoch {epoch + 1}, step {number + 1} of {steps or len(course)}, {hint}"
     )

@@ -77,12 +77,12 @@ class TestOfOnesOwn:
         images = torch.randn(20, 3, 8, 8)
         with torch.no_grad():
             labels = net.eval()(images).argmax(1)
-        labels[:3] += 1
+        labels[:3] = (labels[:3] + 1) % 10
         loader = DataLoader(TensorDataset(images, labels), batch_size=8)  # 8, 8 and 4
         net.train()
         assert evaluation.evaluate(net, loader) == 100 * 17 / 20
         assert net.training and net[1].num_batches_tracked == 0  # as it was
-        shares = F.one_hot(labels, 11).float()
+        shares = F.one_hot(labels, 10).float()
         assert evaluation.evaluate(net, [(images, shares)]) == 100 * 17 / 20
 
     def test_other_inputs_than_one_tensor(self, net):
@@ -101,9 +101,26 @@ class TestOfOnesOwn:
                 r"^batches: labels are \[int, int\]; give",
             ),
             (
-                [(torch.zeros(2, 3, 8, 8), torch.zeros(3))],
+                [(torch.zeros(2, 3, 8, 8), torch.zeros(3).long())],
                 r"^model: returns \(2, 10\) for 3 lab",
             ),
+            (
+                [(torch.zeros(2, 3, 8, 8), torch.zeros(2))],
+                r"^batches: labels are float32 \(2,\); give whole numbers",
+            ),
+            (  # of a single column the highest share would be that of class 0 each time
+                [(torch.zeros(2, 3, 8, 8), torch.ones(2, 1).long())],
+                r"^batches: labels are int64 \(2, 1\); give whole numbers",
+            ),
+            (
+                [(torch.zeros(2, 3, 8, 8), torch.tensor([1, 10]))],
+                r"^batches: a label is 10; the model has 10 classes, 0 to 9",
+            ),
+            (
+                [(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())],
+                r"^batches: the model does not take images \(2, 1, 8, 8\) \(Given groups=1",
+            ),
+            (7, r"^batches: a int; give a DataLoader or a list"),
         ],
     )
     def test_what_is_no_batch_is_one_line(self, net, batches, message):
@@ -169,6 +186,36 @@ class TestRecalibrateBN:
         with pytest.raises(ValueError, match=r"^batches: empty; give training images"):
             evaluation.recalibrate_bn(net, batches)
         assert equal(net.state_dict(), before) and net[1].momentum == 0.1
+
+    @pytest.mark.parametrize(
+        ("later", "message"),
+        [
+            (
+                torch.zeros(4, 1, 8, 8),
+                r"^batches: the model does not take images \(4, 1, 8, 8\) \(",
+            ),
+            (torch.zeros(3, 8, 8), r"^batches: the model does not take images \(3, 8, 8\) \("),
+            ({"x": torch.zeros(4, 3, 8, 8)}, r"^batches: the model does not take images {x=\(4, 3"),
+            (torch.full((4, 3, 8, 8), torch.nan), r"^batches: BatchNorm's statistics are not fini"),
+        ],
+    )
+    @pytest.mark.parametrize("first", [True, False])
+    def test_what_the_model_does_not_take_is_one_line_and_changes_nothing(
+        self, net, later, message, first
+    ):
+        before = copy.deepcopy(net.state_dict())
+        batches = [later] if first else [torch.randn(4, 3, 8, 8), later]
+        with pytest.raises(ValueError, match=message) as error:
+            evaluation.recalibrate_bn(net, batches)
+        assert "\n" not in str(error.value)
+        assert equal(net.state_dict(), before) and net[1].momentum == 0.1 and net.training
+
+    @pytest.mark.parametrize("given", [5, None])
+    def test_what_is_no_batches_or_no_network_is_one_line(self, net, given):
+        with pytest.raises(ValueError, match=r"^batches: a \w+; give a DataLoader or a list"):
+            evaluation.recalibrate_bn(net, given)
+        with pytest.raises(ValueError, match=r"^model: a \w+; give an nn.Module, then its batches"):
+            evaluation.recalibrate_bn(given, torch.zeros(4, 3, 8, 8))
 
     def test_weights_stay(self, net):
         before = {name: p.detach().clone() for name, p in net.named_parameters()}

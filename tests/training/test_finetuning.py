@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import explib
-from explib.errors import ParamError
 from explib.pruning import masks as masking
 from explib.training import finetuning
 from explib.training.loop import Diverged
@@ -29,6 +28,12 @@ def make_batches(count=3, size=16, side=8, seed=0):
         )
         for _ in range(count)
     ]
+
+
+def batch_of(images=None, labels=None):
+    """One batch of four."""
+    images = torch.zeros(4, 3, 8, 8) if images is None else images
+    return [(images, torch.zeros(len(images)).long() if labels is None else labels)]
 
 
 @pytest.fixture
@@ -190,6 +195,22 @@ class TestOfOnesOwn:
             )
         assert len(asked) == 1
 
+    def test_labels_of_a_shorter_type_are_those_numbers(self, net):
+        twin = copy.deepcopy(net)
+        explib.finetune(net, {}, make_batches(), epochs=1)
+        explib.finetune(twin, {}, [(x, y.to(torch.int16)) for x, y in make_batches()], epochs=1)
+        assert equal(net.state_dict(), twin.state_dict())
+
+    def test_a_look_at_the_first_batch_moves_no_random_numbers(self, net):
+        images, labels = torch.randn(32, 3, 8, 8), torch.arange(32) % 10
+        loader = DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True)
+        torch.manual_seed(3)
+        list(loader)
+        wanted = torch.rand(1)
+        torch.manual_seed(3)
+        explib.finetune(net, {}, loader, epochs=1)
+        assert torch.equal(torch.rand(1), wanted)
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -200,7 +221,77 @@ class TestRefused:
             ({"lr": 0.0}, "lr: 0.0; give a number above 0"),
             ({"optimizer": "sgd"}, "optimizer: a str; give one of torch.optim, made of the model"),
             ({"scheduler": object()}, None),
-            ({"batches": []}, "batches: empty in epoch 1; give"),
+            ({"epochs": -1}, "epochs: -1; give a whole number of at least 1"),
+            ({"epochs": True}, "epochs: True; give a whole number of at least 1"),
+            ({"lr": math.nan}, "lr: nan; give a number above 0"),
+            ({"lr": "0.1"}, "lr: '0.1'; give a number above 0"),
+            ({"weight_decay": -1.0}, "weight_decay: -1.0; give a number of at least 0"),
+            ({"batches": []}, "batches: empty; give batches of (images, labels)"),
+            ({"batches": 5}, "batches: a int; give a DataLoader or a list"),
+            (
+                {"batches": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())},
+                "batches: a TensorDataset, which gives one image at a time; wrap it in a torch",
+            ),
+            ({"batches": [{"images": 1, "labels": 2}]}, "batches: a batch is {images=int, labels="),
+            ({"batches": [torch.zeros(2)]}, "batches: a batch is (2,); give a pair"),
+            (
+                {"batches": batch_of(torch.zeros(4, 1, 8, 8))},
+                "batches: the model does not take images (4, 1, 8, 8) (Given groups=1",
+            ),
+            (
+                {"batches": batch_of(torch.zeros(4, 8, 8, 3))},
+                "batches: the model does not take images (4, 8, 8, 3) (Given groups=1",
+            ),
+            (
+                {"batches": batch_of(torch.zeros(4, 192))},
+                "batches: the model does not take images (4, 192) (",
+            ),
+            (
+                {"batches": batch_of(torch.zeros(4, 3, 8, 8).byte())},
+                "batches: the model does not take images (4, 3, 8, 8) (",
+            ),
+            (
+                {"batches": batch_of(labels=torch.zeros(4))},
+                "batches: labels are float32 (4,); give whole numbers (N,), int64, or shares",
+            ),
+            (
+                {"batches": batch_of(labels=torch.zeros(4, 1).long())},
+                "batches: labels are int64 (4, 1); give whole numbers (N,), int64",
+            ),
+            (
+                {"batches": batch_of(labels=torch.zeros(4).bool())},
+                "batches: labels are bool (4,); give whole numbers (N,), int64",
+            ),
+            (
+                {"batches": batch_of(labels=torch.tensor([0, 1, 2, 10]))},
+                "batches: a label is 10; the model has 10 classes, 0 to 9",
+            ),
+            (
+                {"batches": batch_of(labels=torch.tensor([0, 1, 2, -1]))},
+                "batches: a label is -1; the model has 10 classes, 0 to 9",
+            ),
+            (
+                {"batches": batch_of(labels=torch.rand(4, 7))},
+                "batches: labels are shares (4, 7), the model's scores (4, 10); give a share for",
+            ),
+            (
+                {"batches": batch_of(labels=torch.zeros(3).long())},
+                "model: returns (4, 10) for 3 labels; give a classifier that returns scores",
+            ),
+            (
+                {"validation": batch_of(labels=torch.tensor([0, 1, 2, 10]))},
+                "validation: a label is 10; the model has 10 classes, 0 to 9",
+            ),
+            (
+                {"validation": batch_of(torch.zeros(4, 1, 8, 8))},
+                "validation: the model does not take images (4, 1, 8, 8)",
+            ),
+            ({"validation": [torch.zeros(2)]}, "validation: a batch is (2,); give a pair"),
+            (
+                {"validation": iter(make_batches()), "epochs": 2},
+                "validation: a list_iterator, which ends with the first epoch of 2; give a list",
+            ),
+            ({"masks": None}, "masks: a NoneType; give {name: bool (F, C)}, {} for none"),
             ({"batches": iter(())}, "batches: have no len()"),
             ({"batches": [torch.zeros(1, 3, 8, 8)]}, "batches: a batch is (1, 3, 8, 8)"),
             ({"validation": []}, "validation: empty; give batches"),
@@ -216,15 +307,80 @@ class TestRefused:
         given = {"masks": {}, "batches": make_batches(), "epochs": 1, **changes}
         chosen, batches = given.pop("masks"), given.pop("batches")
         message = message or "scheduler: is for another optimizer; give that one"
-        with pytest.raises((ParamError, ValueError)) as error:
+        with pytest.raises((ValueError, Diverged)) as error:
             explib.finetune(net, chosen, batches, **given)
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
-        assert "validation" in given or equal(net.state_dict(), before)
+        assert equal(net.state_dict(), before) and net.training
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"batches": batch_of(torch.full((4, 3, 8, 8), math.nan))},
+                "fine-tuning: loss is nan in epoch 1, step 1 of 1, before any training; look for",
+            ),
+            (
+                {"loss": nn.MarginRankingLoss()},
+                "loss: does not take scores (16, 10) and labels (16,) (",
+            ),
+            ({"loss": lambda scores, labels: 1.0}, "loss: returns float for scores (16, 10) and"),
+            (
+                {"loss": nn.CrossEntropyLoss(reduction="none")},
+                "loss: returns (16,) for scores (16, 10) and labels (16,); give their mean",
+            ),
+        ],
+    )
+    def test_by_the_first_step_before_it_changes_a_weight(self, net, changes, message):
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        given = {"batches": make_batches(), "epochs": 1, **changes}
+        with pytest.raises((ValueError, Diverged)) as error:
+            explib.finetune(net, {}, given.pop("batches"), **given)
+        assert str(error.value).startswith(message) and "\n" not in str(error.value)
+        assert equal(dict(net.named_parameters()), before) and net.training
 
     def test_an_iterator_that_ends(self, net):
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        with pytest.raises(ValueError, match=r"^batches: empty in epoch 2; give .* once an epoch"):
+        with pytest.raises(ValueError, match=r"^batches: a list_iterator, which ends with the fir"):
             explib.finetune(net, {}, iter(make_batches()), epochs=2, optimizer=optimizer)
+        twin = copy.deepcopy(net)
+        other = torch.optim.SGD(twin.parameters(), 0.01)
+        explib.finetune(net, {}, iter(make_batches()), epochs=1, optimizer=optimizer)
+        explib.finetune(twin, {}, make_batches(), epochs=1, optimizer=other)
+        assert equal(net.state_dict(), twin.state_dict())  # the first batch, too, once
+
+    def test_batches_that_end_unseen(self, net):
+        class Ending(list):
+            begun = 0
+
+            def __iter__(self):
+                self.begun += 1
+                return super().__iter__() if self.begun < 3 else iter(())  # looked at, trained on
+
+        with pytest.raises(ValueError, match=r"^batches: empty in epoch 2; give .* once an epoch"):
+            explib.finetune(net, {}, Ending(make_batches()), epochs=2)
+
+    def test_a_last_batch_of_one_image(self):
+        net = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8)),
+            *(nn.Flatten(), nn.Linear(8, 10)),
+        )
+        batches = [*make_batches(2), *make_batches(1, size=1)]
+        said = (
+            r"^batches: batch 3 of epoch 1, images \(1, 3, 8, 8\), cannot be trained on \(Expected "
+            r"more than 1 value .*drop_last=True$"
+        )
+        with pytest.raises(ValueError, match=said):
+            explib.finetune(net, {}, batches, epochs=1)
+
+    def test_a_later_label_out_of_range(self, net):
+        batches = make_batches()
+        batches[2][1][3] = 12
+        with pytest.raises(ValueError, match=r"^batches: a label is 12; the model has 10 classes"):
+            explib.finetune(net, {}, batches, epochs=1)
+
+    def test_what_is_no_network(self):
+        with pytest.raises(ValueError, match=r"^model: a list; give an nn.Module, then its batch"):
+            explib.finetune([], {}, make_batches(), epochs=1)
 
     def test_nothing_to_train(self, net):
         with pytest.raises(ValueError, match=r"^model: no parameter requires a gradient"):
@@ -232,8 +388,10 @@ class TestRefused:
 
     def test_another_models_optimizer(self, make_net, net, masks):
         optimizer = torch.optim.SGD(make_net().parameters(), 0.01)
-        with pytest.raises(ValueError, match=r"^optimizer: has no weight of a masked conv"):
+        with pytest.raises(ValueError, match=r"^optimizer: has no parameter of this model"):
             explib.finetune(net, masks, make_batches(), epochs=1, optimizer=optimizer)
+        with pytest.raises(ValueError, match=r"^optimizer: has no parameter of this model"):
+            explib.finetune(net, {}, make_batches(), epochs=1, optimizer=optimizer)
 
     def test_diverged_says_when(self, net):
         batches = make_batches()
