@@ -14,7 +14,7 @@ from torch import nn
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.pruning import masks as masking
-from explib.pruning.layers import Inputs, described, modes_kept
+from explib.pruning.layers import Inputs, batch_size, described, modes_kept
 from explib.pruning.masks import Masks
 from explib.training import backend
 from explib.training.evaluation import (
@@ -91,7 +91,8 @@ def finetune(
                 images, labels = pair_of(model, batch)
                 if labels.is_cpu:  # elsewhere it would be a wait in every step
                     check_range(scores, labels)
-                network = network or _network(model, masks, images)
+                if network is None:
+                    network = _network(model, masks, images)
                 if peak and length and steps:
                     done = (epoch * length + len(course)) / steps
                     set_lr(optimizer, peak * one_cycle(min(done, 1.0)))
@@ -109,7 +110,7 @@ def finetune(
                 bar.update()
             seconds = time.perf_counter() - began
             entry = _entry(model, epoch, course, rates, count, seconds, length)
-            if network and validation is not None:
+            if network is not None and validation is not None:
                 with strict_fp32():
                     entry["top1"] = top1_of(model.eval(), network, validation, "validation")
             history.append(entry)
@@ -225,9 +226,10 @@ def _explained(images: Inputs, epoch: int, step: int) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, ParamError):
         raise
     except Exception as error:
+        alone = "; leave out what is left over, as by drop_last=True" * (batch_size(images) == 1)
         raise ValueError(
             f"batches: batch {step + 1} of epoch {epoch + 1}, images {described(images)}, cannot "
-            f"be trained on ({_why(error)}); of a last one with a single image: drop_last=True"
+            f"be trained on ({_why(error)}){alone}"
         ) from error
 
 

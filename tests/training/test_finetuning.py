@@ -195,6 +195,19 @@ class TestOfOnesOwn:
             )
         assert len(asked) == 1
 
+    def test_a_network_that_has_no_length(self, net, masks):
+        """As what torch.compile returns."""
+
+        class Wrapped(nn.Sequential):
+            def __len__(self):
+                raise TypeError("Wrapped does not support len()")
+
+        net.__class__ = Wrapped
+        net.double()  # which trains in torch, by the network itself
+        batches = [(images.double(), labels) for images, labels in make_batches()]
+        (entry,) = explib.finetune(net, masks, batches, epochs=1, validation=batches)
+        assert entry["top1"] == explib.evaluate(net, batches)
+
     def test_labels_of_a_shorter_type_are_those_numbers(self, net):
         twin = copy.deepcopy(net)
         explib.finetune(net, {}, make_batches(), epochs=1)
@@ -367,7 +380,7 @@ class TestRefused:
         batches = [*make_batches(2), *make_batches(1, size=1)]
         said = (
             r"^batches: batch 3 of epoch 1, images \(1, 3, 8, 8\), cannot be trained on \(Expected "
-            r"more than 1 value .*drop_last=True$"
+            r"more than 1 value .*, as by drop_last=True$"
         )
         with pytest.raises(ValueError, match=said):
             explib.finetune(net, {}, batches, epochs=1)
