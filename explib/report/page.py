@@ -205,6 +205,7 @@ def _table(name: str, made: dict[str, pd.DataFrame], link: Link, whole: str) -> 
     wide = {column.removesuffix("~") for column in wanted if column.endswith("~")}
     wide |= {"hardware", "precision"}
     columns = [c for c in (w.removesuffix("~") for w in wanted) if c in table and c != "records"]
+    columns = [c for c in columns if table[c].astype(bool).any()]  # none that is empty
     cells = _linked(name, table, columns, made, link)
     files_of = [(f"{whole}/{name}.html", "all columns"), (f"{whole}/{name}.csv", "CSV")]
     more = " · ".join(f'<a href="{link(f)}">{text}</a>' for f, text in files_of if link(f))
