@@ -58,6 +58,9 @@ def execute(notebook: Path, output: Path, parameters: dict) -> None:
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             config=Config({"KernelManager": sockets}),
         )
+    for out in (out for cell in executed.cells for out in cell.get("outputs", ())):
+        if "image/png" in (data := out.get("data", {})):  # no kernel will ever move the sliders
+            data.pop("application/vnd.jupyter.widget-view+json", None)
     write_text(output, nbformat.writes(executed) + "\n")
     say(f"{name}: done, {time.monotonic() - began:.0f} s")
 

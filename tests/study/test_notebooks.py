@@ -37,3 +37,15 @@ def test_a_notebook_that_fails_leaves_no_file(counting, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match="not callable"):
         notebooks.execute(counting, output, {"steps": None, "print": None})
     assert not output.exists()
+
+
+def test_the_picture_of_sliders_is_what_an_executed_copy_shows(counting, tmp_path):
+    """A page made of it would show the sliders, which are nothing without a kernel, and no more."""
+    widget = "application/vnd.jupyter.widget-view+json"
+    shown = f"display({{'image/png': 'iVBORw0KGgo=', {widget!r}: {{'model_id': 'a'}}}}, raw=True)"
+    made = nbformat.read(counting, 4)
+    made.cells.append(new_code_cell(f"from IPython.display import display\n{shown}"))
+    nbformat.write(made, counting)
+    notebooks.execute(counting, tmp_path / "out.ipynb", {"steps": 1})
+    (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
+    assert set(output["data"]) == {"image/png"}
