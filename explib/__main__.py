@@ -112,11 +112,11 @@ def finetune(params):
 
 @cli.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path())
-@click.option("--seeds", default=1, show_default=True, help="so many of each, from 0")
+@click.option("--seeds", default=1, show_default=True, help="seeds of each run, from 0")
 @click.option("--seconds", default=0.0, help="begin no run that may end later than this; 0: no end")
 @click.option("--epochs", type=float, help="of every run, instead of what its file says")
 @click.option(
-    "--at-once", type=click.IntRange(1), default=1, show_default=True, help="so many share a GPU"
+    "--at-once", type=click.IntRange(1), default=1, show_default=True, help="runs that share a GPU"
 )
 @results_dir
 def batch(files, seeds, seconds, epochs, at_once, results_dir):
@@ -174,13 +174,17 @@ def recipes(file, results_dir):
 @cli.command()
 @click.argument("network", type=click.Path())
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("--top", default=1, show_default=True, type=click.IntRange(1), help="so many classes")
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images")
+@click.option(
+    "--top", default=1, show_default=True, type=click.IntRange(1), help="classes of an image"
+)
+@click.option(
+    "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images at once"
+)
 @click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
-    help="fp32 by default, of a file saved in int8 that",
+    help="default: int8 of a file saved so, else fp32",
 )
 @answer("ran")
 def run(network, images, top, batch_size, threads, dtype):

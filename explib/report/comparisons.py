@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from explib.report.selection import ENVIRONMENT
+
 RATES = ["arch", "compress_rate"]
 
 
@@ -60,7 +62,7 @@ def differences(runs: pd.DataFrame) -> pd.DataFrame:
     of one seed they are NaN.
     """
     rows = []
-    for _, alike in runs.groupby([*RATES, "trained"], sort=False):
+    for _, alike in runs.groupby([*RATES, "trained", *ENVIRONMENT], sort=False, dropna=False):
         deviation, freedom = scatter(alike["by_seed"])
         for index, run in alike.iterrows():
             way = run["pruning_way"]

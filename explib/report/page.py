@@ -27,7 +27,8 @@ Link = Callable[[str | Path], str]
 
 SECTIONS = {
     "Is the score worth anything?": (
-        ("finding", "criteria", "differences", "lengths"), ("overview", "criteria", "order")
+        ("finding", "criteria", "differences", "lengths"),
+        ("overview", "criteria", "elsewhere", "order"),
     ),
     "Accuracy after fine-tuning, beside the published": (
         ("accuracy_vs_cut", "curves"),
@@ -72,6 +73,7 @@ SHOWN = {
 }
 """Columns of tables that would be wider than the page; ~: left out on a phone."""
 SHOWN["ours"] = SHOWN["as_published"]
+SHOWN["elsewhere"] = SHOWN["criteria"] + " | hardware~"
 GIVEN = {
     *("network", "way", "criterion", "criteria", "name", "changed", "setting", "recipe", "task"),
     *("pruned", "published cut %", "published top-1", "usual setting", "epochs", "batch", "seeds"),

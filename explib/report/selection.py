@@ -2,11 +2,10 @@
 
 Of several groups of runs (equal but for their seeds) for one row and dense network tables and
 figures show the one with most epochs, then the one with most seeds, then the one from where most
-others of as many epochs come from. A machine, a precision or a
-version of torch makes another group: what it adds to a difference is not the seed's or the
-criterion's. Runs that diverged, or that
-used only a part of the data, are no results (of the digits, which are there to try things on, also
-a part).
+others of as many epochs come from. A machine, a precision or a version of torch makes another
+group: what it adds to a difference is not the seed's or the criterion's. Runs that diverged, or
+that used only a part of the data, are no results (of the digits, which are there to try things on,
+also a part).
 """
 
 import pandas as pd
@@ -108,13 +107,13 @@ def _experiments(frame: pd.DataFrame) -> pd.Series:
     return chosen.groupby(list(chosen), sort=False, dropna=False).ngroup()
 
 
-def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+def compared(frame: pd.DataFrame, usual: bool = True, elsewhere: bool = False) -> pd.DataFrame:
     """The groups of runs that were fine-tuned in one go, one of each way, criterion and epochs.
 
     What a comparison of criteria takes: at equal rates and epochs, from one dense network, by one
     recipe of fine-tuning and in one environment; those that most criteria were run with, of
-    environments the one with most runs. Adds others: how many criteria were run at these, the
-    group's own included.
+    environments the one with most runs; with `elsewhere` all others. Adds others: how many criteria
+    were run at these, the group's own included.
     """
     runs = groups(frame, usual)
     if runs.empty:
@@ -128,5 +127,7 @@ def compared(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
     runs = runs.drop_duplicates([*equal, *ENVIRONMENT, "pruning_way", "survivors"])
     sizes = runs.groupby([*equal, *ENVIRONMENT])["n"].agg(["size", "sum"]).reset_index()
     sizes = sizes.sort_values(["sum", "size"], ascending=False, kind="stable")
-    runs = runs.merge(sizes.drop_duplicates(equal)[[*equal, *ENVIRONMENT]])
-    return runs.assign(others=runs.groupby(equal)["n"].transform("size"))
+    first = sizes.drop_duplicates(equal)
+    chosen = sizes.drop(first.index) if elsewhere else first
+    runs = runs.merge(chosen[[*equal, *ENVIRONMENT]])
+    return runs.assign(others=runs.groupby([*equal, *ENVIRONMENT])["n"].transform("size"))

@@ -22,6 +22,7 @@ CAPTIONS = {
     "reached": "How many rows reach their published accuracy, at the last epoch",
     "overview": "Criteria at a glance: top-1 at the last epoch, of one seed where no n is given",
     "criteria": "Criteria at the same rates; differences ± half their 95 % interval, p by Holm",
+    "elsewhere": "The same criteria on other machines, where several seeds were run",
     "order": "Rank correlation of top-1 before and after fine-tuning, over the criteria",
     "sensitivity": "Other settings, schedules and mask seeds, after fine-tuning",
     "baselines": "Dense networks",
@@ -165,19 +166,22 @@ def _cut(left: float, dense: float) -> float:
     return 100 * (1 - left / dense)
 
 
-def criteria(frame: pd.DataFrame, usual: bool = True) -> pd.DataFrame:
+def criteria(frame: pd.DataFrame, usual: bool = True, elsewhere: bool = False) -> pd.DataFrame:
     """All ways and criteria side by side where one of comparison was run at the same rates.
 
     By network, rates and epochs, the best one first. Differences to the criteria that know no
     score are means over the seeds both sides have, with their 95 % interval and a t-test (see
-    `comparisons.differences`), whose p values are Holm's for all tests of the table.
+    `comparisons.differences`), whose p values are Holm's for all tests of the table. elsewhere: of
+    other environments than the one shown, as far as they have several seeds.
     """
-    runs = selection.compared(frame, usual)
+    runs = selection.compared(frame, usual, elsewhere)
+    runs = runs[runs["n"] > 1] if elsewhere and len(runs) else runs
     if runs.empty:
         return runs
     runs = runs.assign(rates=[published.named_rates(*pair) for pair in runs[_RATES].values])
     controlled = runs.assign(control=~runs["pruning_way"].isin(["A", "B"]))
-    runs = runs[controlled.groupby([*_RATES, "trained"])["control"].transform("any")]
+    together = [*_RATES, "trained", *selection.ENVIRONMENT]
+    runs = runs[controlled.groupby(together, dropna=False)["control"].transform("any")]
     runs = runs.sort_values(
         ["arch", "rates", "trained", "last"], ascending=[True, True, False, False]
     )
@@ -299,6 +303,7 @@ def make(
         "reached": reached({"random": rows["random"], "L1": rows["l1"]}),
         "overview": comparisons.overview(compared),
         "criteria": compared,
+        "elsewhere": criteria(frame, usual, elsewhere=True),
         "order": comparisons.order(compared),
         "sensitivity": sensitivity(frame),
         "baselines": baselines(frame, usual),

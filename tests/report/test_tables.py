@@ -399,6 +399,26 @@ class TestCriteria:
         found = tables.make(tmp_path, "cifar10")["criteria"].set_index("criterion")
         assert found.loc["B, random survivors", "against random kernels"] == "+1.50 (n=1)"
 
+    def test_other_machines_have_a_table_of_what_they_ran_with_several_seeds(self, tmp_path):
+        for seed, (ours, other) in enumerate(((91.0, 90.0), (93.0, 91.0), (92.0, 89.0))):
+            record(tmp_path, ours, seed=seed)
+            record(tmp_path, other, seed=seed, pruning_way="random")
+        assert "elsewhere" not in tables.make(tmp_path, "cifar10")
+        for hardware in ("slide rule", "sand"):
+            record(tmp_path, 88.0, pruning_way="random", hardware=hardware)
+            record(tmp_path, 88.5, hardware=hardware)
+        assert "elsewhere" not in tables.make(tmp_path, "cifar10")  # one seed each
+        record(tmp_path, 88.0, pruning_way="random", hardware="sand", seed=1)
+        record(tmp_path, 88.7, hardware="sand", seed=1)
+        made = tables.make(tmp_path, "cifar10")
+        assert set(made["criteria"]["hardware"]) == {"abacus"}
+        found = made["elsewhere"].set_index("criterion")
+        assert set(found["hardware"]) == {"sand"} and set(made["elsewhere"]["epochs"]) == {"10"}
+        # differences 0.5 and 0.7: t = 0.6 / 0.1, of 1 degree of freedom, 12.706 of which are 95 %
+        assert found.loc["B, random survivors", "against random kernels"] == (
+            "+0.60 ± 1.27 (p = 0.105, n=2)"
+        )
+
     def test_p_values_are_corrected_for_their_number(self, tmp_path):
         # by hand: 0.01 * 3, then 0.02 * 2 and 0.5 * 1, never less than the one before
         found = comparisons.holm(pd.Series([0.5, 0.01, float("nan"), 0.02]))
