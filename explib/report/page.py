@@ -209,6 +209,8 @@ def _table(name: str, made: dict[str, pd.DataFrame], link: Link, whole: str) -> 
     columns = [c for c in (w.removesuffix("~") for w in wanted) if c in table and c != "records"]
     columns = [c for c in columns if table[c].astype(bool).any()]  # none that is empty
     cells = _linked(name, table, columns, made, link)
+    if "hardware" in columns:  # what is in brackets is in the whole table
+        cells["hardware"] = [re.sub(r" \([^)]*\)", "", cell) for cell in cells["hardware"]]
     files_of = [(f"{whole}/{name}.html", "all columns"), (f"{whole}/{name}.csv", "CSV")]
     more = " · ".join(f'<a href="{link(f)}">{text}</a>' for f, text in files_of if link(f))
     return (
