@@ -70,6 +70,18 @@ def divide(node: Node) -> View | None:
     return _with_known(node, node["self"], 1 / by, None)
 
 
+def maximum(node: Node) -> View | None:
+    """The larger of x and y."""
+    return _both(node, "maximum", node["self"], node["other"])
+
+
+def power(node: Node) -> View | None:
+    """x * x, of square and pow."""
+    x = node["self"]
+    squared = isinstance(x, View) and node["exponent"] in (None, 2)
+    return node.like(x, "mul", x.base) if squared else None
+
+
 def _known(value: Any) -> bool:
     """Whether a divisor is known, and nowhere zero."""
     if isinstance(value, torch.Tensor):
@@ -110,15 +122,29 @@ def _both(node: Node, kind: str, one: Any, other: Any) -> View | None:
     one, other = (node.settled(value.unexpanded()) for value in (one, other))
     if one is None or other is None:
         return None
-    if one.sizes != node.size and kind in ("add", "mul"):
+    if one.sizes != node.size and kind in ("add", "mul", "maximum"):
         one, other = other, one
+    one = _spread(node, one)
     if one.sizes != node.size or len(one.dims) != len(other.dims):
         return None
     form = form_of(one)
-    if one.sizes == other.sizes and form == form_of(other):
-        return node.like(one, kind, other.base)
-    for shape in ((node.size[CHANNELS[form]], 1, 1), (1, *one.shape[1:]), (1, 1, 1)):
-        wanted = whole(other.base, shape, last=form == "last")
-        if len(one.dims) == 3 and other.sizes == wanted.sizes and other.dims == wanted.dims:
-            return node.like(one, kind, other.base)
+    for beside in (other, _spread(node, other)):
+        if one.sizes == beside.sizes and form == form_of(beside):
+            return node.like(one, kind, beside.base)
+        for shape in ((node.size[CHANNELS[form]], 1, 1), (1, *one.shape[1:]), (1, 1, 1)):
+            wanted = whole(beside.base, shape, last=form == "last")
+            own = (*beside.shape, 1, 1)[:3]  # (1, 1, C) may have a channel's axes, too
+            if len(one.dims) == 3 and own == shape and beside.dims == wanted.dims:
+                return node.like(one, kind, beside.base)
     return None
+
+
+def _spread(node: Node, view: View) -> View:
+    """One row or column of each channel as a whole plane, where that is what it stands for."""
+    if len(view.dims) != 3 or form_of(view) != "plane" or view.shape[1:] == (1, 1):
+        return view
+    channels, *plane = node.size
+    fits = all(own in (1, size) for own, size in zip(view.shape[1:], plane, strict=True))
+    if not fits or [*view.shape[1:]] == plane or view.shape[0] not in (1, channels):
+        return view
+    return node.add("upsample_nearest", (view.base,), (view.shape[0], *plane))

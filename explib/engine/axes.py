@@ -106,6 +106,47 @@ def flip(node: Node) -> View | None:
     return None if x is None or not form_of(x) else _gather(node, x, [*range(x.shape[0])][::-1])
 
 
+def repeated(node: Node) -> View | None:
+    """Channels again: all of them, as by repeat, or one by one, as by repeat_interleave."""
+    x, times, axis = node["self"], node["repeats"], node["dim"]
+    if not isinstance(x, View):
+        return None
+    if each := axis is not None:
+        axis = node.axis(x, axis)
+    else:
+        times = times if isinstance(times, (list, tuple)) else []
+        axes = [i for i, n in enumerate(times) if n != 1]
+        if len(axes) != 1 or len(times) != len(x.dims) + 1:
+            return None
+        axis, times = axes[0] - 1, times[axes[0]]
+    x = node.along(x, axis) if axis != -1 and isinstance(times, int) else None
+    if x is None or not form_of(x):
+        return None
+    index = [i for i in range(x.shape[0]) for _ in range(times if each else 1)]
+    return _gather(node, x, index * (1 if each else times))
+
+
+def gated(node: Node) -> View | None:
+    """One half times the sigmoid of the other."""
+    x, axis = node["self"], node.axis(node["self"], node["dim"])
+    half = x.sizes[axis] // 2
+    if axis == -1:
+        return None
+    one, gate = (_taken(node, x, axis, range(at, at + half)) for at in (0, half))
+    if one is None or gate is None:
+        return None
+    gate = node.like(gate, "act", act="sigmoid")
+    return gate and node.like(one, "mul", gate.base)
+
+
+def zeros(node: Node) -> View | None:
+    """Zeros beside a value of any shape: a plane around it, with nothing of it inside."""
+    x = node.settled(node["self"])
+    if x is None or node.size is None or len(node.size) != 3:
+        return None
+    return node.add("pad", (x.base,), node.size, before=-x.shape[0])
+
+
 def shuffle(node: Node) -> View | None:
     x, groups = node.plane(node["self"]), node["groups"]
     if x is None:
@@ -129,10 +170,15 @@ def cat(node: Node) -> View | None:
 
 
 def pad(node: Node) -> View | None:
-    """A constant around the plane, and around the channels."""
+    """A constant around the plane and the channels; or the plane mirrored or repeated."""
     x, sides, value = node.plane(node["self"]), [*node["pad"]], node["value"]
-    if x is None or node["mode"] not in (None, "constant") or len(sides) > 6:
+    mode = node["mode"] or "constant"
+    if x is None or len(sides) > 6:
         return None
+    if mode != "constant":
+        if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
+            return None
+        return node.add(f"pad_{mode}", (x.base,), node.size, pad=(sides[2], sides[0]))
     sides += [0] * (6 - len(sides))
     if not all(isinstance(side, int) for side in sides):
         return None

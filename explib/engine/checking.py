@@ -16,7 +16,7 @@ LARGEST_VALUE = 2**26
 LARGEST_WEIGHT = 2**28
 LARGEST_WINDOW = 2**10
 """Of kernels, strides and dilations."""
-_ONE_A_CHANNEL = {"affine": ("weight", "bias"), "layernorm": ("weight", "bias")}
+_ONE_A_CHANNEL = dict.fromkeys(("affine", "layernorm", "groupnorm"), ("weight", "bias"))
 
 
 def check(graph: Graph) -> None:

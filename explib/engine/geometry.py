@@ -131,9 +131,19 @@ def selected(op: Op, source: Shape) -> list[np.ndarray]:
             channels,
             *(_nearest(*one) for one in zip(plane, source[1:], _factors(op), strict=True)),
         ]
+    if op.kind.startswith("pad_"):
+        ends = zip(plane, op.pad, source[1:], strict=True)
+        return [channels, *(_around(op.kind, at - pad, size) for at, pad, size in ends)]
     at = [channels - op.before]
     at += [i * step - pad for i, step, pad in zip(plane, op.stride, op.pad, strict=True)]
     return [np.where((i >= 0) & (i < n), i, -1) for i, n in zip(at, source, strict=True)]
+
+
+def _around(kind: str, at: np.ndarray, size: int) -> np.ndarray:
+    """Which row or column stands for one that may be outside."""
+    if kind == "pad_replicate":
+        return at.clip(0, size - 1)
+    return at % size if kind == "pad_circular" else size - 1 - abs(size - 1 - abs(at))
 
 
 def _factors(op: Op) -> tuple[float, float]:

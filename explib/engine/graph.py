@@ -22,18 +22,20 @@ class Op:
     conv: weight (F, C / groups, KH, KW); a second input is added before `act`. linear: weight (F,
     C). maxpool; avgpool (before: whether padding counts, as torch counts it). adaptive_avg,
     adaptive_max: to the output's plane. affine: weight * x + bias per channel, each (C,). add, sub,
-    mul, div: of two inputs; the second has the output's shape, one value a channel (C, 1, 1), one
-    plane (1, H, W), or one value (1, 1, 1). scalar: alpha * x + beta. act: `act` alone. layernorm:
-    over the channels of each pixel, with weight and bias (C,), alpha is eps. upsample_nearest,
+    mul, div, maximum: of two inputs; the second has the output's shape, one value a channel (C, 1,
+    1), one plane (1, H, W), or one value (1, 1, 1). scalar: alpha * x + beta. act: `act` alone.
+    layernorm: over the channels of each pixel, with weight and bias (C,), alpha is eps. groupnorm:
+    the same over each of `groups` of channels, all pixels at once. upsample_nearest,
     upsample_bilinear (before: align_corners; alpha, beta: scale factors of rows and columns where
     they were given, else 0 and the ratio of the sizes counts). gather: channels `index` of the
     input. slice, pad: input[c - before, y * stride - pad, x * stride - pad], `alpha` where that is
-    outside. stretch: zeros between pixels, `stride` - 1 of them. cat: channels of the inputs, one
-    after the other. flatten: (C, H, W) to (C * H * W,). copy, load and store are of the plan.
+    outside; pad_reflect, pad_replicate, pad_circular: the pixel that torch has there. stretch:
+    zeros between pixels, `stride` - 1 of them. cat: channels of the inputs, one after the other.
+    flatten: (C, H, W) to (C * H * W,). copy, load and store are of the plan.
 
     act: relu, relu6, silu, hardswish, hardsigmoid, sigmoid, gelu, gelu_tanh, leaky (alpha: slope),
-    prelu (slope: (C,)), elu (alpha), tanh, clamp (alpha: least, beta: most), or none; as the last
-    step of conv, linear, affine, add, sub, mul and div.
+    prelu (slope: (C,)), elu (alpha), tanh, mish, clamp (alpha: least, beta: most), or none; as the
+    last step of conv, linear, affine, add, sub, mul, div and maximum.
     """
 
     kind: str
@@ -191,7 +193,7 @@ def _acting(host: Op, op: Op) -> Op:
     return replace(host, act=op.act, slope=op.slope, alpha=op.alpha, beta=op.beta)
 
 
-_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div")
+_ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "maximum")
 
 
 def _scaled(host: Op, op: Op) -> Op | None:

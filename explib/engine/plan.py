@@ -15,18 +15,22 @@ from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
 KINDS = (
-    "load", "store", "conv", "linear", "maxpool", "avgpool", "add", "sub", "mul", "div", "affine",
-    "scalar", "act", "copy", "layernorm", "select", "bilinear", "flatten",
+    "load", "store", "conv", "linear", "maxpool", "avgpool", "add", "sub", "mul", "div", "maximum",
+    "affine", "scalar", "act", "copy", "layernorm", "groupnorm", "select", "bilinear", "flatten",
 )  # fmt: skip
 """What the C++ calls its ops."""
-_KIND = dict.fromkeys(("gather", "slice", "pad", "stretch", "upsample_nearest"), "select") | {
+_SELECTING = (
+    "gather", "slice", "pad", "pad_reflect", "pad_replicate", "pad_circular", "stretch",
+    "upsample_nearest",
+)  # fmt: skip
+_KIND = dict.fromkeys(_SELECTING, "select") | {
     "adaptive_avg": "avgpool", "adaptive_max": "maxpool", "upsample_bilinear": "bilinear"
 }  # fmt: skip
 ACTS = (
     "", "relu", "clamp", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "gelu_tanh",
-    "leaky", "prelu", "elu", "tanh",
+    "leaky", "prelu", "elu", "tanh", "mish",
 )  # fmt: skip
-_PAIRWISE = ("add", "sub", "mul", "div")
+_PAIRWISE = ("add", "sub", "mul", "div", "maximum")
 TOGETHER = 1.85
 """int8: how many times the words may become for several filters at once, which load them once."""
 

@@ -18,8 +18,8 @@ CODES = 255
 BINS = 2048
 SHRINKS = torch.linspace(1, 0.3, 71).tolist()  # ranges that are tried, of the widest
 PASSING = (
-    "maxpool", "adaptive_max", "gather", "slice", "pad", "stretch", "upsample_nearest",
-    "upsample_bilinear", "cat", "flatten",
+    "maxpool", "adaptive_max", "gather", "slice", "pad", "pad_reflect", "pad_replicate",
+    "pad_circular", "stretch", "upsample_nearest", "upsample_bilinear", "cat", "flatten",
 )  # fmt: skip
 """Kinds whose results are values, or means of values, of their inputs."""
 
@@ -98,20 +98,21 @@ def _corrected(
     Op by op, so that each takes what those before it have left over.
     """
     stored, exact = [dict(v) for v in stored], [dict(v) for v in exact]
+    counts = [_size(batch) for batch in exact]  # later all that is left may be what torch returns
     end = _ends(ops)
     found = []
     for now, (op, new) in enumerate(zip(ops, made, strict=True)):
         if op.kind in ("conv", "linear") and op.call is None:
             plain, changed = replace(op, act=""), replace(new, act="", scales=())
             shift = torch.zeros(op.shape[0])
-            for a, b in zip(exact, stored, strict=True):
-                gap = reference.run(plain, a, _size(a)) - reference.run(changed, b, _size(b))
+            for a, b, n in zip(exact, stored, counts, strict=True):
+                gap = reference.run(plain, a, n) - reference.run(changed, b, n)
                 shift += gap.transpose(0, 1).flatten(1).mean(1) / len(exact)
             new = replace(new, bias=shift if new.bias is None else new.bias + shift)
         for values, own in ((exact, op), (stored, new)):
-            for v in values:
-                v[op.name] = reference.run(own, v, _size(v))
-                for name in [n for n in v if end.get(n) == now]:
+            for v, n in zip(values, counts, strict=True):
+                v[op.name] = reference.run(own, v, n)
+                for name in [name for name in v if end.get(name) == now]:
                     del v[name]
         found.append(new)
     return found

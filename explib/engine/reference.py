@@ -139,6 +139,13 @@ def _windowed(op: Op, x: torch.Tensor) -> torch.Tensor:
     return F.pad(inside, (0, 0, 0, 0, op.before, back), value=op.alpha)
 
 
+def _around(op: Op, x: torch.Tensor) -> torch.Tensor:
+    """Of pad_reflect, pad_replicate and pad_circular."""
+    (top, left), (height, width) = op.pad, x.shape[2:]
+    sides = (left, op.shape[2] - left - width, top, op.shape[1] - top - height)
+    return F.pad(x, sides, mode=op.kind.removeprefix("pad_"))
+
+
 def _stretched(op: Op, x: torch.Tensor) -> torch.Tensor:
     y = x.new_zeros(len(x), *op.shape)
     y[:, :, :: op.stride[0], :: op.stride[1]] = x
@@ -157,19 +164,24 @@ KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "mul": lambda op, x, y=None: x * (x if y is None else y),
     "sub": lambda op, x, y: x - y,
     "div": lambda op, x, y: x / y,
+    "maximum": lambda op, x, y=None: torch.maximum(x, x if y is None else y),
     "scalar": lambda op, x: op.alpha * x + op.beta,
     "act": lambda op, x: x,
     "layernorm": _layernorm,
+    "groupnorm": lambda op, x: torch.group_norm(x, op.groups, op.weight, op.bias, op.alpha),
     "upsample_nearest": _upsampled,
     "upsample_bilinear": _upsampled,
     "gather": lambda op, x: x[:, list(op.index)],
     "slice": _windowed,
     "pad": _windowed,
+    "pad_reflect": _around,
+    "pad_replicate": _around,
+    "pad_circular": _around,
     "stretch": _stretched,
     "cat": lambda op, *parts: torch.cat(parts, 1),
     "flatten": lambda op, x: x.flatten(1),
 }
-ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "act")
+ACTIVE = ("conv", "linear", "affine", "add", "sub", "mul", "div", "maximum", "act")
 
 ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
     "relu": lambda op, x: F.relu(x),
@@ -184,5 +196,6 @@ ACTS: dict[str, Callable[[Op, torch.Tensor], torch.Tensor]] = {
     "prelu": lambda op, x: x.where(x > 0, x * _channels(op.slope)),
     "elu": lambda op, x: F.elu(x, op.alpha),
     "tanh": lambda op, x: x.tanh(),
+    "mish": lambda op, x: F.mish(x),
     "clamp": lambda op, x: x.clamp(op.alpha, op.beta),
 }

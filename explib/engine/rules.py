@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from explib.engine import arithmetic, axes
-from explib.engine.nodes import Node, floats, pair
+from explib.engine.nodes import Node, floats, form_of, pair
 from explib.engine.views import View
 
 # Layers with weights
@@ -109,6 +109,20 @@ def _layernorm(node: Node) -> View | None:
     return node.like(x, "layernorm", weight=weight, bias=bias, alpha=float(node["eps"]))
 
 
+def _groupnorm(node: Node) -> View | None:
+    """A norm with the statistics of each image, of groups of channels or of every one."""
+    x, groups = node.plane(node["input"]), node["num_groups"]
+    if x is None or node["use_input_stats"] is False:
+        return None
+    weight, bias = floats(node["weight"]), floats(node["bias"])
+    weight = torch.ones(x.shape[0], dtype=torch.float32) if weight is None else weight
+    bias = torch.zeros(x.shape[0], dtype=torch.float32) if bias is None else bias
+    return node.add(
+        "groupnorm", (x.base,), x.shape, weight=weight, bias=bias, alpha=float(node["eps"]),
+        groups=groups or x.shape[0],
+    )  # fmt: skip
+
+
 # Activations
 
 
@@ -144,6 +158,15 @@ def _gelu(node: Node) -> View | None:
 def _elu(node: Node) -> View | None:
     plain = node["scale"] == node["input_scale"] == 1
     return _act("elu", node["alpha"])(node) if plain else None
+
+
+def _selu(node: Node) -> View | None:
+    """By torch's constants, or of celu by its alpha."""
+    alpha = node["alpha"]
+    if alpha is not None:
+        node.args["self"] = arithmetic.scalar(node, node["self"], 1 / alpha, 0.0)
+    y = _act("elu", 1.6732632423543772 if alpha is None else 1.0)(node)
+    return y and arithmetic.scalar(node, y, alpha or 1.0507009873554805, 0.0)
 
 
 def _prelu(node: Node) -> View | None:
@@ -189,25 +212,64 @@ def _adaptive(kind: str) -> Callable:
     return rule
 
 
-def _over_plane(kind: str) -> Callable:
-    """The rule of a mean or maximum over all the pixels of each channel."""
+def _over(kind: str, total: bool = False) -> Callable:
+    """The rule of a mean or maximum over a channel's pixels, or over the channels of a pixel.
+
+    total: not the mean but the sum.
+    """
 
     def rule(node: Node) -> View | None:
         x, axes = node["self"], node["dim"]
-        if not isinstance(x, View) or not axes or len(x.shape) != 3 or node["dtype"]:
+        if not isinstance(x, View) or axes is None or axes == [] or node["dtype"]:
             return None
-        own = {node.axis(x, axis) for axis in ([axes] if isinstance(axes, int) else axes)}
-        over = View(x.base, x.shape, tuple(d for i, d in enumerate(x.dims) if i in own))
-        rest = View(x.base, x.shape, tuple(d for i, d in enumerate(x.dims) if i not in own))
-        plane, channels = prod(x.shape[1:]), x.shape[0]
-        if -1 in own or over.reshaped([plane]) is None or rest.reshaped([channels]) is None:
+        own = [node.axis(x, axis) for axis in ([axes] if isinstance(axes, int) else axes)]
+        if -1 in own or len(x.shape) not in (1, 3):
             return None
-        flat = View(x.base, x.shape, (x.channels,)), View(x.base, x.shape, (_run(plane),))
-        if rest.reshaped([channels]) != flat[0] or over.reshaped([plane]) != flat[1]:
+        if len(own) == 1 and (by_pixel := node.along(x, own[0])) is not None:
+            return _over_channels(node, kind, by_pixel, own[0], total)
+        shape = _pooled(x, {*own})
+        if shape is None or node.size is None:
             return None
-        return node.add(kind, (x.base,), (channels, 1, 1)).reshaped(node.size)
+        y: View | None = node.add(kind, (x.base,), shape)
+        if total:
+            y = arithmetic.scalar(node, y, prod(x.shape) / prod(shape), 0.0)
+        return y and y.reshaped(node.size)
 
     return rule
+
+
+def _pooled(x: View, own: set[int]) -> tuple[int, ...] | None:
+    """What is left of (C, H, W) without these axes: the whole plane's, or of a plane one."""
+    if len(x.shape) != 3:
+        return None
+    over = View(x.base, x.shape, tuple(d for i, d in enumerate(x.dims) if i in own))
+    rest = View(x.base, x.shape, tuple(d for i, d in enumerate(x.dims) if i not in own))
+    (channels, height, width), plane = x.shape, prod(x.shape[1:])
+    flat = View(x.base, x.shape, (x.channels,)), View(x.base, x.shape, (_run(plane),))
+    if over.reshaped([plane]) == flat[1] and rest.reshaped([channels]) == flat[0]:
+        return channels, 1, 1
+    if len(own) == 1 and form_of(x) == "plane" and len(x.dims) == 3:
+        return (channels, 1, width) if own == {1} else (channels, height, 1)
+    return None
+
+
+def _over_channels(node: Node, kind: str, x: View, axis: int, total: bool) -> View | None:
+    """A mean or sum as a conv of one filter; a maximum of the halves, and of the halves of that."""
+    channels, *plane = (*x.shape, 1, 1)[:3]
+    if kind == "adaptive_avg":
+        weight = torch.full((1, channels, 1, 1), 1.0 if total else 1 / channels)
+        new = node.add("conv", (x.base,), (1, *plane), weight=weight)
+    else:
+        new = View(x.base, (channels, *plane), x.dims)
+        while channels > 1:
+            half = (channels + 1) // 2
+            ends = [range(half), range(channels - half, channels)]
+            parts = [
+                node.add("gather", (new.base,), (half, *plane), index=tuple(i)).base for i in ends
+            ]
+            new, channels = node.add("maximum", tuple(parts), (half, *plane)), half
+    dims = [() if i == axis else dim for i, dim in enumerate(x.dims)]
+    return View(new.base, (1, *plane), tuple(dims)).reshaped(node.size)
 
 
 def _run(size: int) -> tuple:
@@ -230,6 +292,36 @@ def _upsampled(kind: str) -> Callable:
     return rule
 
 
+def _pixel_shuffle(node: Node) -> View | None:
+    """Channels as the pixels of a finer plane: the transposed conv that sets them there."""
+    x, factor = node.plane(node["self"]), node["upscale_factor"]
+    if x is None:
+        return None
+    ones = torch.eye(factor**2).reshape(factor**2, 1, factor, factor)
+    groups = x.shape[0] // factor**2
+    node.args |= dict(input=x, weight=ones.repeat(groups, 1, 1, 1), bias=None, groups=groups)
+    node.args |= dict(stride=factor, padding=0, dilation=1)
+    return _transposed(node)
+
+
+def _pixel_unshuffle(node: Node) -> View | None:
+    """The pixels of a coarser plane as channels: the conv that picks them."""
+    x, factor = node.plane(node["self"]), node["downscale_factor"]
+    if x is None:
+        return None
+    ones = torch.eye(factor**2).reshape(factor**2, 1, factor, factor)
+    node.args |= dict(input=x, weight=ones.repeat(x.shape[0], 1, 1, 1), groups=x.shape[0])
+    node.args |= dict(stride=factor, padding=0, dilation=1)
+    return _conv(node)
+
+
+def _largest(node: Node) -> Any:
+    """Of two values, or along axes; the places of the largest are not found."""
+    if node["other"] is not None:
+        return arithmetic.maximum(node)
+    return None if node["dim"] is None else _first(_over("adaptive_max"))(node)
+
+
 RULES: dict[str, Callable[[Node], Any]] = {
     name: rule
     for rule, names in {
@@ -240,6 +332,7 @@ RULES: dict[str, Callable[[Node], Any]] = {
         _first(_normalized): "_native_batch_norm_legit_no_training",
         _layernorm: "layer_norm",
         _first(_layernorm): "native_layer_norm",
+        _groupnorm: "group_norm instance_norm",
         _act("relu"): "relu",
         _act("relu6"): "relu6",
         _act("silu"): "silu",
@@ -247,24 +340,30 @@ RULES: dict[str, Callable[[Node], Any]] = {
         _act("hardsigmoid"): "hardsigmoid",
         _act("sigmoid"): "sigmoid",
         _act("tanh"): "tanh",
+        _act("mish"): "mish",
         _act("leaky", lambda node: node["negative_slope"]): "leaky_relu",
         _clamp: "clamp clamp_min clamp_max hardtanh",
         _gelu: "gelu",
         _elu: "elu",
+        _selu: "selu celu",
         _prelu: "prelu",
         arithmetic.add: "add",
         arithmetic.subtract: "sub subtract",
         arithmetic.subtract_from: "rsub",
         arithmetic.multiply: "mul multiply",
         arithmetic.divide: "div divide",
+        arithmetic.maximum: "maximum",
+        arithmetic.power: "pow square",
         (lambda node: arithmetic.scalar(node, node["self"], -1.0, 0.0)): "neg negative",
         _maxpool: "max_pool2d",
         _first(_maxpool): "max_pool2d_with_indices",
         _avgpool: "avg_pool2d",
         _adaptive("adaptive_avg"): "adaptive_avg_pool2d _adaptive_avg_pool2d",
         _first(_adaptive("adaptive_max")): "adaptive_max_pool2d",
-        _over_plane("adaptive_avg"): "mean",
-        _over_plane("adaptive_max"): "amax",
+        _over("adaptive_avg"): "mean",
+        _over("adaptive_avg", total=True): "sum",
+        _over("adaptive_max"): "amax",
+        _largest: "max",
         _upsampled("upsample_nearest"): "upsample_nearest2d",
         _upsampled("upsample_bilinear"): "upsample_bilinear2d",
         axes.slice: "slice",
@@ -273,6 +372,11 @@ RULES: dict[str, Callable[[Node], Any]] = {
         axes.split: "chunk split split_with_sizes",
         axes.indexed: "index index_select",
         axes.flip: "flip",
+        axes.repeated: "repeat repeat_interleave",
+        axes.gated: "glu",
+        axes.zeros: "zeros_like new_zeros",
+        _pixel_shuffle: "pixel_shuffle",
+        _pixel_unshuffle: "pixel_unshuffle",
         axes.shuffle: "channel_shuffle native_channel_shuffle",
         axes.cat: "cat concat concatenate",
         axes.pad: "pad constant_pad_nd",

@@ -226,6 +226,15 @@ def _layernorm(made: _Nodes, op: Op, source: geometry.Shape, x: str) -> str:
     return made.add("Transpose", x, perm=[0, 3, 1, 2])
 
 
+def _groupnorm(made: _Nodes, op: Op, source: geometry.Shape, x: str) -> str:
+    """Groups as the channels of an instance norm."""
+    assert op.weight is not None and op.bias is not None
+    scale, shift = made.constant(torch.ones(op.groups)), made.constant(torch.zeros(op.groups))
+    x = made.shaped(x, [op.groups, prod(source) // op.groups])
+    x = made.add("InstanceNormalization", x, scale, shift, epsilon=op.alpha)
+    return _affine(made, op, source, made.shaped(x, source))
+
+
 def _nearest(made: _Nodes, op: Op, source: geometry.Shape, x: str) -> str:
     factors = [n // size for n, size in zip(op.shape[1:], source[1:], strict=True)]
     if (
@@ -236,6 +245,11 @@ def _nearest(made: _Nodes, op: Op, source: geometry.Shape, x: str) -> str:
         scales = made.constant([1, 1, *factors])
         more = dict(coordinate_transformation_mode="asymmetric", nearest_mode="floor")
         return made.add("Resize", x, "", scales, mode="nearest", **more)
+    return _chosen(made, op, source, x)
+
+
+def _chosen(made: _Nodes, op: Op, source: geometry.Shape, x: str) -> str:
+    """Rows and columns of a plane by their numbers."""
     for axis, index in enumerate(geometry.selected(op, source)[1:]):
         x = made.add("Gather", x, made.ints(index), axis=axis + 2)
     return x
@@ -294,14 +308,19 @@ _KINDS: dict[str, Callable[..., str]] = {
     "sub": _both("Sub"),
     "mul": _both("Mul"),
     "div": _both("Div"),
+    "maximum": _both("Max"),
     "scalar": _scalar,
     "act": lambda made, op, source, x: x,
     "layernorm": _layernorm,
+    "groupnorm": _groupnorm,
     "upsample_nearest": _nearest,
     "upsample_bilinear": _bilinear,
     "gather": _gather,
     "slice": _slice,
     "pad": _slice,
+    "pad_reflect": _chosen,
+    "pad_replicate": _chosen,
+    "pad_circular": _chosen,
     "stretch": _stretch,
     "cat": lambda made, op, source, *parts: made.add("Concat", *parts, axis=1),
     "flatten": _flatten,
@@ -327,6 +346,8 @@ def _act(made: _Nodes, op: Op, x: str) -> str:
     if op.act == "prelu":
         assert op.slope is not None
         return made.add("PRelu", x, made.constant(op.slope.reshape(-1, 1, 1)))
+    if op.act == "mish":
+        return made.add("Mish", x)
     return _gelu(made, x, tanh=op.act == "gelu_tanh")
 
 

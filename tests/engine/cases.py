@@ -65,6 +65,7 @@ def convs(shape: Shape) -> Iterator[Case]:
 ACTS = {
     "relu": {}, "relu6": {}, "silu": {}, "hardswish": {}, "hardsigmoid": {}, "sigmoid": {},
     "gelu": {}, "gelu_tanh": {}, "leaky": {"alpha": 0.1}, "elu": {"alpha": 0.7}, "tanh": {},
+    "mish": {},
     "clamp": {"alpha": -0.3, "beta": 0.4}, "prelu": {"slope": torch.linspace(-0.5, 0.5, 6)},
 }  # fmt: skip
 
@@ -84,13 +85,16 @@ def pixelwise(shape: Shape) -> Iterator[Case]:
     affine = dict(weight=vector, bias=other)
     for act in ("", "silu", "sigmoid"):
         yield f"affine, {act}", Op("affine", "y", ("x",), shape, act=act, **affine), [shape]
-        for kind in ("add", "sub", "mul", "div"):
+        for kind in ("add", "sub", "mul", "div", "maximum"):
             for beside in dict.fromkeys((shape, (channels, 1, 1), (1, *shape[1:]), (1, 1, 1))):
                 op = Op(kind, "y", ("x", "z"), shape, act=act)
                 yield f"{kind} {beside}, {act}", op, [shape, beside]
     yield "x + x", Op("add", "y", ("x", "x"), shape), [shape]
     yield "scalar", Op("scalar", "y", ("x",), shape, alpha=-0.7, beta=1.3), [shape]
     yield "layernorm", Op("layernorm", "y", ("x",), shape, alpha=1e-6, **affine), [shape]
+    for groups in (1, 2, channels):
+        op = Op("groupnorm", "y", ("x",), shape, alpha=1e-3, groups=groups, **affine)
+        yield f"groupnorm {groups}", op, [shape]
 
 
 def pools(shape: Shape) -> Iterator[Case]:
@@ -138,6 +142,12 @@ def moved(shape: Shape) -> Iterator[Case]:
     wide = (channels + 3, height + 3, width + 1)
     yield "pad", Op("pad", "y", ("x",), wide, pad=(1, 0), before=2, alpha=0.7), [shape]
     yield "pad below", Op("pad", "y", ("x",), (channels, height + 1, width + 2)), [shape]
+    yield "nothing of it", Op("pad", "y", ("x",), wide, before=-channels), [shape]
+    for mode in ("reflect", "replicate", "circular"):
+        far = {"reflect": [s - 1 for s in shape[1:]], "circular": shape[1:]}.get(mode, (3, 4))
+        top, left = (min(3, n) for n in far)
+        round_it = (channels, height + top + min(1, far[0]), width + left)
+        yield mode, Op(f"pad_{mode}", "y", ("x",), round_it, pad=(top, left)), [shape]
     stretched = (channels, 2 * height - 1, 3 * width - 2)
     yield "stretch", Op("stretch", "y", ("x",), stretched, stride=(2, 3)), [shape]
     if height > 2 and width > 2:

@@ -32,6 +32,7 @@ class Everything(nn.Module):
         )
         self.up, self.by_depth = nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(8, 8, 5, 2, 2, groups=8)
         self.norm, self.mixed = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.grouped = nn.GroupNorm(2, 8)
         self.excite, self.last = nn.Linear(8, 8), nn.Linear(18 * 4, 5)
         self.strided = nn.Conv2d(18, 18, 3, 2)
         with torch.no_grad():
@@ -41,7 +42,7 @@ class Everything(nn.Module):
     def forward(self, x):
         y = self.first(x)
         y = y * self.excite(y.mean((2, 3))).sigmoid()[:, :, None, None]
-        z = F.silu(F.max_pool2d(y, 3, 2, 1).flip(1)) * 0.5 + 1
+        z = F.silu(self.grouped(F.max_pool2d(y, 3, 2, 1)).flip(1)) * 0.5 + 1
         y = y + self.mixed(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         wide = F.interpolate(F.interpolate(z, scale_factor=1.7), SIZE[1:], mode="bilinear")
         joined = torch.cat([self.up(z), F.elu(wide), y[:, 1:7]], 1)
@@ -49,10 +50,15 @@ class Everything(nn.Module):
         small = F.adaptive_avg_pool2d(F.pad(small, (1, 0, 0, 1), value=0.5), (3, 2))
         scores = self.last(F.adaptive_max_pool2d(small, 2).flatten(1))
         parts = F.gelu(y[:, :, 2:, ::3]) - y[:, :, 2:, ::3].mean((2, 3), True)
-        pooled = F.avg_pool2d(self.by_depth(y), 3, 2, 1)
+        mirrored = F.pad(y, (1, 2, 0, 1), mode="reflect")
+        pooled = F.avg_pool2d(self.by_depth(mirrored), 3, 2, 1)
+        larger = torch.maximum(pooled * pooled, pooled)
         return {
             "scores": scores,
-            "more": (parts.permute(0, 2, 3, 1), pooled / (pooled * pooled + 1)),
+            "more": (
+                parts.permute(0, 2, 3, 1),
+                pooled / (larger + 1),
+            ),
         }
 
 

@@ -200,6 +200,18 @@ def sequence(net, y):
     return z.transpose(1, 2).reshape(y.shape), z.mean(1)
 
 
+def attended(net, y):
+    """The spatial attention of CBAM."""
+    both = torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1)
+    return y * net.parts[0](both).sigmoid(), y.mean(1).amax((-1, -2)), y.flatten(2).max(-1)[0]
+
+
+def responding(net, y):
+    """As in ConvNeXt V2, of channels last: one value a channel, which torch makes as (1, 1, C)."""
+    z = y.permute(0, 2, 3, 1)
+    return z * torch.norm(z, dim=(1, 2), keepdim=True)
+
+
 def counted(net, y):
     for i in range(3):
         if i % 2 == 0 and y.shape[1] == 8:
@@ -226,7 +238,35 @@ BODIES = {
     "activations": one(
         nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.SiLU(), nn.Hardswish(), nn.Hardsigmoid(), nn.Tanh(),
         nn.GELU(), nn.GELU("tanh"), nn.LeakyReLU(0.2), nn.ELU(0.7), nn.PReLU(), nn.Sigmoid(),
-        nn.Hardtanh(0.3, 0.6),
+        nn.Hardtanh(0.3, 0.6), nn.Mish(), nn.SELU(), nn.CELU(0.7),
+    ),
+    "norms of each image": one(
+        nn.GroupNorm(2, 8), nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True),
+        nn.GroupNorm(1, 8, affine=False),
+    ),
+    "gated": one(nn.GLU(1)),
+    "squares": Body(lambda net, y: y.square() + torch.relu(y) ** 2),
+    "attended": Body(attended, nn.Conv2d(2, 1, 7, padding=3)),
+    "responding": Body(responding),
+    "the larger": Body(
+        lambda net, y: torch.maximum(y, y.amax(1, keepdim=True) - 1) + torch.max(y, -y)
+    ),
+    "sums": Body(
+        lambda net, y: (y.sum((2, 3)), y.sum(1), y.sum((-1, -2), True), y.sum((2, 3)).sum(1))
+    ),
+    "strips": Body(
+        lambda net, y: (y * (y.mean(3, True) + y.mean(2, True)), y - y.amax(3, True), y.mean(2))
+    ),
+    "finer and coarser": one(nn.PixelShuffle(2), nn.Conv2d(2, 2, 1), nn.PixelUnshuffle(2)),
+    "repeated": Body(lambda net, y: (y.repeat(1, 3, 1, 1), y.repeat_interleave(2, 1))),
+    "beside zeros": Body(
+        lambda net, y: torch.cat(
+            [y, torch.zeros_like(y[:, :3]), y.new_zeros(y.shape[0], 2, 9, 10)], 1
+        )
+    ),
+    "mirrored": one(
+        nn.ReflectionPad2d((1, 2, 3, 0)), nn.ReplicationPad2d((0, 3, 2, 1)), nn.CircularPad2d(2),
+        *(nn.Conv2d(8, 8, 3, padding=1, padding_mode=m) for m in ("reflect", "circular")),
     ),
     "clamps": Body(lambda net, y: y.clamp(min=0) + y.clamp(max=0.1) + torch.clamp_min(y, -0.1)),
     "pools": one(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
@@ -273,7 +313,7 @@ BODIES = {
     "overwritten": Body(overwritten),
 }  # fmt: skip
 IN_TORCH = {
-    "products": ("(mean)",),
+    "responding": ("(linalg_vector_norm)", "(mul)"),
     "quotients": ("(exp)",),
     "differences": ("(mean)",),
     "overwritten": ("(slice_scatter)",),

@@ -283,6 +283,10 @@ WRONG = {
     "alpha or beta is no number": Op("scalar", "y", ("x",), (3, 8, 8), alpha=float("nan")),
     "torch does not run it": Op("add", "y", ("x", "x", "x"), (3, 8, 8)),
     "makes \\(3, 8, 8\\), not": Op("act", "y", ("x",), (3, 8, 9), act="relu"),
+    "Padding size should be less": Op("pad_reflect", "y", ("x",), (3, 16, 8), pad=(8, 0)),
+    "divisible by num_groups": Op(
+        "groupnorm", "y", ("x",), (3, 8, 8), *[torch.ones(3)] * 2, groups=2
+    ),
     "makes \\(192,\\), not": Op("flatten", "y", ("x",), (191,)),
 }
 

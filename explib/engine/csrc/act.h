@@ -137,6 +137,11 @@ template <class V>
         case ELU:
             return each([=](auto x) FORCED { return x < 0 ? alpha * Power(x).expm1() : x; });
         case TANH: return each([](auto x) FORCED { return tanh_of(x); });
+        case MISH:  // tanh(log(1 + e)) without the logarithm; from 30 on it is 1
+            return each([](auto x) FORCED {
+                const auto e = Power(bounded(x, -104.0f, 30.0f)).exp(), n = e * (e + 2);
+                return x * (n / (n + 2));
+            });
     }
 }
 

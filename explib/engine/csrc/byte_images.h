@@ -13,13 +13,13 @@ namespace {
 
 // ---- Words of neighbouring pixels
 
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512VBMI__) || defined(__aarch64__)
 // The bytes of the words: four from every S-th byte on
 template <int S>
 struct Order {
-    alignas(64) uint8_t at[64];
+    alignas(64) uint8_t at[VECTOR_BYTES];
     constexpr Order() : at() {
-        for (int i = 0; i < 64; ++i) at[i] = uint8_t(i / 4 * S + i % 4);
+        for (int i = 0; i < VECTOR_BYTES; ++i) at[i] = uint8_t(i / 4 * S + i % 4);
     }
 };
 #endif
@@ -45,6 +45,9 @@ FORCED inline Words neighbours(const Byte* at) {
     return (Words)_mm256_shuffle_epi8(_mm256_set_m128i(high, low),
                                       _mm256_broadcastsi128_si256(bytes));
 #endif
+#elif defined(__aarch64__)
+    static constexpr Order<S> order;
+    return (Words)vqtbl1q_u8(vld1q_u8(&at->bits), vld1q_u8(order.at));
 #else
     Words made = {};
     for (int lane = 0; lane < BYTE_LANES; ++lane) {
@@ -71,6 +74,10 @@ FORCED inline Words chosen(Words codes, uint64_t inside, Words none) {
     const __m256i bits = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     const __m256i mask = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bits), bits);
     return (Words)_mm256_blendv_epi8((__m256i)none, (__m256i)codes, mask);
+#elif defined(__aarch64__)
+    const uint8x16_t bits = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const auto spread = vcombine_u8(vdup_n_u8(uint8_t(inside)), vdup_n_u8(uint8_t(inside >> 8)));
+    return (Words)vbslq_u8(vtstq_u8(spread, bits), (uint8x16_t)codes, (uint8x16_t)none);
 #else
     uint8_t made[VECTOR_BYTES], other[VECTOR_BYTES];
     std::memcpy(made, &codes, VECTOR_BYTES);

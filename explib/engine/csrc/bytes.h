@@ -43,11 +43,15 @@ FORCED inline Words add_dots(Words sum, Words codes, Words weights) {
     return sum + (Words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     return (Words)vusdotq_s32((int32x4_t)sum, (uint8x16_t)codes, (int8x16_t)weights);
+#elif defined(__ARM_FEATURE_DOTPROD)  // of signed bytes: codes less 128, and so much back
+    const int8x16_t kernels = (int8x16_t)weights, signs = vdupq_n_s8(-128);
+    const int32x4_t less = vdotq_s32(int32x4_t{}, signs, kernels);
+    return (Words)(vdotq_s32((int32x4_t)sum, (int8x16_t)codes ^ signs, kernels) - less);
 #else
-    repeat<4>([&](auto i) FORCED {
-        sum += ((codes >> (8 * i)) & 255) * ((weights << (24 - 8 * i)) >> 24);
-    });
-    return sum;
+    typedef int16_t Pairs __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    const Pairs x = (Pairs)codes, w = (Pairs)weights;
+    const Words pairs = (Words)((x & 255) * (w << 8 >> 8) + (x >> 8 & 255) * (w >> 8));
+    return sum + (pairs << 16 >> 16) + (pairs >> 16);
 #endif
 }
 
@@ -78,6 +82,10 @@ FORCED inline Words by_image(__m256i all) {
         _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0));
     return (Words)_mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(all, words), bytes);
 }
+#elif defined(__aarch64__)
+FORCED inline Words by_image(uint8x16_t all) {
+    return (Words)vqtbl1q_u8(all, (uint8x16_t){0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+}
 #endif
 
 // The codes of four pixels, those of each image in a word
@@ -93,6 +101,11 @@ FORCED inline Words quads(const Byte* a, const Byte* b, const Byte* c, const Byt
     const __m128i cd = _mm_unpacklo_epi8(eight(c), eight(d));
     return (Words)_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(ab, cd)),
                                           _mm_unpackhi_epi16(ab, cd), 1);
+#elif defined(__aarch64__)
+    int32_t all[4];
+    const Byte* from[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) std::memcpy(all + i, from[i], 4);
+    return by_image(vreinterpretq_u8_s32(vld1q_s32(all)));
 #else
     Words made = {};
     const Byte* from[] = {a, b, c, d};
@@ -108,6 +121,8 @@ FORCED inline Words quads(const Byte* at) {
     return by_image(_mm512_loadu_si512(at));
 #elif defined(__AVX2__)
     return by_image(_mm256_loadu_si256((const __m256i*)at));
+#elif defined(__aarch64__)
+    return by_image(vld1q_u8(&at->bits));
 #else
     return quads(at, at + BYTE_LANES, at + 2 * BYTE_LANES, at + 3 * BYTE_LANES);
 #endif

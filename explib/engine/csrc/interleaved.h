@@ -267,6 +267,8 @@ class Blocks {
             return layernorm<T>(op, in, out, from * LANES, a.channels, nullptr,
                                 split(pixels, part, parts), split(pixels, part + 1, parts));
         const BlockPixels<T> layout{a.width, o.width};
+        if (op.kind == GROUPNORM)
+            return groupnorm(op, layout, a, in, out, from * LANES, to * LANES, part, parts);
         const int channels = op.kind == FLATTEN ? a.channels : o.channels;
         const int last = (int)split(channels, part + 1, parts);
         for (int c = (int)split(channels, part, parts); c < last; ++c) {

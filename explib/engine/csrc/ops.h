@@ -31,6 +31,7 @@ void elementwise(const Op& op, int c, const T* x, const T* z, typename Types<T>:
             case SUB: each([](V a, V b) FORCED { return a - b; }); break;
             case MUL: each([](V a, V b) FORCED { return a * b; }); break;
             case DIV: each([](V a, V b) FORCED { return a / b; }); break;
+            case MAXIMUM: each([](V a, V b) FORCED { return larger(a, b); }); break;
             case AFFINE: {
                 const Scalar scale(((const float*)op.weight)[c]), shift(op.bias[c]);
                 each([=](V a, V) FORCED { return a * scale + shift; });
@@ -114,6 +115,48 @@ struct ImagePixels {
     static FORCED void set(T* plane, int64_t at, Pixel value) { plane[at] = value; }
     static FORCED Pixel all(typename Types<T>::Scalar value) { return Pixel(value); }
 };
+
+// Over each group of channels with all their pixels; threads share the groups
+template <class T, class Layout>
+void groupnorm(const Op& op, const Layout& layout, const Tensor& a, const T* in, T* out,
+               int64_t from, int64_t to, int part, int parts) {
+    using Pixel = typename Layout::Pixel;
+    using Wide = decltype(widened(Pixel{}));
+    const int size = a.channels / op.groups, last = (int)split(op.groups, part + 1, parts);
+    const float* weight = (const float*)op.weight;
+    for (int g = (int)split(op.groups, part, parts); g < last; ++g) {
+        const auto mean_of = [&](auto f) FORCED {  // row by row, so that long sums stay exact
+            Wide total = {};
+            for (int c = g * size; c < (g + 1) * size; ++c)
+                for (int r = 0; r < a.height; ++r) {
+                    Wide row = {};
+                    for (int q = 0; q < a.width; ++q) {
+                        const int64_t at = int64_t(r) * layout.pitch_in + q;
+                        row += f(decoded<T>(widened(layout.get(in + c * from, at)), op.in_code));
+                    }
+                    total += row;
+                }
+            return total / (float(size) * a.height * a.width);
+        };
+        const Wide mean = mean_of([](Wide x) FORCED { return x; });
+        Wide scale = mean_of([=](Wide x) FORCED { return (x - mean) * (x - mean); });
+        if constexpr (sizeof(Wide) == sizeof(float))
+            scale = 1 / std::sqrt(scale + op.alpha);
+        else
+            for (unsigned lane = 0; lane < sizeof(Wide) / sizeof(float); ++lane)
+                scale[lane] = 1 / std::sqrt(scale[lane] + op.alpha);
+        for (int c = g * size; c < (g + 1) * size; ++c)
+            for (int r = 0; r < a.height; ++r)
+                for (int q = 0; q < a.width; ++q) {
+                    const Wide x = decoded<T>(
+                        widened(layout.get(in + c * from, int64_t(r) * layout.pitch_in + q)),
+                        op.in_code);
+                    const Wide value = (x - mean) * scale * weight[c] + op.bias[c];
+                    layout.set(out + c * to, int64_t(r) * layout.pitch_out + q,
+                               narrowed<Pixel>(coded<T>(value, op.out_code)));
+                }
+    }
+}
 
 inline bool is_whole(const Op& op, const Tensor& in, const Tensor& out) {
     return out.height * out.width == 1 && op.index[0] == 0 && op.index[1] == in.height &&

@@ -24,10 +24,10 @@ struct Op {
     Axis rows, columns;
     int32_t act, groups;
     int32_t together;  // int8, 1x1: filters whose kernels stand together, so that one word serves all
-    float alpha, beta;  // of the activation, SCALAR and LAYERNORM (eps); SELECT: alpha is outside
-    // CONV, LINEAR, AFFINE, LAYERNORM: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
+    float alpha, beta;  // of the activation, SCALAR and norms (eps); SELECT: alpha is outside
+    // CONV, LINEAR, AFFINE, norms: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
     const float *bias, *slope;  // slope: of PRELU, (F,)
-    // CONV: kernels by filter, each KH * KW words; LINEAR: scalars (F, C); AFFINE, LAYERNORM: floats
+    // CONV: kernels by filter, each KH * KW words; LINEAR: scalars (F, C); AFFINE, norms: floats
     const void* weight;
     const int32_t* start;  // (F + 1,) where a filter's kernels start
     // CONV: the channel of each kernel, of a plain 1x1 one in its chunk, as bytes. SELECT: of each
@@ -57,10 +57,10 @@ struct Op {
 namespace {
 
 // clang-format off
-enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, ADD, SUB, MUL, DIV, AFFINE, SCALAR, ACT,
-            COPY, LAYERNORM, SELECT, BILINEAR, FLATTEN };
+enum Kind { LOAD, STORE, CONV, LINEAR, MAXPOOL, AVGPOOL, ADD, SUB, MUL, DIV, MAXIMUM, AFFINE, SCALAR,
+            ACT, COPY, LAYERNORM, GROUPNORM, SELECT, BILINEAR, FLATTEN };
 enum Activation { NONE, RELU, CLAMP, SILU, HARDSWISH, HARDSIGMOID, SIGMOID, GELU, GELU_TANH, LEAKY,
-                  PRELU, ELU, TANH };
+                  PRELU, ELU, TANH, MISH };
 // clang-format on
 
 struct Plan {

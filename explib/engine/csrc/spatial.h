@@ -231,6 +231,8 @@ class Images {
             return layernorm<T>(op, in, out, to, a.channels, mask, split(vectors, part, parts),
                                 split(vectors, part + 1, parts));
         const ImagePixels<T> layout{wide, wide_out};
+        if (op.kind == GROUPNORM)
+            return groupnorm(op, layout, a, in, out, from, to, part, parts);
         const int channels = op.kind == FLATTEN ? a.channels : o.channels;
         const int last = (int)split(channels, part + 1, parts);
         for (int c = (int)split(channels, part, parts); c < last; ++c) {

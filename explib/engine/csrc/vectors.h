@@ -24,13 +24,14 @@
 #include <immintrin.h>
 #define BRAIN 1
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include <arm_neon.h>
 #define BRAIN 1
 #else
 #define BRAIN 0
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 #define FORCED __attribute__((always_inline))
 
