@@ -373,7 +373,7 @@ class Images {
                                const int n = std::min(wide_out - q, count * LANES - i);
                                const int live = r < o.height ? std::min(n, o.width - q) : 0;
                                const T* row = x + r * S * wide + q * S;
-                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
+                               take_each(row, S, live, tile + i);
                                i += n;
                            }
                        }
