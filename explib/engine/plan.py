@@ -77,8 +77,8 @@ class _Op(ctypes.Structure):
         "bias", "slope", "weight", "start", "index", "order",
         "pair_weight", "pair_start", "pair_index", "pair_order",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
-        "byte_weight", "byte_start", "byte_index", "byte_order",
-        "flat_weight", "flat_start", "flat_index", "flat_order", "byte_scale", "byte_bias",
+        "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
+        "byte_scale", "byte_bias",
     )  # fmt: skip
     _fields_ = [
         *[(name, ctypes.c_int32) for name in _numbers],
@@ -398,16 +398,17 @@ class Network:
         each = np.arange(filters)
         # a loop that is run for many tiles is learned as it is
         alike = op.shape[1] * op.shape[2] <= ALIKE and not geometry.depthwise(op, source)
+        alike &= self.dtype != torch.int8
         cuts = _cuts(filters, share, self._library) if alike else each
         if self.dtype == torch.bfloat16:
             size = chunk(self._library, self.dtype, True) if by_chunk else channels
-            pairs = _by_chunk(_pairs, flat, keep, size, cuts if by_chunk or tiled else each)
+            pairs = _by_chunk(_pairs, flat, keep, size, each)
             if op.groups > 1 and not by_chunk:
                 own = np.repeat(offset[pairs["order"]], 2 * np.diff(pairs["start"]))
                 pairs["index"] = (pairs["index"] + own).astype(np.int32)
             lists |= {f"pair_{name}": array for name, array in pairs.items()}
         if self.dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
-            lists |= self._bytes(weight, op, source, cuts)
+            lists |= self._bytes(weight, op, source)
             if not geometry.depthwise(op, source):
                 return lists
         if by_chunk:
@@ -434,9 +435,7 @@ class Network:
             "index_by_channel": f[order].astype(np.int32),
         }
 
-    def _bytes(
-        self, weight: np.ndarray, op: Op, source: Shape, cuts: np.ndarray
-    ) -> dict[str, Any]:
+    def _bytes(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, Any]:
         """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
         Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels; of filters
@@ -472,8 +471,8 @@ class Network:
             size = byte_chunk(self._library, *like, source[0], together, layout)
             size //= 4 if side == 1 else 1
             kernels, kept = grouped if together > 1 else (flat, keep)
-            lists = _by_chunk(_singles, kernels, kept, size, cuts // together)
-            made |= {f"{name}_{part}": array for part, array in lists.items()}
+            lists = _by_chunk(_singles, kernels, kept, size, np.arange(len(kept)))
+            made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}
         return made
 
 

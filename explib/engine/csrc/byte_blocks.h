@@ -111,8 +111,7 @@ inline int byte_chunk(int kernel, int stride, int height, int width, int channel
 inline void byte_block(const Op& op, const Tensor& in, const Tensor& out, const Byte* x,
                        const Byte* other, Byte* y, Words* scratch, int part, int parts) {
     const int K = op.rows.kernel, S = op.rows.stride, pixels = out.height * out.width;
-    const ByteLists lists{(const int32_t*)op.byte_weight, op.byte_start, op.byte_index,
-                          op.byte_order};
+    const ByteLists lists{(const int32_t*)op.byte_weight, op.byte_start, op.byte_index};
     ByteBlock a{op, in, out, x, other, y, lists, in.channels, out.channels, 0, out.channels};
     const int size = byte_chunk(K, S, out.height, out.width, in.channels, op.together);
     if (K == 1 ? pixels < 8 * POINT_TILE * parts : out.height < 8 * TILE_H * parts) {

@@ -19,8 +19,7 @@ using Words = Types<float>::Words;
 constexpr int BYTE_LANES = Types<float>::lanes;
 constexpr int FEW_BYTES = 32 * 1024;   // of the first cache, for the words of a tile
 constexpr int WORDS_BYTES = 48 * 1024;  // of the second, where that spares a 3x3 conv its chunks
-constexpr int BYTES_AT_ONCE = 256;  // filters whose sums wait there for more channels
-constexpr int BYTE_SUMS_BYTES = BYTES_AT_ONCE * 16 * VECTOR_BYTES;
+constexpr int BYTE_SUMS_BYTES = 128 * 1024;  // and for sums that wait for more channels
 // Registers hold the sums of a tile, of 32 vectors or 16
 constexpr int WIDE = VECTOR_BYTES == 64 || TILE_H == 4 ? 2 : 1;
 
@@ -168,7 +167,7 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
 
 // The kernels of a conv as words, by chunk and in that by filter, or by group of filters
 struct ByteLists {
-    const int32_t *weight, *start, *index, *order;
+    const int32_t *weight, *start, *index;
 };
 
 // TH x TW vectors of outputs of a conv, of which Layout knows where they are:
@@ -188,7 +187,7 @@ struct ByteTile {
         if (K > 1 && channels * each <= WORDS_BYTES) return channels;
         return std::max(1, FEW_BYTES / each) * ITEM;
     }
-    static_assert(TH * TW <= 16);
+    static constexpr int FILTERS = BYTE_SUMS_BYTES / (TH * TW * VECTOR_BYTES) / M * M;
     // The row of outputs that row i of the words serves with row ky of a kernel, or -1
     static constexpr int row(int i, int ky) {
         constexpr int step = S ? S : 1;
@@ -201,16 +200,14 @@ struct ByteTile {
     Words* words;
 
     // What filters make of the words of chunk h; `ends` says that it is the last one
-    void add(int y, int x, int h, bool ends, int first, int last, Words* all) const {
+    void add(int y, int x, int h, bool ends, int first, int last, Words* sums) const {
         constexpr int N = TH * TW, SETS = M * N >= 7 ? 1 : 8 / (M * N);
         const ByteLists& lists = a.lists;
-        const int64_t before = int64_t(h) * ((a.filters + M - 1) / M);
-        const int32_t *start = lists.start + before, *order = lists.order + before;
-        for (int i = first / M; i * M < last; ++i) {
-            int k = start[i];
-            const int end = start[i + 1], f = order[i] * M;
+        const int32_t* start = lists.start + int64_t(h) * ((a.filters + M - 1) / M);
+        for (int f = first; f < last; f += M, sums += M * N) {
+            int k = start[f / M];
+            const int end = start[f / M + 1];
             if (k == end && h && !ends) continue;
-            Words* sums = all + int64_t(f - first) * N;
             Words acc[SETS][M][N] = {};
             if (h) repeat<M * N>([&](auto i) FORCED { acc[0][i / N][i % N] = sums[i]; });
             const auto one = [&](Words(&sum)[M][N], int k) FORCED {
@@ -264,8 +261,8 @@ struct ByteTile {
         }
         const int chunks = (a.channels + size - 1) / size;
         Words* sums = words + WORDS_BYTES / VECTOR_BYTES;
-        for (int first = a.first; first < a.last; first += chunks > 1 ? BYTES_AT_ONCE : a.last) {
-            const int last = chunks > 1 ? std::min(first + BYTES_AT_ONCE, a.last) : a.last;
+        for (int first = a.first; first < a.last; first += chunks > 1 ? FILTERS : a.last) {
+            const int last = chunks > 1 ? std::min(first + FILTERS, a.last) : a.last;
             for (int h = 0; h < chunks; ++h) {
                 const int channels = std::min(size, a.channels - h * size);
                 a.template pack<ByteTile>(words, y, x, h * size, channels);

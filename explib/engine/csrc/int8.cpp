@@ -14,8 +14,6 @@ int explib_byte_filters(int kernel, int stride, int height, int width, int flat,
     return byte_filters(kernel, stride, height, width, flat, many);
 }
 
-int explib_at_once() { return BYTES_AT_ONCE; }
-
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
                  int n_slots, int halo, int threads, int) {
     return planned<Byte>(ops, n_ops, tensors, n_tensors, slots, n_slots, halo, threads);

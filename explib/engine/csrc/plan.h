@@ -47,9 +47,9 @@ struct Op {
     // in chunks for blocks (of depthwise convs never), in others for single images. The factor and
     // the bias of each filter's sums, (F,), and the codes of `in`, `other` and `out`
     const void* byte_weight;
-    const int32_t *byte_start, *byte_index, *byte_order;
+    const int32_t *byte_start, *byte_index;
     const void* flat_weight;
-    const int32_t *flat_start, *flat_index, *flat_order;
+    const int32_t *flat_start, *flat_index;
     const float *byte_scale, *byte_bias;
     Code in_code, other_code, out_code;
 };

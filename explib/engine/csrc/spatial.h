@@ -18,12 +18,14 @@
 
 namespace {
 
+constexpr int NEAR_BYTES = 512 * 1024;  // what the second cache holds for sure
+
 template <int N>
 using Size = std::integral_constant<int, N>;
 
-// NT taps of kernels by channel, `taps` in all: the shifted planes stay in registers while all
-// filters that use this channel take them; the sums of N vectors of every filter lie in `sums`
-template <class T, int NT, int N>
+// NT taps of kernels by channel, of ALL or, if that is 0, of `taps`: the shifted planes stay in
+// registers while all filters that use this channel take them; sums of N vectors of every filter
+template <class T, int ALL, int NT, int N>
 [[gnu::noinline]] void add_taps(const Op& op, const T* in, int64_t plane, int channels, const int* shift, int taps,
               int first_tap, int first_list, int last_list, T* sums) {
     USE_TYPES;
@@ -40,7 +42,7 @@ template <class T, int NT, int N>
             const int32_t* start = op.start_by_channel + int64_t(list) * channels + c;
             for (int k = start[0]; k < start[1]; ++k) {
                 V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
-                const int32_t* w = words + int64_t(k) * taps;
+                const int32_t* w = words + int64_t(k) * (ALL ? ALL : taps);
                 __builtin_prefetch((const char*)w + PREFETCH);
                 V acc[N];
                 repeat<N>([&](auto n) FORCED { acc[n] = sum[n]; });
@@ -65,9 +67,12 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
     int done = 0;
     const auto pass = [&](auto nt) {
         for (; done + nt <= taps; done += nt)
-            add_taps<T, nt, N>(op, in, plane, channels, shift, taps, done, first_list, last_list,
-                               sums);
+            add_taps<T, 0, nt, N>(op, in, plane, channels, shift, taps, done, first_list,
+                                  last_list, sums);
     };
+    if (taps == 9)
+        return add_taps<T, 9, 9, N>(op, in, plane, channels, shift, 9, 0, first_list, last_list,
+                                    sums);
     if (taps % 7 == 0) pass(Size<7>{});
     if (taps % 5 == 0) pass(Size<5>{});
     pass(Size<9>{}), pass(Size<5>{}), pass(Size<3>{}), pass(Size<1>{});
@@ -227,8 +232,7 @@ class Images {
             }
             if constexpr (BYTES) {
                 const Byte* other = op.other >= 0 ? data(memory, op.other) : nullptr;
-                const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start, op.flat_index,
-                                      op.flat_order};
+                const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start, op.flat_index};
                 return byte_image({op, a, o, in, other, out, plane(a.height, a.width),
                                    plane(o.height, o.width), windows.at(&op), lists, a.channels,
                                    o.channels, 0, o.channels, is_depthwise(op, a)},
@@ -476,12 +480,14 @@ class Images {
         int64_t plane;
         int pitch;
         const V* mask;  // of the output's plane, if the sums lie as it does, else null
+        bool far;       // no cache nearby holds all filters' planes, which are written in turns
     };
     Results results(const Op& op, const Tensor& o, const Phases& own, T* memory) const {
         const bool alike = !BYTES && own.pitch == pitch(o.width);
         return {op, o, own, data(memory, op.out), op.other >= 0 ? data(memory, op.other) : nullptr,
                 plane(o.height, o.width), pitch(o.width),
-                alike ? (const V*)inside.at({o.height, o.width})->data : nullptr};
+                alike ? (const V*)inside.at({o.height, o.width})->data : nullptr,
+                o.channels * plane(o.height, o.width) * int64_t(sizeof(T)) > NEAR_BYTES};
     }
 
     // Sums of N vectors of filters f0 to f1 to their planes, from vector v on
@@ -491,8 +497,10 @@ class Images {
         for (int f = f0; f < f1; ++f) {
             const int64_t at = f * to.plane + v * LANES;
             V values[N];
-            // where this filter's next results go: other filters' are written before them
-            repeat<N>([&](auto n) FORCED { __builtin_prefetch(to.out + at + (N + n) * LANES, 1); });
+            if (to.far)
+                repeat<N>([&](auto n) FORCED {
+                    __builtin_prefetch(to.out + at + (N + n) * LANES, 1);
+                });
             repeat<N>([&](auto n) FORCED { values[n] = sums[(f - f0) * N + n]; });
             if (to.other)
                 repeat<N>([&](auto n) FORCED { values[n] += load(to.other + at + n * LANES); });
@@ -527,7 +535,7 @@ class Images {
             for (int i = 0; i < count; ++i) {
                 T* out = to.out + f * to.plane + pieces[i].to;
                 std::copy_n(made + pieces[i].from, pieces[i].count, out);
-                __builtin_prefetch(out + N * LANES, 1);  // as above
+                __builtin_prefetch(out + N * LANES, 1);
             }
         }
     }
