@@ -59,6 +59,11 @@ def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
     return lib.explib_chunk(TYPES.index(dtype), pairs)
 
 
+def at_once(lib: ctypes.CDLL) -> int:
+    """Filters that are computed at once of a convolution with more."""
+    return lib.explib_at_once()
+
+
 def byte_filters(
     lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, flat: int, many: bool
 ) -> int:

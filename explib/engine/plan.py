@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from explib.engine import geometry
-from explib.engine.build import TYPES, byte_chunk, byte_filters, chunk, library
+from explib.engine.build import TYPES, at_once, byte_chunk, byte_filters, chunk, library
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -31,6 +31,8 @@ ACTS = (
     "leaky", "prelu", "elu", "tanh", "mish",
 )  # fmt: skip
 _PAIRWISE = ("add", "sub", "mul", "div", "maximum")
+ALIKE = 400
+"""Up to so many pixels it pays to compute filters in the order of their numbers of kernels."""
 TOGETHER = 1.85
 """int8: how many times the words may become for several filters at once, which load them once."""
 
@@ -76,7 +78,8 @@ class _Op(ctypes.Structure):
     _axes = tuple(f"{name}_{axis}" for axis in "hw" for name in _AXIS)
     _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", "together")
     _arrays = (
-        "bias", "slope", "weight", "start", "index", "pair_weight", "pair_start", "pair_index",
+        "bias", "slope", "weight", "start", "index", "order",
+        "pair_weight", "pair_start", "pair_index", "pair_order",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
         "byte_scale", "byte_bias",
@@ -379,6 +382,7 @@ class Network:
         """The kernels (F, C / groups, KH, KW) that are not all zeros, by filter and by channel."""
         channels, plain = source[0], geometry.plain(op, source)
         by_chunk = plain and op.kernel == (1, 1)
+        tiled = plain and op.stride[0] <= 2  # of blocks of images; others go row by row
         if by_chunk and op.groups > 1:
             weight = _ungrouped(weight, op.groups)
         filters, local = weight.shape[:2]
@@ -395,29 +399,36 @@ class Network:
             share = share // 4 * 4  # no thread begins within filters that are computed together
         share[0], share[-1] = 0, filters
         lists: dict[str, Any] = {"share": share.astype(np.int32)}
+        each = np.arange(filters)
+        # a loop that is run for many tiles is learned as it is
+        alike = op.shape[1] * op.shape[2] <= ALIKE and not geometry.depthwise(op, source)
+        alike &= self.dtype != torch.int8
+        cuts = _cuts(filters, share, self._library) if alike else each
         if self.dtype == torch.bfloat16:
             size = chunk(self._library, self.dtype, True) if by_chunk else channels
-            lists |= _by_chunk(_pairs, flat, keep, size)
+            pairs = _by_chunk(_pairs, flat, keep, size, each)
             if op.groups > 1 and not by_chunk:
-                own = np.repeat(offset, 2 * np.diff(lists["pair_start"]))
-                lists["pair_index"] = (lists["pair_index"] + own).astype(np.int32)
+                own = np.repeat(offset[pairs["order"]], 2 * np.diff(pairs["start"]))
+                pairs["index"] = (pairs["index"] + own).astype(np.int32)
+            lists |= {f"pair_{name}": array for name, array in pairs.items()}
         if self.dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
             lists |= self._bytes(weight, op, source)
             if not geometry.depthwise(op, source):
                 return lists
         if by_chunk:
-            lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype))
+            lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype), cuts)
             lists["weight"] = self._words(lists["weight"])
             small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
             return lists | small
-        c += offset[f]
-        lists |= {
-            "weight": self._words(flat[f, c - offset[f]]),
-            "start": total.astype(np.int32),
-            "index": c.astype(np.int32),
+        singles = _by_chunk(_singles, flat, keep, local, cuts if tiled else each)
+        own = np.repeat(offset[singles["order"]], np.diff(singles["start"]))
+        lists |= singles | {
+            "weight": self._words(singles["weight"]),
+            "index": (singles["index"] + own).astype(np.int32),
         }
-        if not plain:
+        if geometry.depthwise(op, source):
             return lists
+        c += offset[f]
         thread = np.searchsorted(share, f, side="right") - 1
         order = np.lexsort((f, c, thread))
         counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
@@ -459,13 +470,13 @@ class Network:
         for layout, name in enumerate(("byte", "flat")):
             if name == "byte" and depthwise:
                 continue  # blocks of images have no bytes of a row side by side
-            at_once = byte_filters(self._library, *like, layout, many)
-            made["together"] = max(at_once, made.get("together", 1))
-            size = byte_chunk(self._library, *like, source[0], at_once, layout)
+            together = byte_filters(self._library, *like, layout, many)
+            made["together"] = max(together, made.get("together", 1))
+            size = byte_chunk(self._library, *like, source[0], together, layout)
             size //= 4 if side == 1 else 1
-            kernels, kept = grouped if at_once > 1 else (flat, keep)
-            lists = _by_chunk(_singles, kernels, kept, size)
-            made |= {f"{name}_{part}": array for part, array in lists.items()}
+            kernels, kept = grouped if together > 1 else (flat, keep)
+            lists = _by_chunk(_singles, kernels, kept, size, np.arange(len(kept)))
+            made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}
         return made
 
 
@@ -490,19 +501,41 @@ def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
     return whole
 
 
+def _cuts(filters: int, share: np.ndarray, library: ctypes.CDLL) -> np.ndarray:
+    """Where the C++ may begin to compute filters: it takes only so many at once."""
+    many = at_once(library)
+    return np.unique(np.concatenate([np.arange(first, filters, many) for first in {0, *share}]))
+
+
+def _order(keep: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """The filters, between cuts those with many kernels first.
+
+    Processors predict the end of a loop that is as long as the one before.
+    """
+    part = np.searchsorted(cuts, np.arange(len(keep)), side="right")
+    return np.lexsort((-keep.sum(1), part))
+
+
 def _by_chunk(
-    lists: Callable[[np.ndarray, np.ndarray], dict], weight: np.ndarray, keep: np.ndarray, size: int
+    lists: Callable[[np.ndarray, np.ndarray], dict],
+    weight: np.ndarray,
+    keep: np.ndarray,
+    size: int,
+    cuts: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The lists of `size` channels after those of the `size` channels before, as one."""
-    parts = [
-        lists(weight[:, first : first + size], keep[:, first : first + size])
-        for first in range(0, weight.shape[1], size)
-    ]
+    """The lists of `size` channels after those of the `size` channels before, as one.
+
+    order: the filters of each chunk as they are listed, see `_order`.
+    """
+    parts = []
+    for first in range(0, weight.shape[1], size):
+        kept = keep[:, first : first + size]
+        order = _order(kept, cuts)
+        made = lists(weight[order, first : first + size], kept[order])
+        parts.append(made | {"order": order.astype(np.int32)})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for name in joined:
-        if name.endswith("start"):
-            counts = [np.diff(part[name]) for part in parts]
-            joined[name] = np.concatenate([[0], np.concatenate(counts).cumsum()]).astype(np.int32)
+    counts = [np.diff(part["start"]) for part in parts]
+    joined["start"] = np.concatenate([[0], np.concatenate(counts).cumsum()]).astype(np.int32)
     return joined
 
 
@@ -532,7 +565,7 @@ def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
         words.append(values.reshape(-1, 2, weight.shape[2]).swapaxes(1, 2))
     pairs = torch.from_numpy(np.concatenate(words)).bfloat16().view(torch.int16)
     return {
-        "pair_weight": pairs.numpy(),
-        "pair_start": np.array(starts, np.int32),
-        "pair_index": np.concatenate(channels).astype(np.int32),
+        "weight": pairs.numpy(),
+        "start": np.array(starts, np.int32),
+        "index": np.concatenate(channels).astype(np.int32),
     }

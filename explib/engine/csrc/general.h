@@ -185,24 +185,38 @@ struct Reach {
     static int floor_div(int a, int by) { return a >= 0 ? a / by : -((by - 1 - a) / by); }
 };
 
+// Where outputs side by side go in another plane
+struct Piece {
+    int from, count;
+    int64_t to;
+};
+
 // Rows of zeros, then of pixels, with zeros between them that serve the end of one and the start of
 // the next: what a tap needs for neighbouring outputs lies side by side, across the rows' ends, too
 struct Phases {
     int count, pitch;
-    int64_t origin, plane;  // in pixels: of the first in a plane; a plane's size
+    int64_t origin = 0, plane = 0;  // in pixels: of the first in a plane; a plane's size
+    int vectors;                    // of outputs, laid as the planes are
+    bool in_place;
     std::vector<int> shift;  // of the taps
     Reach down, along;
-    // wide: 0, or the pitch of the input's own planes, where they serve as they are
-    Phases(const Op& op, const Tensor& in, const Tensor& out, int lanes, int wide)
+    // wide: 0, or the pitch of the input's own planes, where they serve as they are; wide_out: that
+    // of the output, which is taken where it is wide enough
+    Phases(const Op& op, const Tensor& in, const Tensor& out, int lanes, int wide, int wide_out)
         : count(op.rows.stride * op.columns.stride),
+          in_place(wide > 0),
           down(op.rows, in.height, out.height),
           along(op.columns, in.width, out.width) {
         pitch = wide ? wide
-                     : std::max(out.width, along.size + std::max(along.before, along.after));
-        origin = round_up(down.before * pitch + along.before, lanes);
-        // beyond the last row what vectors read that reach beyond it
-        const int64_t end = int64_t(down.size + down.after) * pitch + along.after;
-        plane = round_up(int(origin + end), lanes) + 8 * lanes;
+                     : std::max({out.width, along.size + std::max(along.before, along.after),
+                                 wide_out});
+        vectors = round_up((out.height - 1) * pitch + out.width, lanes) / lanes;
+        if (!wide) {
+            origin = round_up(down.before * pitch + along.before, lanes);
+            // beyond the last row what vectors read that reach beyond it
+            const int64_t end = int64_t(down.size + down.after) * pitch + along.after;
+            plane = round_up(int(origin + end), lanes) + 8 * lanes;
+        }
         const Axis &rows = op.rows, &columns = op.columns;
         for (int t = 0; t < rows.kernel * columns.kernel; ++t) {
             const int y = t / columns.kernel * rows.dilation - rows.pad;
@@ -211,6 +225,20 @@ struct Phases {
             const int phase = (y - ky * rows.stride) * columns.stride + x - kx * columns.stride;
             shift.push_back(int(phase * plane) + ky * pitch + kx);
         }
+    }
+
+    // Where `size` outputs from `first` on go in a plane with another pitch; how many pieces
+    int pieces(const Tensor& out, int wide_out, int first, int size, Piece* made) const {
+        int found = 0;
+        for (int p = first; p < first + size;) {
+            const int row = p / pitch, column = p % pitch;
+            const int n = std::min(pitch - column, first + size - p);
+            if (row < out.height && column < out.width)
+                made[found++] = {p - first, std::min(n, out.width - column),
+                                 int64_t(row) * wide_out + column};
+            p += n;
+        }
+        return found;
     }
 };
 
@@ -233,38 +261,55 @@ FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
     for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
 }
 
-// The pixels of a plane as phases, from `out` on; of int8 what its codes stand for
+// Every `step`-th of numbers, `count` of them; may write and read a vector more
+template <class T>
+FORCED inline void take_each(const T* in, int step, int count, T* out) {
+    if (step == 2)
+        for (int q = 0; q < count; ++q) out[q] = in[2 * q];
+    else
+        for (int q = 0; q < count; ++q) out[q] = in[q * step];
+}
+
+// The pixels of a plane as phases, from `out` on; of int8 what its codes stand for. What is written
+// beyond a row the next one or the end overwrites
 template <class T>
 void split_phases(const Op& op, const Phases& phases, const Tensor& a, const T* in, int wide,
                   typename Types<T>::Scalar* out) {
     using S = typename Types<T>::Scalar;
-    const int down = op.rows.stride, along = op.columns.stride, size = phases.along.size;
-    for (int phase = 0; phase < phases.count; ++phase)
-        std::fill_n(out + phase * phases.plane, phases.origin, S(0));
+    using Loose = typename Types<S>::Loose;
+    const int down = op.rows.stride, along = op.columns.stride;
+    const auto count = [&](int left) {  // pixels of a row in the phases of this column
+        return std::clamp((a.width - left + along - 1) / along, 0, phases.along.size);
+    };
+    const int even = count(0), odd = count(1);
     for (int top = 0; top < down; ++top) {
-        S* first = out + top * along * phases.plane + phases.origin;
-        for (int r = 0; r < phases.down.size; ++r, first += phases.pitch) {
+        S* phase = out + top * along * phases.plane;
+        for (int left = 0; left < along; ++left)
+            std::fill_n(phase + left * phases.plane, phases.origin, S(0));
+        S* row = phase + phases.origin;
+        for (int r = 0; r < phases.down.size; ++r, row += phases.pitch) {
             const int y = r * down + top;
+            const bool live = y < a.height;
             const T* x = in + int64_t(y) * wide;
-            const auto count = [&](int left) {
-                return y < a.height ? std::clamp((a.width - left + along - 1) / along, 0, size) : 0;
+            const auto end = [&](S* row, int pixels) FORCED {
+                for (int q = live ? pixels : 0; q < phases.pitch; q += Types<S>::lanes)
+                    *(Loose*)(row + q) = Loose{};
             };
-            if constexpr (std::is_same_v<T, S>)
-                // what is written beyond a row the next one or the end overwrites
-                if (along == 2) deinterleave(x, 2 * count(0), first, first + phases.plane);
+            if (std::is_same_v<T, S> && along == 2) {
+                if (live) deinterleave((const S*)x, 2 * even, row, row + phases.plane);
+                end(row, even), end(row + phases.plane, odd);
+                continue;
+            }
             for (int left = 0; left < along; ++left) {
-                S* row = first + left * phases.plane;
-                const int pixels = count(left);
-                if (!std::is_same_v<T, S> || along != 2)
-                    for (int q = 0; q < pixels; ++q)
-                        row[q] = decoded<T>(S(x[left + q * along]), op.in_code);
-                std::fill_n(row + pixels, phases.pitch - pixels, S(0));
+                S* to = row + left * phases.plane;
+                const int pixels = along == 1 ? even : count(left);
+                for (int q = 0; live && q < pixels; ++q)
+                    to[q] = decoded<T>(S(x[left + q * along]), op.in_code);
+                end(to, pixels);
             }
         }
-        for (int left = 0; left < along; ++left) {
-            S* plane = out + (top * along + left) * phases.plane;
-            std::fill(first + left * phases.plane, plane + phases.plane, S(0));
-        }
+        for (int left = 0; left < along; ++left)
+            std::fill(row + left * phases.plane, phase + (left + 1) * phases.plane, S(0));
     }
 }
 

@@ -9,6 +9,8 @@ int explib_chunk(int type, int pairs) {
     if (type == FLOAT16) return chunk<float>() * 2;
     return chunk<float>() * (pairs ? 2 : 1);
 }
+// Filters at once of a conv with more
+int explib_at_once() { return AT_ONCE; }
 int explib_computes(int type) {
     return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) ||
            (type == BFLOAT16 && BRAIN);

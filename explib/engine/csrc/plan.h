@@ -29,14 +29,15 @@ struct Op {
     const float *bias, *slope;  // slope: of PRELU, (F,)
     // CONV: kernels by filter, each KH * KW words; LINEAR: scalars (F, C); AFFINE, norms: floats
     const void* weight;
-    const int32_t* start;  // (F + 1,) where a filter's kernels start
+    const int32_t* start;  // (F + 1,) where the kernels of the filter at this place start
     // CONV: the channel of each kernel, of a plain 1x1 one in its chunk, as bytes. SELECT: of each
     // channel, row and column of the output the input's, or -1. Pools: first and end of the window
     // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
     const int32_t* index;
+    const int32_t* order;  // CONV: the filter at each place; of those with many kernels first
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
-    const int32_t *pair_start, *pair_index;
+    const int32_t *pair_start, *pair_index, *pair_order;
     // the same kernels by thread, whose filters are `share`, and in that by channel
     const void* weight_by_channel;
     const int32_t* start_by_channel;  // (threads * C + 1,)

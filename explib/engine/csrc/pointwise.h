@@ -21,6 +21,9 @@ namespace {
 constexpr int POINTS = VECTOR_BYTES == 64 ? 8 : 14;
 constexpr int CHUNK_BYTES = 28 * 1024;   // of the first cache
 constexpr int SUMS_BYTES = 224 * 1024;   // of the second
+constexpr int AT_ONCE = SUMS_BYTES / VECTOR_BYTES / POINTS;  // filters whose sums are there
+
+constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
 
 // Channels of a chunk
 template <class T>
@@ -48,7 +51,7 @@ struct Points {
     int channels, filters, first, last;  // of the filters those to compute
     const Op* op;
     const int32_t* weight;
-    const int32_t* start;  // by chunk, and in that by filter
+    const int32_t *start, *order;  // by chunk, and in that by place: see plan.h
     const uint8_t* index;  // the channel in the chunk
     const V* inside;               // of the plane: zero where the output is, or null
     T* tile;
@@ -82,10 +85,17 @@ void point_chunk(const Points<T>& a, int h, bool ends, int64_t at) {
     USE_TYPES;
     constexpr int SETS = N >= 8 ? 1 : N >= 4 ? 2 : 4;  // enough sums to hide their latency
     const int32_t* start = a.start + int64_t(h) * a.filters;
-    for (int f = a.first; f < a.last; ++f) {
-        int k = start[f];
-        const int end = start[f + 1];
+    const int32_t* order = a.order + int64_t(h) * a.filters;
+    for (int i = a.first; i < a.last; ++i) {
+        int k = start[i];
+        const int end = start[i + 1], f = order[i];
         if (k == end && h && !ends) continue;
+        __builtin_prefetch((const char*)(a.weight + k) + PREFETCH);
+        __builtin_prefetch((const char*)(a.index + k) + PREFETCH / 4);
+        if (ends) {  // where the next results go
+            const T* next = a.out + order[std::min(i + 1, a.last - 1)] * a.out_plane + at;
+            repeat<N>([&](auto n) FORCED { __builtin_prefetch(next + n * LANES, 1); });
+        }
         V* sums = a.sums + int64_t(f - a.first) * N;
         V acc[SETS][N] = {};
         if (h)
@@ -130,15 +140,14 @@ void point_tile(const Points<T>& a, int64_t at, const Pack& pack) {
 // that starts there: pack(first channel, channels, tile), `vectors` vectors a channel
 template <class T, class Gather>
 void points(Points<T> a, int first, int last, const Gather& gather) {
-    constexpr int FILTERS = SUMS_BYTES / VECTOR_BYTES / POINTS;
     const int tiles = (last - first + POINTS - 1) / POINTS;
     const int first_filter = a.first, last_filter = a.last;
     for (int i = 0; i < tiles; ++i) {
         const int v = first + (int)split(last - first, i, tiles);
         const int vectors = first + (int)split(last - first, i + 1, tiles) - v;
         const auto pack = gather(v, vectors);
-        for (a.first = first_filter; a.first < last_filter; a.first += FILTERS) {
-            a.last = std::min(a.first + FILTERS, last_filter);
+        for (a.first = first_filter; a.first < last_filter; a.first += AT_ONCE) {
+            a.last = std::min(a.first + AT_ONCE, last_filter);
             repeat<POINTS>([&](auto n) FORCED {
                 if (vectors == n + 1) point_tile<T, n + 1>(a, int64_t(v) * Types<T>::lanes, pack);
             });

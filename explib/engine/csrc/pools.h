@@ -42,33 +42,69 @@ void pool_block(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y
 }
 
 // What becomes of the pixels of each window: first over rows, whole rows at a time, then over as
-// many neighbours as the widest windows have. down, along: from one of them to the next. row: two
+// many neighbours as the widest windows have. down, along: from one of them to the next. row: room
+// for two, each a vector longer
 template <class P, class R, class Get, class Join, class Put>
 void join_windows(const Op& op, int pitch_in, int pitch_out, const Tensor& a, const Tensor& o,
                   const P* in, P* __restrict out, R* __restrict row, int down, int along,
                   const Get& get, const Join& join, const Put& put) {
     const int width = a.width, width_out = o.width;  // copies, which what is written cannot be
     const int32_t *rows = op.index, *columns = rows + 2 * o.height;
-    R* joined = row + pitch_in;
+    constexpr bool VECTORS = std::is_same_v<P, R> && !std::is_integral_v<P>;
+    R* joined = row + (VECTORS ? 2 : 1) * round_up(pitch_in, Types<P>::lanes);
     int full = 0;
     for (int q = 0; q < width_out; ++q)
         full = std::max(full, columns[2 * q + 1] - columns[2 * q]);
+    // the outputs whose windows are whole and as far apart, at steps that vectors can take
+    int first = 0, last = 0, step = 0;
+    while (first < width_out && columns[2 * first + 1] - columns[2 * first] < full) ++first;
+    if (first + 1 < width_out) step = columns[2 * first + 2] - columns[2 * first];
+    if (step == 1 || step == 2)
+        for (last = first; last < width_out; ++last)
+            if (columns[2 * last + 1] - columns[2 * last] < full ||
+                columns[2 * last] - columns[2 * first] != (last - first) * step)
+                break;
+    last = std::max(first, last);
     for (int r = 0, height = o.height; r < height; ++r, out += pitch_out) {
         const P* x = in + rows[2 * r] * pitch_in;
         const P* end = in + rows[2 * r + 1] * pitch_in;
-        for (int q = 0; q < width; ++q) row[q] = get(x[q]);
-        for (x += down * pitch_in; x < end; x += down * pitch_in)
-            for (int q = 0; q < width; ++q) row[q] = join(row[q], get(x[q]));
-        std::copy_n(row, width + 1 - full, joined);
-        for (int d = along; d < full; d += along)
-            for (int q = 0; q <= width - full; ++q) joined[q] = join(joined[q], row[q + d]);
-        for (int q = 0; q < width_out; ++q) {
+        if constexpr (VECTORS) {
+            using Loose = typename Types<P>::Loose;
+            for (int q = 0; q < width; q += Types<P>::lanes) {
+                typename Types<P>::V most = *(const Loose*)(x + q);
+                for (const P* next = x + down * pitch_in; next < end; next += down * pitch_in)
+                    most = join(most, *(const Loose*)(next + q));
+                *(Loose*)(row + q) = most;
+            }
+            for (int q = 0; q <= width - full; q += Types<P>::lanes) {
+                typename Types<P>::V most = *(const Loose*)(row + q);
+                for (int d = along; d < full; d += along)
+                    most = join(most, *(const Loose*)(row + q + d));
+                *(Loose*)(joined + q) = most;
+            }
+        } else {
+            for (int q = 0; q < width; ++q) row[q] = get(x[q]);
+            for (x += down * pitch_in; x < end; x += down * pitch_in)
+                for (int q = 0; q < width; ++q) row[q] = join(row[q], get(x[q]));
+            std::copy_n(row, width + 1 - full, joined);
+            for (int d = along; d < full; d += along)
+                for (int q = 0; q <= width - full; ++q) joined[q] = join(joined[q], row[q + d]);
+        }
+        const auto one = [&](int q) FORCED {
             const int from = columns[2 * q], to = columns[2 * q + 1];
             R value = to - from == full ? joined[from] : row[from];
             for (int c = from + along; c < to && to - from < full; c += along)
                 value = join(value, row[c]);
             out[q] = P(put(value, r, q));
-        }
+        };
+        const auto even = [&](auto step) FORCED {
+            for (int q = first; q < last; ++q)
+                out[q] = P(put(joined[columns[2 * first] + (q - first) * step], r, q));
+        };
+        for (int q = 0; q < first; ++q) one(q);
+        if (step == 1) even(std::integral_constant<int, 1>{});
+        if (step == 2) even(std::integral_constant<int, 2>{});
+        for (int q = last; q < width_out; ++q) one(q);
     }
 }
 
@@ -95,7 +131,7 @@ void pool_image(const Op& op, const ImagePixels<T>& layout, const Tensor& a, con
     if (op.kind == AVGPOOL)
         join_windows(op, wide, wide_out, a, o, in, out, (float*)scratch, 1, 1,
                      [&](T x) FORCED { return decoded<T>(float(x), op.in_code); },
-                     [](float a, float b) FORCED { return a + b; },
+                     [](auto a, auto b) FORCED { return a + b; },
                      [&](float sum, int r, int q) FORCED {
                          return coded<T>(sum * op.bias[r] * op.bias[o.height + q], op.out_code);
                      });

@@ -3,6 +3,7 @@
 // Threads share every op.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 
@@ -17,31 +18,31 @@
 
 namespace {
 
-constexpr int FLAT = 2048;  // about so many outputs of a filter at once, of convs of any kind
-constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
+constexpr int NEAR_BYTES = 512 * 1024;  // what the second cache holds for sure
 
-// Kernels of NT taps by channel: the shifted planes stay in registers while all filters that use
-// this channel take them; the sums of N vectors of every filter lie in `sums`.
-template <class T, int NT, int N>
-void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const int* shift,
-                  int first_list, int last_list, int first, int last, T* sums) {
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+// NT taps of kernels by channel, of ALL or, if that is 0, of `taps`: the shifted planes stay in
+// registers while all filters that use this channel take them; sums of N vectors of every filter
+template <class T, int ALL, int NT, int N>
+[[gnu::noinline]] void add_taps(const Op& op, const T* in, int64_t plane, int channels, const int* shift, int taps,
+              int first_tap, int first_list, int last_list, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
-    const int32_t* words = (const int32_t*)op.weight_by_channel;
-    for (int f = first; f < last; ++f)
-        repeat<N>([&](auto n) FORCED { ((V*)sums)[f * N + n] = splat<T>(T(op.bias[f])); });
+    const int32_t* words = (const int32_t*)op.weight_by_channel + first_tap;
     for (int c = 0; c < channels; ++c) {
         V pixels[NT][N];
         repeat<NT>([&](auto t) FORCED {
             repeat<N>([&](auto n) FORCED {
-                pixels[t][n] = *(const Loose*)(in + c * plane + shift[t] + n * LANES);
+                pixels[t][n] = *(const Loose*)(in + c * plane + shift[first_tap + t] + n * LANES);
             });
         });
         for (int list = first_list; list < last_list; ++list) {
             const int32_t* start = op.start_by_channel + int64_t(list) * channels + c;
             for (int k = start[0]; k < start[1]; ++k) {
                 V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
-                const int32_t* w = words + int64_t(k) * NT;
+                const int32_t* w = words + int64_t(k) * (ALL ? ALL : taps);
                 __builtin_prefetch((const char*)w + PREFETCH);
                 V acc[N];
                 repeat<N>([&](auto n) FORCED { acc[n] = sum[n]; });
@@ -55,24 +56,54 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
     }
 }
 
-// Kernels of any size by filter: N vectors of one filter's sums stay in registers
+// All taps, as many at once as registers hold: of most sizes a whole row or the whole kernel
 template <class T, int N>
-void conv_filter(const Op& op, const T* in, int64_t plane, const int* shift, int f, T* sums) {
+void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const int* shift,
+                  int first_list, int last_list, int first, int last, T* sums) {
+    USE_TYPES;
+    const int taps = op.rows.kernel * op.columns.kernel;
+    for (int f = first; f < last; ++f)
+        repeat<N>([&](auto n) FORCED { ((V*)sums)[f * N + n] = splat<T>(T(op.bias[f])); });
+    int done = 0;
+    const auto pass = [&](auto nt) {
+        for (; done + nt <= taps; done += nt)
+            add_taps<T, 0, nt, N>(op, in, plane, channels, shift, taps, done, first_list,
+                                  last_list, sums);
+    };
+    if (taps == 9)
+        return add_taps<T, 9, 9, N>(op, in, plane, channels, shift, 9, 0, first_list, last_list,
+                                    sums);
+    if (taps % 7 == 0) pass(Size<7>{});
+    if (taps % 5 == 0) pass(Size<5>{});
+    pass(Size<9>{}), pass(Size<5>{}), pass(Size<3>{}), pass(Size<1>{});
+}
+
+// N vectors of a filter with one channel, 3x3: `base` has where the first two taps of each row begin,
+// and the third is LAST pixels from the first
+template <class T, int LAST, int N>
+FORCED inline void depthwise_3x3(const T* const (&base)[6], int64_t at,
+                                 const typename Types<T>::V* weights,
+                                 typename Types<T>::V (&acc)[N]) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
-    const int taps = op.rows.kernel * op.columns.kernel;
-    V acc[N];
-    repeat<N>([&](auto n) FORCED { acc[n] = splat<T>(T(op.bias[f])); });
-    for (int k = op.start[f]; k < op.start[f + 1]; ++k) {
-        const T* x = in + op.index[k] * plane;
-        const int32_t* w = (const int32_t*)op.weight + int64_t(k) * taps;
-        for (int t = 0; t < taps; ++t) {
-            const V weight = broadcast<T>(w + t);
-            repeat<N>([&](auto n)
-                          FORCED { acc[n] += *(const Loose*)(x + shift[t] + n * LANES) * weight; });
-        }
+    repeat<9>([&](auto t) FORCED {
+        const T* x = base[t / 3 * 2 + t % 3 % 2] + at + t % 3 / 2 * LAST;
+        repeat<N>([&](auto n) FORCED { acc[n] += *(const Loose*)(x + n * LANES) * weights[t]; });
+    });
+}
+
+// Of any size
+template <class T, int N>
+FORCED inline void depthwise_taps(const T* x, const int* shift, int taps, const int32_t* words,
+                                  typename Types<T>::V (&acc)[N]) {
+    USE_TYPES;
+    using Loose = typename Types<T>::Loose;
+    for (int t = 0; t < taps; ++t) {
+        const V weight = broadcast<T>(words + t);
+        repeat<N>([&](auto n) FORCED {
+            acc[n] += *(const Loose*)(x + shift[t] + n * LANES) * weight;
+        });
     }
-    repeat<N>([&](auto n) FORCED { ((V*)sums)[n] = acc[n]; });
 }
 
 // The whole network on one image at a time
@@ -156,33 +187,25 @@ class Images {
             windows.try_emplace(&op, op, in, out);
             return 0;
         }
-        if (op.kind == CONV && is_general(op, in, out)) {
+        if (op.kind == CONV && is_spatial(op, in, out)) {
             const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
-            const Phases& own = phases.try_emplace(&op, op, in, out, LANES, wide).first->second;
-            const int64_t planes = wide ? 0
-                                   : is_depthwise(op, in) ? own.count * plan.threads
-                                                          : own.count * int64_t(in.channels);
-            return flat(own) * plan.threads + planes * own.plane;
+            const auto made = phases.try_emplace(&op, op, in, out, LANES, wide, pitch(out.width));
+            const Phases& own = made.first->second;
+            const bool depthwise = is_depthwise(op, in);
+            const int64_t planes = wide ? 0 : depthwise ? plan.threads : in.channels;
+            return sums_size(out) * plan.threads + planes * own.count * own.plane;
         }
-        const int each = op.kind == CONV     ? out.channels * PAIR * LANES
-                         : op.kind == LINEAR ? round_up(in.channels, LANES)
-                                             // two rows of floats, of half as many scalars
-                                             : 4 * round_up(pitch(in.width), LANES);
-        int64_t size = int64_t(each) * plan.threads;
-        if (op.kind == CONV && op.rows.kernel == 3 && op.rows.stride > 1)
-            size += int64_t(op.rows.stride) * op.rows.stride * in.channels *
-                        plane(out.height, out.width) +
-                    2 * margin(out.width) + 2 * PAIR * LANES;
-        return size;
+        const int each = op.kind == LINEAR ? round_up(in.channels, LANES)
+                                           // two rows of floats, of half as many scalars
+                                           : 4 * round_up(pitch(in.width), LANES);
+        return int64_t(each) * plan.threads;
     }
 
-    bool is_general(const Op& op, const Tensor& in, const Tensor& out) const {
-        return BYTES ? !op.flat_weight : !is_plain(op, in, out);
-    }
+    int64_t sums_size(const Tensor& out) const { return int64_t(out.channels) * PAIR * LANES; }
 
-    // Rows of a filter's outputs at once, in scalars: at least one row and what vectors add
-    int64_t flat(const Phases& own) const {
-        return round_up(std::max(FLAT, own.pitch), LANES) + LANES;
+    // Whether a conv is computed as floats here, and not as 1x1
+    bool is_spatial(const Op& op, const Tensor& in, const Tensor& out) const {
+        return BYTES ? !op.flat_weight : op.rows.kernel > 1 || !is_plain(op, in, out);
     }
 
     // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
@@ -203,8 +226,10 @@ class Images {
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
         if (op.kind == CONV) {
             const int own = parts == 1 ? worker : part;
-            if (is_general(op, a, o))
-                return general(op, a, o, memory, extra, part, parts, barrier);
+            if (is_spatial(op, a, o)) {
+                if (is_depthwise(op, a)) return depthwise(op, a, o, memory, extra, part, parts);
+                return conv(op, a, o, memory, extra, part, parts, barrier);
+            }
             if constexpr (BYTES) {
                 const Byte* other = op.other >= 0 ? data(memory, op.other) : nullptr;
                 const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start, op.flat_index};
@@ -213,9 +238,7 @@ class Images {
                                    o.channels, 0, o.channels, is_depthwise(op, a)},
                                   (Words*)byte_scratch[own]->data, part, parts);
             } else {
-                if (op.rows.kernel == 1)
-                    return pointwise(op, a, o, memory, *point_scratch[own], part, parts);
-                return conv(op, a, o, memory, extra, part, parts, barrier);
+                return pointwise(op, a, o, memory, *point_scratch[own], part, parts);
             }
         }
         if (op.kind == LINEAR) {
@@ -332,7 +355,8 @@ class Images {
                           .channels = a.channels, .filters = o.channels, .first = 0,
                           .last = o.channels, .op = &op,
                           .weight = (const int32_t*)op.weight,
-                          .start = op.start, .index = (const uint8_t*)op.index,
+                          .start = op.start, .order = op.order,
+                          .index = (const uint8_t*)op.index,
                           .inside = (const V*)inside.at({o.height, o.width})->data};
         conv.use(own);
         const int vectors = body(o.height, o.width) / LANES;
@@ -355,7 +379,7 @@ class Images {
                                const int n = std::min(wide_out - q, count * LANES - i);
                                const int live = r < o.height ? std::min(n, o.width - q) : 0;
                                const T* row = x + r * S * wide + q * S;
-                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
+                               take_each(row, S, live, tile + i);
                                i += n;
                            }
                        }
@@ -363,187 +387,159 @@ class Images {
                });
     }
 
-    void conv(const Op& op, const Tensor& a, const Tensor& o, T* memory, T* extra, int part,
+    // A conv of any kind but depthwise: from the input where its halo is wide enough, else from
+    // phases of it. Threads share the plane where it is large, else the filters
+    void conv(const Op& op, const Tensor& a, const Tensor& o, T* memory, Scalar* extra, int part,
               int parts, Barrier& barrier) {
+        const Phases& own = phases.at(&op);
         const T* in = data(memory, op.in);
-        const int K = op.rows.kernel, S = op.rows.stride, wide = pitch(o.width);
-        const int64_t to = plane(o.height, o.width);
         int64_t from = plane(a.height, a.width);
-        const int32_t* share = op.share;
-        // A stride becomes S * S planes of the output's size, one for each phase of the input
-        T* phases = extra + int64_t(o.channels) * PAIR * LANES * plan.threads + margin(o.width);
-        if (S > 1) {
+        const Scalar* x;
+        if (own.in_place) {
+            x = (const Scalar*)in;
+        } else {
+            Scalar* planes = extra + plan.threads * sums_size(o);
             const int last = (int)split(a.channels, part + 1, parts);
             for (int c = (int)split(a.channels, part, parts); c < last; ++c)
-                for (int phase = 0; phase < (K == 1 ? 1 : S * S); ++phase)
-                    split_phase(in + c * from, phases + (int64_t(c) * S * S + phase) * to, a, o, S,
-                                phase / S, phase % S);
-            if (last == a.channels) {
-                T* end = phases + int64_t(S) * S * a.channels * to - margin(o.width);
-                std::fill_n(end, 2 * margin(o.width), T(0));
-            }
+                split_phases(op, own, a, in + c * from, pitch(a.width),
+                             planes + c * own.count * own.plane);
             barrier.wait(parts);
-            in = phases;
-            from = int64_t(S) * S * to;
+            x = planes + own.origin;
+            from = own.count * own.plane;
         }
-        int shift[9];
-        for (int t = 0; t < K * K; ++t) {
-            const int dy = t / K - K / 2, dx = t % K - K / 2;
-            const int ky = dy >= 0 ? dy / S : -((S - 1 - dy) / S),
-                      kx = dx >= 0 ? dx / S : -((S - 1 - dx) / S);
-            const int64_t phase = (dy - ky * S) * S + dx - kx * S;
-            shift[t] = int(phase * to) + ky * wide + kx;
-        }
-        const V* mask = (const V*)inside.at({o.height, o.width})->data;
-        const int vectors = body(o.height, o.width) / LANES;
-        T* sums = extra + int64_t(part) * o.channels * PAIR * LANES;
-        // Threads share the plane where it is large, else the filters
-        const bool by_plane = vectors >= 8 * parts;
-        const int v0 = by_plane ? (int)split(vectors, part, parts) : 0;
-        const int v1 = by_plane ? (int)split(vectors, part + 1, parts) : vectors;
-        const int f0 = by_plane || parts == 1 ? 0 : share[part];
-        const int f1 = by_plane || parts == 1 ? o.channels : share[part + 1];
-        const int first = by_plane || parts == 1 ? 0 : part;
-        const int last = by_plane || parts == 1 ? plan.threads : part + 1;
-        if (K == 3) {
-            int v = v0;
-            for (; v + PAIR <= v1; v += PAIR) {
-                conv_vectors<T, 9, PAIR>(op, in + v * LANES, from, a.channels, shift, first, last,
-                                         f0, f1, sums);
-                finish<PAIR>(op, o, mask, memory, sums + int64_t(f0) * PAIR * LANES, f0, f1, v);
-            }
-            if (PAIR > 1 && v < v1) {
-                conv_vectors<T, 9, 1>(op, in + v * LANES, from, a.channels, shift, first, last, f0,
-                                      f1, sums);
-                finish<1>(op, o, mask, memory, sums + int64_t(f0) * LANES, f0, f1, v);
-            }
-        }
+        Scalar* sums = extra + part * sums_size(o);
+        const Results to = results(op, o, own, memory);
+        const bool by_plane = own.vectors >= 8 * parts, all = by_plane || parts == 1;
+        const int v1 = by_plane ? (int)split(own.vectors, part + 1, parts) : own.vectors;
+        const int f0 = all ? 0 : op.share[part], f1 = all ? o.channels : op.share[part + 1];
+        const int first = all ? 0 : part, last = all ? plan.threads : part + 1;
+        const auto vectors = [&](auto n, int v) {
+            conv_vectors<Scalar, n>(op, x + v * LANES, from, a.channels, own.shift.data(), first,
+                                    last, f0, f1, sums);
+            finish<n>(to, (const V*)sums + f0 * n, f0, f1, v);
+        };
+        int v = by_plane ? (int)split(own.vectors, part, parts) : 0;
+        for (; v + PAIR <= v1; v += PAIR) vectors(Size<PAIR>{}, v);
+        if (v < v1) vectors(Size<1>{}, v);
     }
 
-    // Vectors v0 to v1 of the outputs of a filter, from planes of the output's shape
-    void filter(const Op& op, const Tensor& o, T* memory, const T* in, int64_t from,
-                const int* shift, int f, int v0, int v1) {
-        const V* mask = (const V*)inside.at({o.height, o.width})->data;
-        alignas(64) T one[4 * LANES];
-        int v = v0;
-        for (; v + 4 <= v1; v += 4) {
-            conv_filter<T, 4>(op, in + v * LANES, from, shift, f, one);
-            finish<4>(op, o, mask, memory, one, f, f + 1, v);
-        }
-        for (; v < v1; ++v) {
-            conv_filter<T, 1>(op, in + v * LANES, from, shift, f, one);
-            finish<1>(op, o, mask, memory, one, f, f + 1, v);
-        }
-    }
-
-    // A conv of any kind: from the input where its halo is wide enough, else from phases of it.
-    // Threads share the channels of depthwise ones, else the rows where there are many, else filters
-    void general(const Op& op, const Tensor& a, const Tensor& o, T* memory, Scalar* extra,
-                 int part, int parts, Barrier& barrier) {
+    // Threads share the channels
+    void depthwise(const Op& op, const Tensor& a, const Tensor& o, T* memory, Scalar* extra,
+                   int part, int parts) {
         const Phases& own = phases.at(&op);
-        const bool halo = in_halo(op, a, o), depthwise = is_depthwise(op, a);
-        const bool by_row = !depthwise && o.height >= 4 * parts;
-        const int f0 = depthwise ? (int)split(o.channels, part, parts)
-                       : by_row || parts == 1 ? 0 : op.share[part];
-        const int f1 = depthwise ? (int)split(o.channels, part + 1, parts)
-                       : by_row || parts == 1 ? o.channels : op.share[part + 1];
+        const Results to = results(op, o, own, memory);
+        const int taps = op.rows.kernel * op.columns.kernel;
         const int64_t from = plane(a.height, a.width);
-        const T* in = data(memory, op.in);
-        if constexpr (!BYTES) if (halo) {
-            const int vectors = body(o.height, o.width) / LANES;
-            const int v0 = by_row ? (int)split(vectors, part, parts) : 0;
-            const int v1 = by_row ? (int)split(vectors, part + 1, parts) : vectors;
-            for (int f = f0; f < f1; ++f)
-                filter(op, o, memory, in, from, own.shift.data(), f, v0, v1);
-            return;
-        }
-        Scalar* sums = extra + part * flat(own);
-        Scalar* planes = extra + plan.threads * flat(own);
-        if (depthwise) {
-            planes += int64_t(part) * own.count * own.plane;
-            for (int f = f0; f < f1; ++f) {
-                for (int k = op.start[f]; k < op.start[f + 1]; ++k)
-                    split_phases(op, own, a, in + op.index[k] * from, pitch(a.width), planes);
-                flat_rows(op, o, own, memory, planes, 0, f, f + 1, 0, o.height, sums);
-            }
-            return;
-        }
-        const int64_t step = own.count * own.plane;
-        const int last = (int)split(a.channels, part + 1, parts);
-        for (int c = (int)split(a.channels, part, parts); c < last; ++c)
-            split_phases(op, own, a, in + c * from, pitch(a.width), planes + c * step);
-        barrier.wait(parts);
-        const int r0 = by_row ? (int)split(o.height, part, parts) : 0;
-        const int r1 = by_row ? (int)split(o.height, part + 1, parts) : o.height;
-        flat_rows(op, o, own, memory, planes, step, f0, f1, r0, r1, sums);
-    }
-
-    // Rows r0 to r1 of filters f0 to f1, from phases: a few rows of every filter, then the next
-    void flat_rows(const Op& op, const Tensor& o, const Phases& own, T* memory, const Scalar* in,
-                   int64_t step, int f0, int f1, int r0, int r1, Scalar* sums) {
-        const int rows = std::max(1, FLAT / own.pitch);
-        for (int r = r0; r < r1; r += rows) {
-            const int count = std::min(rows, r1 - r);
-            const int vectors = round_up((count - 1) * own.pitch + o.width, LANES) / LANES;
-            const Scalar* x = in + own.origin + int64_t(r) * own.pitch;
-            for (int f = f0; f < f1; ++f) {
+        Scalar* planes = extra + plan.threads * sums_size(o) + part * own.count * own.plane;
+        const int last = (int)split(o.channels, part + 1, parts);
+        for (int f = (int)split(o.channels, part, parts); f < last; ++f) {
+            const int k = op.start[f];
+            const bool empty = k == op.start[f + 1];
+            const T* in = data(memory, op.in) + (empty ? 0 : op.index[k]) * from;
+            const int32_t* words = (const int32_t*)op.weight + int64_t(k) * taps;
+            if (!own.in_place && !empty) split_phases(op, own, a, in, pitch(a.width), planes);
+            const Scalar* x = own.in_place ? (const Scalar*)in : planes + own.origin;
+            const auto all = [&](const auto& add) FORCED {
+                const auto vectors = [&](auto n, int v) FORCED {
+                    V acc[n];
+                    repeat<n>([&](auto i) FORCED { acc[i] = splat<Scalar>(Scalar(op.bias[f])); });
+                    if (!empty) add(v, acc);
+                    finish<n>(to, acc, f, f + 1, v);
+                };
                 int v = 0;
-                for (; v + 4 <= vectors; v += 4)
-                    conv_filter<Scalar, 4>(op, x + v * LANES, step, own.shift.data(), f,
-                                           sums + v * LANES);
-                for (; v < vectors; ++v)
-                    conv_filter<Scalar, 1>(op, x + v * LANES, step, own.shift.data(), f,
-                                           sums + v * LANES);
-                for (int i = 0; i < count; ++i)
-                    finish_row(op, o, memory, sums + i * own.pitch, f, r + i);
+                for (; v + 4 <= own.vectors; v += 4) vectors(Size<4>{}, v);
+                for (; v < own.vectors; ++v) vectors(Size<1>{}, v);
+            };
+            const int* shift = own.shift.data();
+            if (taps != 9 || empty || shift[5] - shift[3] != op.columns.stride % 2 + 1) {
+                all([&](int v, auto& acc) FORCED {
+                    depthwise_taps<Scalar>(x + v * LANES, shift, taps, words, acc);
+                });
+                continue;
             }
+            V weights[9];
+            const Scalar* base[6];
+            repeat<9>([&](auto t) FORCED { weights[t] = broadcast<Scalar>(words + t); });
+            repeat<6>([&](auto i) FORCED { base[i] = x + shift[i / 2 * 3 + i % 2]; });
+            if (op.columns.stride == 1)
+                all([&](int v, auto& acc) FORCED {
+                    depthwise_3x3<Scalar, 2>(base, v * LANES, weights, acc);
+                });
+            else
+                all([&](int v, auto& acc) FORCED {
+                    depthwise_3x3<Scalar, 1>(base, v * LANES, weights, acc);
+                });
         }
     }
 
-    void finish_row(const Op& op, const Tensor& o, T* memory, const Scalar* sums, int f, int row) {
-        using Loose = typename Types<Scalar>::Loose;
-        const int64_t at = f * plane(o.height, o.width) + int64_t(row) * pitch(o.width);
-        const T* other = op.other >= 0 ? data(memory, op.other) + at : nullptr;
-        T* out = data(memory, op.out) + at;
-        for (int q = 0; q < o.width; q += CHUNK * LANES) {
-            const int scalars = std::min(CHUNK * LANES, o.width - q);
-            alignas(64) T made[CHUNK * LANES] = {};  // rows begin anywhere
-            V values[CHUNK] = {};
-            if (other) std::memcpy(made, other + q, scalars * sizeof(T));
-            for (int i = 0; i * LANES < scalars; ++i) {
-                values[i] = *(const Loose*)(sums + q + i * LANES);
-                if (other) values[i] += decoded<T>(load(made + i * LANES), op.other_code);
-            }
-            activate<CHUNK>(op, f, values);
-            for (int i = 0; i * LANES < scalars; ++i)
-                store(made + i * LANES, coded<T>(values[i], op.out_code));
-            std::memcpy(out + q, made, scalars * sizeof(T));
-        }
+    // Where the sums of a conv's filters go
+    struct Results {
+        const Op& op;
+        const Tensor& made;
+        const Phases& phases;
+        T* out;
+        const T* other;  // added to the outputs, or null
+        int64_t plane;
+        int pitch;
+        const V* mask;  // of the output's plane, if the sums lie as it does, else null
+        bool far;       // no cache nearby holds all filters' planes, which are written in turns
+    };
+    Results results(const Op& op, const Tensor& o, const Phases& own, T* memory) const {
+        const bool alike = !BYTES && own.pitch == pitch(o.width);
+        return {op, o, own, data(memory, op.out), op.other >= 0 ? data(memory, op.other) : nullptr,
+                plane(o.height, o.width), pitch(o.width),
+                alike ? (const V*)inside.at({o.height, o.width})->data : nullptr,
+                o.channels * plane(o.height, o.width) * int64_t(sizeof(T)) > NEAR_BYTES};
     }
 
-    void split_phase(const T* in, T* out, const Tensor& a, const Tensor& o, int S, int row,
-                     int col) {
-        const int wide = pitch(a.width), wide_out = pitch(o.width);
-        std::fill(out - margin(o.width), out + body(o.height, o.width), T(0));
-        for (int r = 0; r < o.height && r * S + row < a.height; ++r)
-            for (int q = 0; q < o.width && q * S + col < a.width; ++q)
-                out[r * wide_out + q] = in[(r * S + row) * wide + q * S + col];
-    }
-
-    // Sums of N vectors of filters f0 to f1 to their planes, from vector v on; zeros between rows
+    // Sums of N vectors of filters f0 to f1 to their planes, from vector v on
     template <int N>
-    void finish(const Op& op, const Tensor& o, const V* mask, T* memory, const T* sums, int f0,
-                int f1, int v) {
-        const int64_t to = plane(o.height, o.width);
-        T* out = data(memory, op.out) + v * LANES;
-        const T* other = op.other >= 0 ? data(memory, op.other) + v * LANES : nullptr;
-        for (int f = f0; f < f1; ++f)
+    static FORCED void finish(const Results& to, const V* sums, int f0, int f1, int v) {
+        if (!to.mask) return finish_pieces<N>(to, sums, f0, f1, v);
+        for (int f = f0; f < f1; ++f) {
+            const int64_t at = f * to.plane + v * LANES;
+            V values[N];
+            if (to.far)
+                repeat<N>([&](auto n) FORCED {
+                    __builtin_prefetch(to.out + at + (N + n) * LANES, 1);
+                });
+            repeat<N>([&](auto n) FORCED { values[n] = sums[(f - f0) * N + n]; });
+            if (to.other)
+                repeat<N>([&](auto n) FORCED { values[n] += load(to.other + at + n * LANES); });
+            activate<N>(to.op, f, values);
             repeat<N>([&](auto n) FORCED {
-                V value = ((const V*)sums)[(f - f0) * N + n];
-                if (other) value += *(const V*)(other + f * to + n * LANES);
-                activate<1>(op, f, &value);
-                *(V*)(out + f * to + n * LANES) = mask[v + n] == V{} ? V{} : value;
+                store(to.out + at + n * LANES, to.mask[v + n] == V{} ? V{} : values[n]);
             });
+        }
+    }
+
+    // Row by row, where these lie otherwise
+    template <int N>
+    [[gnu::noinline]] static void finish_pieces(const Results& to, const V* sums, int f0, int f1,
+                                                int v) {
+        std::array<Piece, N * LANES> pieces;
+        const int count =
+            to.phases.pieces(to.made, to.pitch, v * LANES, N * LANES, pieces.data());
+        for (int f = f0; f < f1; ++f) {
+            alignas(64) T made[N * LANES] = {};
+            V values[N];
+            for (int i = 0; to.other && i < count; ++i)
+                std::copy_n(to.other + f * to.plane + pieces[i].to, pieces[i].count,
+                            made + pieces[i].from);
+            repeat<N>([&](auto n) FORCED {
+                values[n] = sums[(f - f0) * N + n];
+                if (to.other) values[n] += decoded<T>(load(made + n * LANES), to.op.other_code);
+            });
+            activate<N>(to.op, f, values);
+            repeat<N>([&](auto n) FORCED {
+                store(made + n * LANES, coded<T>(values[n], to.op.out_code));
+            });
+            for (int i = 0; i < count; ++i) {
+                T* out = to.out + f * to.plane + pieces[i].to;
+                std::copy_n(made + pieces[i].from, pieces[i].count, out);
+                __builtin_prefetch(out + N * LANES, 1);
+            }
+        }
     }
 };
 

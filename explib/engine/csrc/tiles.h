@@ -24,7 +24,7 @@ struct ConvBlock {
     int height, width, out_height, out_width;
     const Op& op;
     const int32_t* weight;
-    const int32_t* start;
+    const int32_t *start, *order;
     const void* index;  // int32_t, of a 1x1 conv uint8_t
 };
 
