@@ -14,6 +14,7 @@ from explib.engine import build, export, graph, plan, quantization, reference
 from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
 from explib.engine.tracing import close, line, outputs_match, random_like
+from explib.engine.views import View
 from explib.pruning.layers import Inputs, call, described
 
 
@@ -52,8 +53,7 @@ class Compiled(nn.Module):
             raise TypeError(f"input: {described(args or kwargs)}; give what the example has")
         for leaf, like in zip(leaves, self._like, strict=True):
             _check_like(leaf, like)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self._run(inputs)
+        return self._run(inputs)
 
 
 class _Like(NamedTuple):
@@ -185,7 +185,17 @@ def ready(
             raise
         warnings.warn(f"{error}; this network runs dense, in torch", stacklevel=3)
         report = {"engine": "torch", "dtype": "float32", "threads": threads}
-        return Compiled(dense(), example, report | {"fallbacks": [str(error)]})
+        return Compiled(_plainly(dense()), example, report | {"fallbacks": [str(error)]})
+
+
+def _plainly(run: Callable[[Inputs], Any]) -> Callable[[Inputs], Any]:
+    """What torch runs, without gradients and in its own types; the engine knows no others."""
+
+    def plain(inputs: Inputs) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return run(inputs)
+
+    return plain
 
 
 def _native(
@@ -353,14 +363,20 @@ def _assemble(
         inputs = {name: shapes[name] for op in group for name in op.inputs if name not in names}
         steps.append(_native_step(Network(group, inputs, outputs, dtype=dtype, threads=threads)))
 
+    # of one tensor the way there is short: a call of a small network takes no longer than that
+    single = len(traced.results) == 1 and traced.form.is_leaf()
+    only = traced.results[0] if single and isinstance(traced.results[0], View) else None
+
     def run(inputs: Inputs) -> Any:
         values = dict(zip(traced.inputs, tree_flatten(inputs)[0], strict=True))
         batch = len(values[next(iter(traced.shapes))])
         for step in steps:
             step(values, batch)
+        if only is not None:
+            return only.of(values[only.base])
         return tree_unflatten(reference.resolved(traced.results, values, batch), traced.form)
 
-    return run
+    return _plainly(run) if lacking else run
 
 
 def _native_step(network: Network) -> Callable[[dict, int], None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -21,7 +22,7 @@ class View:
     shape: tuple[int, ...]
     dims: tuple[tuple[Atom, ...], ...]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The shape of the tensor itself, without the batch."""
         return tuple(prod(n for n, _ in dim) for dim in self.dims)
@@ -68,9 +69,14 @@ class View:
         pairs = zip(repeated, self.dims, strict=True)
         return replace(self, dims=tuple(() if again else dim for again, dim in pairs))
 
+    @cached_property
+    def _itself(self) -> bool:
+        """Whether it is the value itself, of one shape or another."""
+        return self.dims == whole("", self.sizes).dims
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of a tensor (N, *shape) of its base's values."""
-        if self.sizes == tuple(tensor.shape[1:]) and self.dims == whole("", self.sizes).dims:
+        if self._itself and self.sizes == tuple(tensor.shape[1:]):
             return tensor
         atoms = [atom for dim in self.dims for atom in dim]
         order = sorted({atom for atom in atoms if atom[1]}, key=lambda atom: -atom[1])

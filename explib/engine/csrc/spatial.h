@@ -26,8 +26,9 @@ using Size = std::integral_constant<int, N>;
 // NT taps of kernels by channel, of ALL or, if that is 0, of `taps`: the shifted planes stay in
 // registers while all filters that use this channel take them; sums of N vectors of every filter
 template <class T, int ALL, int NT, int N>
-[[gnu::noinline]] void add_taps(const Op& op, const T* in, int64_t plane, int channels, const int* shift, int taps,
-              int first_tap, int first_list, int last_list, T* sums) {
+[[gnu::noinline]] void add_taps(const Op& op, const T* in, int64_t plane, int channels,
+                                const int* shift, int taps, int first_tap, int first_list,
+                                int last_list, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
     const int32_t* words = (const int32_t*)op.weight_by_channel + first_tap;
@@ -423,7 +424,8 @@ class Images {
         if (v < v1) vectors(Size<1>{}, v);
     }
 
-    // Threads share the channels
+    // Threads share the plane where it is large and needs no phases, as other convs do, which leave
+    // it in their caches; else the channels
     void depthwise(const Op& op, const Tensor& a, const Tensor& o, T* memory, Scalar* extra,
                    int part, int parts) {
         const Phases& own = phases.at(&op);
@@ -431,8 +433,12 @@ class Images {
         const int taps = op.rows.kernel * op.columns.kernel;
         const int64_t from = plane(a.height, a.width);
         Scalar* planes = extra + plan.threads * sums_size(o) + part * own.count * own.plane;
-        const int last = (int)split(o.channels, part + 1, parts);
-        for (int f = (int)split(o.channels, part, parts); f < last; ++f) {
+        const bool by_plane = own.in_place && own.vectors >= 8 * parts;
+        const int v0 = by_plane ? (int)split(own.vectors, part, parts) : 0;
+        const int v1 = by_plane ? (int)split(own.vectors, part + 1, parts) : own.vectors;
+        const int f0 = by_plane ? 0 : (int)split(o.channels, part, parts);
+        const int f1 = by_plane ? o.channels : (int)split(o.channels, part + 1, parts);
+        for (int f = f0; f < f1; ++f) {
             const int k = op.start[f];
             const bool empty = k == op.start[f + 1];
             const T* in = data(memory, op.in) + (empty ? 0 : op.index[k]) * from;
@@ -446,9 +452,9 @@ class Images {
                     if (!empty) add(v, acc);
                     finish<n>(to, acc, f, f + 1, v);
                 };
-                int v = 0;
-                for (; v + 4 <= own.vectors; v += 4) vectors(Size<4>{}, v);
-                for (; v < own.vectors; ++v) vectors(Size<1>{}, v);
+                int v = v0;
+                for (; v + 4 <= v1; v += 4) vectors(Size<4>{}, v);
+                for (; v < v1; ++v) vectors(Size<1>{}, v);
             };
             const int* shift = own.shift.data();
             if (taps != 9 || empty || shift[5] - shift[3] != op.columns.stride % 2 + 1) {
