@@ -1,16 +1,16 @@
-"""Ops in, a native network out: which memory each value has, and the kernels that survive."""
+"""Ops in, a native network out: which memory each value has."""
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from explib.engine import geometry
-from explib.engine.build import TYPES, at_once, byte_chunk, byte_filters, chunk, library
+from explib.engine import geometry, lists
+from explib.engine.build import TYPES, library
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -31,10 +31,6 @@ ACTS = (
     "leaky", "prelu", "elu", "tanh", "mish",
 )  # fmt: skip
 _PAIRWISE = ("add", "sub", "mul", "div", "maximum")
-ALIKE = 400
-"""Up to so many pixels it pays to compute filters in the order of their numbers of kernels."""
-TOGETHER = 1.85
-"""int8: how many times the words may become for several filters at once, which load them once."""
 
 
 def native(op: Op, sources: Sequence[tuple[int, ...]]) -> bool:
@@ -79,7 +75,7 @@ class _Op(ctypes.Structure):
     _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", "together")
     _arrays = (
         "bias", "slope", "weight", "start", "index", "order",
-        "pair_weight", "pair_start", "pair_index", "pair_order",
+        "pair_weight", "pair_start", "pair_index",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
         "byte_scale", "byte_bias",
@@ -247,6 +243,7 @@ class Network:
         self.inputs, self.outputs, self.dtype, self.threads = inputs, outputs, dtype, threads
         self.shapes = {op.name: op.shape for op in ops} | inputs
         self._library = library(dtype)
+        self._target = lists.Target(self._library, dtype, threads)
         self._keep: list[np.ndarray] = []
         ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
         found, slots, listed = places(ops, inputs, outputs)
@@ -346,15 +343,15 @@ class Network:
         arrays: dict[str, Any] = {}
         kind, source = _KIND.get(op.kind, op.kind), self._source(op)
         if op.slope is not None:
-            arrays["slope"] = _floats(op.slope)
+            arrays["slope"] = lists.floats(op.slope)
         if op.weight is not None:
             bias = torch.zeros(len(op.weight)) if op.bias is None else op.bias
-            weight = _floats(op.weight)
-            arrays |= {"bias": _floats(bias), "weight": weight}
+            weight = lists.floats(op.weight)
+            arrays |= {"bias": lists.floats(bias), "weight": weight}
             if kind == "conv":
-                arrays |= self._kernels(weight, op, source)
+                arrays |= lists.kernels(weight, op, source, self._target)
             elif kind == "linear":
-                arrays["weight"] = self._scalars(weight)
+                arrays["weight"] = lists.scalars(weight, self.dtype)
         if kind == "select":
             arrays["index"] = np.concatenate(geometry.selected(op, source))
         elif kind == "bilinear":
@@ -368,204 +365,3 @@ class Network:
             if name in arrays and kind != "conv":
                 arrays[name] = arrays[name].astype(type)
         return arrays
-
-    def _scalars(self, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # what is infinite then shows in the results, too
-            return values.astype(np.float16 if self.dtype == torch.float16 else np.float32)
-
-    def _words(self, values: np.ndarray) -> np.ndarray:
-        """Each value as a 32-bit word: a float, or the same half twice."""
-        values = self._scalars(values)
-        return np.repeat(values, 2, axis=-1) if values.dtype == np.float16 else values
-
-    def _kernels(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, Any]:
-        """The kernels (F, C / groups, KH, KW) that are not all zeros, by filter and by channel."""
-        channels, plain = source[0], geometry.plain(op, source)
-        by_chunk = plain and op.kernel == (1, 1)
-        tiled = plain and op.stride[0] <= 2  # of blocks of images; others go row by row
-        if by_chunk and op.groups > 1:
-            weight = _ungrouped(weight, op.groups)
-        filters, local = weight.shape[:2]
-        keep = np.asarray(weight.any((2, 3)))
-        flat = weight.reshape(filters, local, -1)
-        # of each filter, the first channel that it may read
-        offset = np.arange(filters) // (filters // (channels // local)) * local
-        f, c = keep.nonzero()
-        # each thread's share of the filters holds about the same number of kernels
-        total = np.concatenate([[0], keep.sum(1).cumsum()])
-        wanted = total[-1] * np.arange(self.threads + 1) / self.threads
-        share = np.searchsorted(total, wanted)
-        if self.dtype == torch.int8 and by_chunk:
-            share = share // 4 * 4  # no thread begins within filters that are computed together
-        share[0], share[-1] = 0, filters
-        lists: dict[str, Any] = {"share": share.astype(np.int32)}
-        each = np.arange(filters)
-        # a loop that is run for many tiles is learned as it is
-        alike = op.shape[1] * op.shape[2] <= ALIKE and not geometry.depthwise(op, source)
-        alike &= self.dtype != torch.int8
-        cuts = _cuts(filters, share, self._library) if alike else each
-        if self.dtype == torch.bfloat16:
-            size = chunk(self._library, self.dtype, True) if by_chunk else channels
-            pairs = _by_chunk(_pairs, flat, keep, size, each)
-            if op.groups > 1 and not by_chunk:
-                own = np.repeat(offset[pairs["order"]], 2 * np.diff(pairs["start"]))
-                pairs["index"] = (pairs["index"] + own).astype(np.int32)
-            lists |= {f"pair_{name}": array for name, array in pairs.items()}
-        if self.dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
-            lists |= self._bytes(weight, op, source)
-            if not geometry.depthwise(op, source):
-                return lists
-        if by_chunk:
-            lists |= _by_chunk(_singles, flat, keep, chunk(self._library, self.dtype), cuts)
-            lists["weight"] = self._words(lists["weight"])
-            small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
-            return lists | small
-        singles = _by_chunk(_singles, flat, keep, local, cuts if tiled else each)
-        own = np.repeat(offset[singles["order"]], np.diff(singles["start"]))
-        lists |= singles | {
-            "weight": self._words(singles["weight"]),
-            "index": (singles["index"] + own).astype(np.int32),
-        }
-        if geometry.depthwise(op, source):
-            return lists
-        c += offset[f]
-        thread = np.searchsorted(share, f, side="right") - 1
-        order = np.lexsort((f, c, thread))
-        counts = np.bincount(thread * channels + c, minlength=self.threads * channels)
-        starts = np.concatenate([[0], counts.cumsum()])
-        return lists | {
-            "weight_by_channel": self._words(flat[f, c - offset[f]][order]),
-            "start_by_channel": starts.astype(np.int32),
-            "index_by_channel": f[order].astype(np.int32),
-        }
-
-    def _bytes(self, weight: np.ndarray, op: Op, source: Shape) -> dict[str, Any]:
-        """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
-
-        Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels; of filters
-        that are computed `together` one each, also where it is zero for some of them.
-        """
-        assert op.steps is not None
-        steps, side = op.steps.numpy(), op.kernel[0]
-        depthwise = geometry.depthwise(op, source)
-        whole = np.rint(weight / steps[:, None, None, None])
-        scale, zero = steps * op.scales[0], op.zeros[0]
-        bias = np.zeros(len(weight)) if op.bias is None else _floats(op.bias)
-        made: dict[str, Any] = {
-            "byte_scale": scale.astype(np.float32),
-            "byte_bias": (bias - scale * zero * whole.sum((1, 2, 3))).astype(np.float32),
-        }
-        if side == 1:
-            whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % 4)))
-            words = whole.reshape(len(whole), -1, 1, 4)
-        else:
-            whole = whole if depthwise else _ungrouped(whole, op.groups)
-            words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -side % 4)))
-            words = words.reshape(*words.shape[:2], -1, 4)
-        keep = np.asarray(words.any((2, 3)))
-        flat = words.astype(np.int8).view(np.int32)[..., 0]
-        like = side, op.stride[0], *geometry.chw(op.shape)[1:]
-        grouped = _grouped(flat, keep, 4) if side == 1 else (flat, keep)
-        many = side == 1 and bool(grouped[1].mean() < TOGETHER * keep.mean())
-        for layout, name in enumerate(("byte", "flat")):
-            if name == "byte" and depthwise:
-                continue  # blocks of images have no bytes of a row side by side
-            together = byte_filters(self._library, *like, layout, many)
-            made["together"] = max(together, made.get("together", 1))
-            size = byte_chunk(self._library, *like, source[0], together, layout)
-            size //= 4 if side == 1 else 1
-            kernels, kept = grouped if together > 1 else (flat, keep)
-            lists = _by_chunk(_singles, kernels, kept, size, np.arange(len(kept)))
-            made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}
-        return made
-
-
-def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (F, C, 1) as taps (F / size, C, size) of `size` filters, kept where one is."""
-    more = ((0, -len(weight) % size), (0, 0))
-    weight = np.pad(weight[:, :, 0], more).reshape(-1, size, weight.shape[1]).swapaxes(1, 2)
-    return weight, np.asarray(np.pad(keep, more).reshape(-1, size, keep.shape[1]).any(1))
-
-
-def _floats(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().float().numpy()
-
-
-def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:
-    """Weights (F, C / groups, ...) as (F, C, ...), zero for the channels of other groups."""
-    filters, local = weight.shape[0] // groups, weight.shape[1]
-    whole = np.zeros((len(weight), local * groups, *weight.shape[2:]), weight.dtype)
-    for g in range(groups):
-        rows = slice(g * filters, (g + 1) * filters)
-        whole[rows, g * local : (g + 1) * local] = weight[rows]
-    return whole
-
-
-def _cuts(filters: int, share: np.ndarray, library: ctypes.CDLL) -> np.ndarray:
-    """Where the C++ may begin to compute filters: it takes only so many at once."""
-    many = at_once(library)
-    return np.unique(np.concatenate([np.arange(first, filters, many) for first in {0, *share}]))
-
-
-def _order(keep: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The filters, between cuts those with many kernels first.
-
-    Processors predict the end of a loop that is as long as the one before.
-    """
-    part = np.searchsorted(cuts, np.arange(len(keep)), side="right")
-    return np.lexsort((-keep.sum(1), part))
-
-
-def _by_chunk(
-    lists: Callable[[np.ndarray, np.ndarray], dict],
-    weight: np.ndarray,
-    keep: np.ndarray,
-    size: int,
-    cuts: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """The lists of `size` channels after those of the `size` channels before, as one.
-
-    order: the filters of each chunk as they are listed, see `_order`.
-    """
-    parts = []
-    for first in range(0, weight.shape[1], size):
-        kept = keep[:, first : first + size]
-        order = _order(kept, cuts)
-        made = lists(weight[order, first : first + size], kept[order])
-        parts.append(made | {"order": order.astype(np.int32)})
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    counts = [np.diff(part["start"]) for part in parts]
-    joined["start"] = np.concatenate([[0], np.concatenate(counts).cumsum()]).astype(np.int32)
-    return joined
-
-
-def _singles(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
-    """The kernels of `keep` by filter, of weight (F, C, taps)."""
-    f, c = keep.nonzero()
-    return {
-        "weight": weight[f, c],
-        "start": np.concatenate([[0], keep.sum(1).cumsum()]).astype(np.int32),
-        "index": c.astype(np.int32),
-    }
-
-
-def _pairs(weight: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
-    """The kernels of `keep`, two of a filter at once: weight (F, C, taps) as pairs of bfloat16.
-
-    Where their number is odd the last one has itself for a partner, with weights of zero.
-    """
-    starts, channels, words = [0], [], []
-    for filter_weight, kept in zip(weight, keep, strict=True):
-        own = kept.nonzero()[0]
-        values = filter_weight[own]
-        if len(own) % 2:
-            own, values = np.append(own, own[-1]), np.append(values, 0 * values[-1:], 0)
-        starts.append(starts[-1] + len(own) // 2)
-        channels.append(own)
-        words.append(values.reshape(-1, 2, weight.shape[2]).swapaxes(1, 2))
-    pairs = torch.from_numpy(np.concatenate(words)).bfloat16().view(torch.int16)
-    return {
-        "weight": pairs.numpy(),
-        "start": np.array(starts, np.int32),
-        "index": np.concatenate(channels).astype(np.int32),
-    }

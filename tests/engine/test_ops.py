@@ -3,13 +3,15 @@
 Where windows lie and what is gathered comes from geometry.
 """
 
+from math import isqrt
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from explib import engine
-from explib.engine import build, plan, reference
+from explib.engine import build, lists, plan, reference
 from explib.engine.graph import Op
 from tests.conftest import needs_compiler
 from tests.engine.cases import PLANES, sweep_ops
@@ -91,6 +93,28 @@ def test_consecutive_channels_are_read_where_they_lie(dtype):
         wanted = torch.cat([x[:, :3], nn.functional.silu(x[:, 3:]), x[:, 3:]], 1)
         bound = 1e-6 if dtype == torch.float32 else 0.03
         assert (found - wanted).abs().max() < bound and (b - x[:, 3:]).abs().max() < bound
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("side", [3, 7, isqrt(lists.ALIKE) + 1])
+def test_filters_in_the_order_of_their_kernels_give_each_its_own_result(side, threads):
+    """Small maps: more filters than are computed at once, and channels than stand together."""
+    random = torch.Generator().manual_seed(side)
+    filters, channels = (
+        build.at_once(build.library()) + 70,
+        2 * build.chunk(build.library(), torch.float32) + 5,
+    )
+    weight = torch.randn(filters, channels, 1, 1, generator=random)
+    share = torch.linspace(0, 1, filters)[:, None, None, None]  # from none of them to all
+    weight *= torch.rand(filters, channels, 1, 1, generator=random) < share
+    op = Op("conv", "y", ("x",), (filters, side, side), weight=weight, act="relu")
+    fast = plan.Network(
+        [op], {"x": (channels, side, side)}, ["y"], dtype=torch.float32, threads=threads
+    )
+    for count in (1, 16):
+        x = torch.randn(count, channels, side, side, generator=random)
+        wanted = nn.functional.conv2d(x, weight).relu()
+        assert (fast(x)[0] - wanted).abs().max() < 1e-5 * wanted.max()
 
 
 CHEAP = ("mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")

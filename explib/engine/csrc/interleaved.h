@@ -30,7 +30,7 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
     const int64_t origin = int64_t(top) * a.width + left;
     const int32_t* index = (const int32_t*)a.index;
     for (int i = a.first; i < a.last; ++i) {
-        const int f = a.order ? a.order[i] : i;  // null: as they are numbered
+        const int f = a.order ? a.order[i] : i;
         V acc[SETS][TH][TW] = {};
         start_from(splat(typename Types<T>::Scalar(a.op.bias[f])), acc[0]);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
@@ -95,7 +95,7 @@ void conv_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, c
     constexpr bool PAIRS = Source<T>::channels == 2;
     ConvBlock<T> a = {x, other, y, 0, out.channels, in.height, in.width, out.height, out.width, op,
                       (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
-                      PAIRS ? op.pair_start : op.start, PAIRS ? op.pair_order : op.order,
+                      PAIRS ? op.pair_start : op.start, PAIRS ? nullptr : op.order,
                       PAIRS ? op.pair_index : op.index};
     if (a.out_height < 4 * TILE_H * parts) {
         if (parts > 1) a.first = op.share[part], a.last = op.share[part + 1];
@@ -152,7 +152,7 @@ void point_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, 
                            .last = out.channels, .op = &op,
                            .weight = (const int32_t*)(PAIRS ? op.pair_weight : op.weight),
                            .start = PAIRS ? op.pair_start : op.start,
-                           .order = PAIRS ? op.pair_order : op.order,
+                           .order = PAIRS ? nullptr : op.order,
                            .index = (const uint8_t*)(PAIRS ? op.pair_index : op.index)};
     points_of.use(scratch);
     const int pixels = out.height * out.width;

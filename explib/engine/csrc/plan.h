@@ -34,10 +34,10 @@ struct Op {
     // channel, row and column of the output the input's, or -1. Pools: first and end of the window
     // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
     const int32_t* index;
-    const int32_t* order;  // CONV: the filter at each place; of those with many kernels first
+    const int32_t* order;  // CONV: the filter at each place; null: as they are numbered
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
-    const int32_t *pair_start, *pair_index, *pair_order;
+    const int32_t *pair_start, *pair_index;
     // the same kernels by thread, whose filters are `share`, and in that by channel
     const void* weight_by_channel;
     const int32_t* start_by_channel;  // (threads * C + 1,)

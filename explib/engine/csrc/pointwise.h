@@ -85,15 +85,15 @@ void point_chunk(const Points<T>& a, int h, bool ends, int64_t at) {
     USE_TYPES;
     constexpr int SETS = N >= 8 ? 1 : N >= 4 ? 2 : 4;  // enough sums to hide their latency
     const int32_t* start = a.start + int64_t(h) * a.filters;
-    const int32_t* order = a.order + int64_t(h) * a.filters;
+    const auto filter = [&](int i) { return a.order ? a.order[int64_t(h) * a.filters + i] : i; };
     for (int i = a.first; i < a.last; ++i) {
         int k = start[i];
-        const int end = start[i + 1], f = order[i];
+        const int end = start[i + 1], f = filter(i);
         if (k == end && h && !ends) continue;
         __builtin_prefetch((const char*)(a.weight + k) + PREFETCH);
         __builtin_prefetch((const char*)(a.index + k) + PREFETCH / 4);
         if (ends) {  // where the next results go
-            const T* next = a.out + order[std::min(i + 1, a.last - 1)] * a.out_plane + at;
+            const T* next = a.out + filter(std::min(i + 1, a.last - 1)) * a.out_plane + at;
             repeat<N>([&](auto n) FORCED { __builtin_prefetch(next + n * LANES, 1); });
         }
         V* sums = a.sums + int64_t(f - a.first) * N;
