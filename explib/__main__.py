@@ -54,7 +54,7 @@ def score(params):
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--parameters", "given", default="{}", help="as JSON, instead of the notebook's")
-@click.option("--threads", default=0, help="CPU threads; 0: all")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: all")
 @click.option("--gpu", is_flag=True, help="take one that no other job has, if there are any")
 def notebook(notebook, output, given, threads, gpu):
     """Run NOTEBOOK through papermill into OUTPUT, its progress on stderr."""
@@ -180,7 +180,9 @@ def recipes(file, results_dir):
 @click.option(
     "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="images at once"
 )
-@click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: as many as torch takes"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
@@ -363,7 +365,9 @@ def processes(counts, results_dir):
 
 @bench.command()
 @click.argument("networks", metavar="[NETWORK]...", nargs=-1)
-@click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: as many as torch takes"
+)
 @click.option("--seconds", default=0.5, show_default=True, help="of calls for each figure")
 @click.option("--way", "ways", multiple=True, help="only this one, by its name; several times")
 @click.option("--sweep", is_flag=True, help="the engine at five densities, too")
@@ -391,7 +395,9 @@ def inference(networks, results_dir, sweep, ways, **options):
 
 
 @bench.command()
-@click.option("--threads", default=0, help="CPU threads; 0: as many as torch takes")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: as many as torch takes"
+)
 @results_dir
 @answer("speeds")
 def runtime(threads, results_dir):

@@ -126,7 +126,11 @@ def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"], meta: dic
     from safetensors.torch import save  # brings torch, which takes seconds to import
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_bytes(path, save(tensors, metadata={"explib": json.dumps(meta)}))
+    try:
+        about = json.dumps(meta)
+    except TypeError as error:
+        raise ValueError(f"meta: {error}; give numbers, text, lists and dicts") from None
+    return write_bytes(path, save(tensors, metadata={"explib": about}))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict]:

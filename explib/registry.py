@@ -138,7 +138,8 @@ def stored(field: str, name: Any, source: str) -> None:
         known = ", ".join(BY_FIELD[field])
         raise ValueError(
             f"{source}: its {field} is {name!r}; known: {known}; what a file names is not "
-            "imported: register another one under its name first"
+            "imported: register another one under its name first, or write the network by "
+            "engine.save, which needs none"
         )
 
 

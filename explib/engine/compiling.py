@@ -15,7 +15,7 @@ from explib.engine.build import NoCompiler
 from explib.engine.plan import Network
 from explib.engine.tracing import close, line, outputs_match, random_like
 from explib.engine.views import View
-from explib.pruning.layers import Inputs, call, described
+from explib.pruning.layers import Inputs, call, check_network, described
 
 
 class Compiled(nn.Module):
@@ -49,8 +49,16 @@ class Compiled(nn.Module):
         elif kwargs and not args and len(kwargs) == len(self._names):
             inputs = {name: kwargs.get(name) for name in self._names}  # in the example's order
         leaves, form = ([inputs], None) if self._single else tree_flatten(inputs)
+        if form != self._form and len(args) == 1 and not kwargs:  # given as the example was
+            if isinstance(args[0], tuple) and not self._names:
+                return self.forward(*args[0])
+            if isinstance(args[0], dict) and args[0].keys() == set(self._names):
+                return self.forward(**args[0])
         if form != self._form or (kwargs and not isinstance(inputs, dict)):
-            raise TypeError(f"input: {described(args or kwargs)}; give what the example has")
+            found = " and ".join(described(given) for given in (args, kwargs) if given)
+            raise TypeError(
+                f"input: {found}; give what the example has, as the network itself is called"
+            )
         for leaf, like in zip(leaves, self._like, strict=True):
             _check_like(leaf, like)
         return self._run(inputs)
@@ -112,6 +120,7 @@ def compile(
     beyond what float16 holds, and in int8 float32 is tried before torch. The model is not changed,
     and later changes of it have no effect.
     """
+    check_network(model)
     check_type(dtype)
     if calibration is not None and dtype != torch.int8:
         raise ValueError(f"calibration: is for dtype=torch.int8, which is {dtype}; leave it out")

@@ -43,6 +43,8 @@ def reading(about: dict, shape: tuple[int, ...]) -> Reading:
 
     shape: (C, H, W) of the network's input.
     """
+    if not shape:
+        raise ValueError("it takes several inputs, or none that is a tensor; give one of images")
     if len(shape) != 3 or shape[0] not in MODES:
         raise ValueError(f"it takes inputs {shape}; images are (1, H, W) or (3, H, W)")
     mean, std, resize, classes = _told(about, shape)

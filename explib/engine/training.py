@@ -332,7 +332,8 @@ class Sparse(nn.Module):
             )
         mixes = any(norm.training or norm.running_mean is None for norm in self.norms)
         if missing and (count < lanes or mixes):
-            return self._in_torch(x, "count", f"{count} images are no multiple of {lanes}")
+            why = f"{count} images are no multiple of {lanes}"
+            return self._in_torch(x, "count", f"{why}; take a batch size that is, and drop_last")
         if not missing:
             return self.network(x)
         made = self.network(torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))

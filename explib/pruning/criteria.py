@@ -216,12 +216,13 @@ def _layer(model: nn.Module, conv: Conv, rate: float, generator: torch.Generator
     module = conv_at(model, conv.name)
     norm = cast(nn.BatchNorm2d, model.get_submodule(conv.norm)) if conv.norm else None
     bias, gamma = module.bias, norm.weight if norm else None
-    # on the CPU, so that a network has the same masks wherever it is
+    # on the CPU, so that a network has the same masks wherever it is; copies, since a criterion may
+    # compute in place
     return Layer(
         conv.name,
-        module.weight.detach().cpu(),
-        None if bias is None else bias.detach().cpu(),
-        None if gamma is None else gamma.detach().cpu(),
+        module.weight.detach().cpu().clone(),
+        None if bias is None else bias.detach().cpu().clone(),
+        None if gamma is None else gamma.detach().cpu().clone(),
         rate,
         generator,
         conv.norm,

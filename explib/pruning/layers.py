@@ -54,8 +54,20 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_network(model: Any, then: str = "what it is called with") -> None:
+    """ValueError for what is no network, as its class or its inputs."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        raise ValueError(
+            f"model: the class {model.__name__}; give a network, {model.__name__}(...)"
+        )
+    raise ValueError(f"model: a {type(model).__name__}; give an nn.Module, then {then}")
+
+
 def bare(model: nn.Module) -> tuple[nn.Module, str]:
     """The network inside DataParallel and torch.compile, and the prefix of its names."""
+    check_network(model)
     prefix = ""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while isinstance(model, wrappers) or "_orig_mod" in model._modules:

@@ -6,16 +6,25 @@ functions take numpy arrays as well. `explib.pruning.holding` keeps them through
 
 import copy
 import warnings
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from explib.pruning.layers import conv_at
+from explib.pruning.layers import check_network, conv_at, described
 
 Masks = dict[str, torch.Tensor]
+
+
+def check_mapping(masks: Any, source: str = "masks") -> None:
+    """ValueError for masks that have no names."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(
+            f"{source}: a {described(masks)}; give {{name: bool (F, C)}}, {{}} for none"
+        )
 
 
 def check(model: nn.Module, masks: Masks, source: str = "masks") -> Masks:
@@ -25,8 +34,8 @@ def check(model: nn.Module, masks: Masks, source: str = "masks") -> Masks:
     leave at least one kernel. Convs that share a weight need one mask, under either name, which is
     returned once.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: a {type(model).__name__}; give the network, then its masks")
+    check_network(model, "its masks")
+    check_mapping(masks, source)
     modules = dict(model.named_modules(remove_duplicate=False))
     fitting: Masks = {}
     first: dict[int, str] = {}  # id of a weight -> name of the mask
@@ -172,6 +181,7 @@ def leaks(model: nn.Module, masks: Masks) -> dict[str, int]:
 
 def sparsity(masks: Masks) -> float:
     """Share of kernels pruned, over all the masks."""
+    check_mapping(masks)
     tensors = [as_tensor(mask) for mask in masks.values()]
     total = sum(mask.numel() for mask in tensors)
     return 1 - sum(int(mask.sum()) for mask in tensors) / total if total else 0.0

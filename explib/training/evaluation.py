@@ -11,7 +11,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from explib.data import Data, eval_batches
 from explib.data.splits import Folders, Split
-from explib.pruning.layers import Inputs, batch_size, call, described, modes_kept, on_device_of
+from explib.pruning.layers import (
+    Inputs,
+    batch_size,
+    call,
+    check_network,
+    described,
+    modes_kept,
+    on_device_of,
+)
 from explib.training import distributed, inference
 
 
@@ -23,7 +31,7 @@ def evaluate(model: nn.Module, batches: Iterable) -> float:
     numbers (N,) from 0, or shares (N, classes). ValueError, in one line, where there are none, the
     model does not take the images, or its scores (N, classes) do not go with the labels.
     """
-    check_network(model)
+    check_network(model, "its batches")
     with modes_kept(model):
         model.eval()
         with strict_fp32():
@@ -70,12 +78,6 @@ def check_batches(batches: Any, what: str = "batches") -> None:
         )
     if not isinstance(batches, Iterable):
         raise ValueError(f"{what}: a {type(batches).__name__}; give a DataLoader or a list")
-
-
-def check_network(model: Any) -> None:
-    """ValueError for what is no network."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: a {type(model).__name__}; give an nn.Module, then its batches")
 
 
 def answer(forward: Callable, images: Inputs, what: str = "batches") -> Any:
@@ -184,7 +186,7 @@ def recalibrate_bn(model: nn.Module, batches: torch.Tensor | Iterable) -> None:
     alike; some 2,000 do. ValueError, in one line, where there are none, the model does not take
     them, or their statistics are not finite; the old ones are put back then.
     """
-    check_network(model)
+    check_network(model, "its batches")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return

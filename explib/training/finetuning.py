@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -14,13 +14,12 @@ from torch import nn
 from explib.engine.fused import keep_memory
 from explib.errors import ParamError
 from explib.pruning import masks as masking
-from explib.pruning.layers import Inputs, batch_size, described, modes_kept
+from explib.pruning.layers import Inputs, batch_size, check_network, described, modes_kept
 from explib.pruning.masks import Masks
 from explib.training import backend
 from explib.training.evaluation import (
     answer,
     check_batches,
-    check_network,
     check_range,
     hits,
     pair_of,
@@ -63,10 +62,8 @@ def finetune(
     is trained. Diverged where loss or weights cease to be finite, at the latest at the end of the
     epoch.
     """
-    check_network(model)
+    check_network(model, "its batches")
     _check(epochs, lr, weight_decay, optimizer, scheduler)
-    if not isinstance(masks, Mapping):
-        raise ValueError(f"masks: a {described(masks)}; give {{name: bool (F, C)}}, {{}} for none")
     masks, length = masking.check(model, masks), _length(batches)
     peak = None if optimizer else lr
     optimizer = _optimizer(model, optimizer, lr, weight_decay, length)

@@ -368,8 +368,11 @@ def test_several_inputs_and_results():
     assert torch.equal(fast(x=x, scale=3, context=context)["scores"], found["scores"])
     with pytest.raises(ValueError, match="input: int; give 3, as the example has"):
         fast(x=x, scale=2, context=context)
-    with pytest.raises(TypeError, match=r"input: .*; give what the example has"):
+    assert torch.equal(fast({"scale": 3, "x": x, "context": context})["scores"], found["scores"])
+    with pytest.raises(TypeError, match=r"input: .*; give what the example has, as the network"):
         fast(x, context)
+    with pytest.raises(TypeError, match=r"input: \[.*\] and \{scale=int\}; give what"):
+        fast(x, scale=3)
     with pytest.raises(ValueError, match="recheck: only of networks that take one tensor"):
         engine.compile(model, one_by_one, recheck=1)
 

@@ -69,7 +69,7 @@ def test_a_file_says_how_and_of_a_compact_one_its_data_set():
     ("about", "shape", "message"),
     [
         (ABOUT, (4, 8, 8), r"it takes inputs \(4, 8, 8\)"),
-        (ABOUT, (), r"it takes inputs \(\)"),
+        (ABOUT, (), r"it takes several inputs"),
         ({"dataset": "mine:load"}, (3, 8, 8), "it does not say mean and std"),
         (ABOUT | {"classes": 7}, (3, 8, 8), "classes: 7; give their names"),
         (ABOUT | {"images": []}, (3, 8, 8), "mean: None"),

@@ -38,7 +38,7 @@ class TestSaving:
         for dtype in (torch.int8, torch.bool, "fp16"):
             with pytest.raises(ValueError, match=f"dtype: {dtype!r}; give torch.float16"):
                 save(path, net, {}, {}, dtype)
-        with pytest.raises(ValueError, match="model: a dict; give the network, then its masks"):
+        with pytest.raises(ValueError, match=r"model: a dict; give an nn\.Module, then its masks"):
             save(path, {}, net, {})
         assert not path.exists()
 

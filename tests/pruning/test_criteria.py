@@ -405,3 +405,33 @@ def test_a_norm_without_a_scale_is_named(net):
     for criterion in ("A", "bn"):
         with pytest.raises(ValueError, match=r"^0: its BatchNorm 1 has no scale \(affine=False\)"):
             prune(net, image(8), {"0": 0.5}, criterion)
+
+
+def test_a_criterion_that_computes_in_place_leaves_the_network_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def centred(layer):
+        layer.bias.zero_()
+        kernels = layer.weight
+        kernels -= kernels.mean((2, 3), keepdim=True)
+        return kernels.abs_().sum((2, 3))
+
+    prune(model, torch.randn(2, 3, 9, 9), rate=0.5, criterion=centred)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: prune(x, m), "model: a Tensor; give an nn.Module, then what it is"),
+        (lambda m, x: prune(type(m), x), r"the class Sequential; give a network, Sequ"),
+        (lambda m, x: masking.apply(m, ["0"]), r"masks: a \[str\]; give \{name: bool"),
+        (lambda m, x: masking.sparsity(m), r"masks: a Sequential; give \{name: bool"),
+        (lambda m, x: counting.macs(m, {}, x), r"masks: a \(2, 3, 9, 9\); give \{name: bool"),
+    ],
+)
+def test_arguments_in_another_order_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 9, 9))
