@@ -269,7 +269,7 @@ BODIES = {
         *(nn.Conv2d(8, 8, 3, padding=1, padding_mode=m) for m in ("reflect", "circular")),
     ),
     "clamps": Body(lambda net, y: y.clamp(min=0) + y.clamp(max=0.1) + torch.clamp_min(y, -0.1)),
-    "pools": one(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
+    "pooling": one(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
     "padded pools": one(nn.AvgPool2d(3, 2, 1), nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True)),
     "uncounted padding": one(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)),
     "dilated pool": one(nn.MaxPool2d((3, 2), 1, 1, dilation=(1, 2))),
