@@ -49,9 +49,9 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
         colour = colour_of(key[0])
         axes.plot(own["last"], [y] * len(own), color=colour, linewidth=1.5, alpha=0.35)
         for _, run in own.iterrows():
-            hollow = {} if run["trained"] == long else {"markerfacecolor": "white"}
+            size = 9 if run["trained"] == long else 5
             axes.errorbar(run["last"], y, xerr=run["last_std"] if run["n"] > 1 else None, fmt="o",
-                          capsize=3, markersize=8, color=colour, **hollow)  # fmt: skip
+                          capsize=3, markersize=size, color=colour)  # fmt: skip
             text = f"{run['last']:.2f} (n={run['n']})"
             axes.annotate(text, (run["last"], y), xytext=(0, 6), textcoords="offset points",
                           fontsize=8.5, ha="center")  # fmt: skip
@@ -59,25 +59,32 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
     axes.axvline(dense, color=GREY, linestyle=":", linewidth=1.2)
     axes.annotate(f"dense {dense:.2f}", (dense, -0.65), xytext=(-4, 0), ha="right",
                   textcoords="offset points", fontsize=8.5, color="#555555")  # fmt: skip
+    cuts = 100 * (1 - runs["macs"] / runs["macs_dense"])
     names = [
-        f"{ROLES.get(key[0], {}).get(key[1], '')}\n{criterion_name(*key)}".strip() for key in keys
+        f"{ROLES.get(key[0], {}).get(key[1], '')}\n{criterion_name(*key)}".strip()
+        + _other(cuts[runs["key"] == key].median(), cuts.median())
+        for key in keys
     ]
     axes.set_yticks(range(len(keys)), names)
     places = {length: _machine(runs[runs["trained"] == length]) for length in (short, long)}
     axes.set(ylim=(-0.9, len(keys) - 0.3))
     axes.set_xlabel(
         "top-1 on CIFAR-10's test set, %; bars: standard deviation of n seeds\n"
-        f"hollow: {places[short]}\nfull: {places[long]}",
+        f"small: {places[short]}\nlarge: {places[long]}",
         fontsize=9,
     )
     axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
-    cut = 100 * (1 - runs["macs"] / runs["macs_dense"]).median()
     axes.set_title(
-        f"{network_name(arch)} without {cut:.1f} % of its multiply-adds,\n"
-        f"fine-tuned for {short:g} epochs (hollow) and for {long:g} (full)"
+        f"{network_name(arch)} without {cuts.median():.1f} % of its multiply-adds,\n"
+        f"fine-tuned for {short:g} epochs (small) and for {long:g} (large)"
     )
     return figure
+
+
+def _other(cut: float, usual: float) -> str:
+    """A criterion's own cut, where it is another than the title's."""
+    return f" (without {cut:.1f} %)" if abs(cut - usual) > 0.1 else ""
 
 
 def _machine(runs: pd.DataFrame) -> str:

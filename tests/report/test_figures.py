@@ -40,10 +40,9 @@ def test_the_finding_needs_several_criteria_at_two_lengths(tmp_path):
     ]
     marks = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in marks] == [87, 92, 89.2, 92.5, 91, 93]
-    hollow = [line.get_markerfacecolor() == "white" for line in marks]
-    assert hollow == [True, False] * 3
+    assert [line.get_markersize() for line in marks] == [5, 9] * 3
     assert "89.20 (n=2)" in [text.get_text() for text in axes.texts]
-    assert "5 epochs (hollow) and for 50 (full)" in axes.get_title(loc="left")
+    assert "5 epochs (small) and for 50 (large)" in axes.get_title(loc="left")
     assert finding.draw(found, "vgg_16_bn") is None
 
 
