@@ -261,15 +261,6 @@ FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
     for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
 }
 
-// Every `step`-th of numbers, `count` of them; may write and read a vector more
-template <class T>
-FORCED inline void take_each(const T* in, int step, int count, T* out) {
-    if (step == 2)
-        for (int q = 0; q < count; ++q) out[q] = in[2 * q];
-    else
-        for (int q = 0; q < count; ++q) out[q] = in[q * step];
-}
-
 // The pixels of a plane as phases, from `out` on; of int8 what its codes stand for. What is written
 // beyond a row the next one or the end overwrites
 template <class T>

@@ -20,9 +20,6 @@ namespace {
 
 constexpr int NEAR_BYTES = 512 * 1024;  // what the second cache holds for sure
 
-template <int N>
-using Size = std::integral_constant<int, N>;
-
 // NT taps of kernels by channel, of ALL or, if that is 0, of `taps`: the shifted planes stay in
 // registers while all filters that use this channel take them; sums of N vectors of every filter
 template <class T, int ALL, int NT, int N>
@@ -74,9 +71,9 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
     if (taps == 9)
         return add_taps<T, 9, 9, N>(op, in, plane, channels, shift, 9, 0, first_list, last_list,
                                     sums);
-    if (taps % 7 == 0) pass(Size<7>{});
-    if (taps % 5 == 0) pass(Size<5>{});
-    pass(Size<9>{}), pass(Size<5>{}), pass(Size<3>{}), pass(Size<1>{});
+    if (taps % 7 == 0) pass(Int<7>{});
+    if (taps % 5 == 0) pass(Int<5>{});
+    pass(Int<9>{}), pass(Int<5>{}), pass(Int<3>{}), pass(Int<1>{});
 }
 
 // N vectors of a filter with one channel, 3x3: `base` has where the first two taps of each row begin,
@@ -380,7 +377,7 @@ class Images {
                                const int n = std::min(wide_out - q, count * LANES - i);
                                const int live = r < o.height ? std::min(n, o.width - q) : 0;
                                const T* row = x + r * S * wide + q * S;
-                               take_each(row, S, live, tile + i);
+                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
                                i += n;
                            }
                        }
@@ -420,8 +417,8 @@ class Images {
             finish<n>(to, (const V*)sums + f0 * n, f0, f1, v);
         };
         int v = by_plane ? (int)split(own.vectors, part, parts) : 0;
-        for (; v + PAIR <= v1; v += PAIR) vectors(Size<PAIR>{}, v);
-        if (v < v1) vectors(Size<1>{}, v);
+        for (; v + PAIR <= v1; v += PAIR) vectors(Int<PAIR>{}, v);
+        if (v < v1) vectors(Int<1>{}, v);
     }
 
     // Threads share the plane where it is large and needs no phases, as other convs do, which leave
@@ -453,8 +450,8 @@ class Images {
                     finish<n>(to, acc, f, f + 1, v);
                 };
                 int v = v0;
-                for (; v + 4 <= v1; v += 4) vectors(Size<4>{}, v);
-                for (; v < v1; ++v) vectors(Size<1>{}, v);
+                for (; v + 4 <= v1; v += 4) vectors(Int<4>{}, v);
+                for (; v < v1; ++v) vectors(Int<1>{}, v);
             };
             const int* shift = own.shift.data();
             if (taps != 9 || empty || shift[5] - shift[3] != op.columns.stride % 2 + 1) {
