@@ -96,6 +96,8 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     }
     if geometry.depthwise(op, source):
         return lists
+    if dtype == torch.float32 and _by_winograd(op, plain, keep):
+        lists["winograd"] = _winograd(singles["weight"], singles["start"])
     c += offset[f]
     thread = np.searchsorted(share, f, side="right") - 1
     order = np.lexsort((f, c, thread))
@@ -154,6 +156,28 @@ def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarra
     more = ((0, -len(weight) % size), (0, 0))
     weight = np.pad(weight[:, :, 0], more).reshape(-1, size, weight.shape[1]).swapaxes(1, 2)
     return weight, np.asarray(np.pad(keep, more).reshape(-1, size, keep.shape[1]).any(1))
+
+
+def _by_winograd(op: Op, plain: bool, keep: np.ndarray) -> bool:
+    """Whether blocks of images are computed faster at Winograd's points.
+
+    Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane.
+    """
+    channels = max(keep.shape[0], op.groups * keep.shape[1])
+    least = 7 if channels <= 128 else 14  # more points than the second cache holds
+    fits = plain and op.kernel == (3, 3) and op.stride[0] == 1 and min(op.shape[1:]) >= least
+    return fits and bool(keep.sum() >= 7 * channels)
+
+
+def _winograd(weight: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """3x3 kernels (K, 9) of filters that begin at `start` as (F, 6, kernels, 6); see winograd.h."""
+    points = np.array([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)])
+    apart = points[:, None] - points + np.eye(5)
+    rows = np.vander(points, 3, increasing=True) / apart.prod(1)[:, None]
+    rows = np.vstack([rows, [0, 0, 1]])
+    spread = rows @ weight.reshape(-1, 3, 3).astype(np.float64) @ rows.T
+    parts = [part.swapaxes(0, 1).ravel() for part in np.split(spread, start[1:-1])]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:

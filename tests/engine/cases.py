@@ -62,6 +62,20 @@ def convs(shape: Shape) -> Iterator[Case]:
         yield f"conv {name} + z, silu", Op(**both), [shape, op.shape]
 
 
+def many(plane: Shape) -> Iterator[Case]:
+    """Convs with kernels enough for Winograd's points."""
+    for groups in (1, 2):
+        random, channels = torch.Generator().manual_seed(5), 12 * groups
+        weight = 0.2 * torch.randn(channels, 12, 3, 3, generator=random)
+        weight *= torch.rand(channels, 12, 1, 1, generator=random) < 0.8
+        more = dict(weight=weight, bias=torch.linspace(-1, 1, channels), groups=groups)
+        for act, inputs in (("", ("x",)), ("relu", ("x", "z"))):
+            made = Op("conv", "y", inputs, (channels, *plane), kernel=(3, 3), pad=(1, 1), act=act,
+                      **more)  # fmt: skip
+            shapes = [(channels, *plane)] * len(inputs)
+            yield f"conv (3, 3) of {channels} channels, {groups} groups {act}", made, shapes
+
+
 ACTS = {
     "relu": {}, "relu6": {}, "silu": {}, "hardswish": {}, "hardsigmoid": {}, "sigmoid": {},
     "gelu": {}, "gelu_tanh": {}, "leaky": {"alpha": 0.1}, "elu": {"alpha": 0.7}, "tanh": {},
@@ -165,6 +179,7 @@ def cases(plane: tuple[int, int]) -> Iterator[Case]:
     shape = (6, *plane)
     for some in (convs, pixelwise, pools, moved):
         yield from some(shape)
+    yield from many(plane)
 
 
 def network(op: Op, shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:

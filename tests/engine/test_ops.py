@@ -140,3 +140,27 @@ def test_torchvisions_classifiers_run_without_torch(name):
     assert fast.report["engine"] == "native" and fast.report["fallbacks"] == []
     for count in (1, 17):
         assert error(model, fast, torch.randn(count, 3, side, side)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "kept", "stride", "by_points"),
+    [(7, 16, 7, 1, True), (7, 16, 6, 1, False), (6, 16, 16, 1, False), (7, 16, 16, 2, False),
+     (13, 130, 130, 1, False), (14, 130, 130, 1, True)],
+)  # fmt: skip
+def test_winograd_where_planes_and_kernels_are_enough(side, channels, kept, stride, by_points):
+    weight = torch.zeros(channels, channels, 3, 3)
+    weight[:, :kept] = torch.randn(channels, kept, 3, 3)
+    plane = ((side - 1) // stride + 1,) * 2
+    more = dict(kernel=(3, 3), stride=(stride, stride), pad=(1, 1), weight=weight)
+    conv = Op("conv", "y", ("x",), (channels, *plane), **more)
+    for dtype in (torch.float32, torch.int8, torch.bfloat16):
+        target = lists.Target(build.library(), dtype, 1)
+        made = lists.kernels(weight.numpy(), conv, (channels, side, side), target)
+        assert ("winograd" in made) == (by_points and dtype == torch.float32)
+    if by_points:  # the weights at the points 0 and infinity are those of the corners
+        target = lists.Target(build.library(), torch.float32, 1)
+        made = lists.kernels(weight.numpy(), conv, (channels, side, side), target)
+        first = made["winograd"][: 36 * kept].reshape(6, kept, 6)
+        own = weight[made["order"][0], :kept].numpy()
+        assert first[5, :, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
+        assert first[0, :, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)

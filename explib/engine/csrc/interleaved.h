@@ -12,6 +12,7 @@
 #include "pools.h"
 #include "threads.h"
 #include "vectors.h"
+#include "winograd.h"
 
 namespace {
 
@@ -194,6 +195,8 @@ class Blocks {
     std::vector<std::unique_ptr<Memory>> memories;
     std::vector<std::unique_ptr<PointScratch>> scratch;
     std::vector<std::unique_ptr<Memory>> byte_scratch;  // of int8's convs
+    std::vector<std::unique_ptr<Memory>> winograd_scratch;
+    int64_t winograd_size = 0;  // in bytes
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
@@ -202,11 +205,17 @@ class Blocks {
 
   public:
     explicit Blocks(const Plan& plan)
-        : plan(plan), memories(plan.threads), scratch(plan.threads), byte_scratch(plan.threads) {
+        : plan(plan), memories(plan.threads), scratch(plan.threads), byte_scratch(plan.threads),
+          winograd_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             size += s.channels * block_plane(s.height, s.width) * LANES;
         }
+        for (const Op& op : plan.ops)
+            if (op.kind == CONV && op.winograd) {
+                const int in = plan.tensors[op.in].channels, out = plan.tensors[op.out].channels;
+                winograd_size = std::max(winograd_size, winograd_vectors(in, out) * VECTOR_BYTES);
+            }
     }
 
     // Bytes of the largest value
@@ -221,6 +230,8 @@ class Blocks {
         for (auto& memory : memories)
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         PointScratch::prepare(scratch);
+        for (auto& one : winograd_scratch)
+            if (!one && winograd_size) one = std::make_unique<Memory>(winograd_size);
         if (std::is_same_v<T, Byte>)
             for (auto& one : byte_scratch)
                 if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
@@ -258,6 +269,13 @@ class Blocks {
             } else {
                 if (is_plain(op, a, o) && op.rows.kernel == 1)
                     return point_block<T>(op, a, o, in, other, out, *scratch[own], part, parts);
+                if constexpr (std::is_same_v<T, float>)
+                    if (op.winograd)
+                        return winograd<T>({in, other, out, 0, o.channels, a.height, a.width,
+                                            o.height, o.width, op, nullptr, op.start, op.order,
+                                            op.index},
+                                           a.channels, o.channels,
+                                           (V*)winograd_scratch[own]->data, part, parts);
                 return conv_block<T>(op, a, o, in, other, out, part, parts);
             }
         }
