@@ -59,6 +59,11 @@ def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
     return lib.explib_chunk(TYPES.index(dtype), pairs)
 
 
+def largest(lib: ctypes.CDLL) -> int:
+    """How many numbers a value of an image may have in fp32 for images to go in blocks."""
+    return lib.explib_largest()
+
+
 def at_once(lib: ctypes.CDLL) -> int:
     """Filters that are computed at once of a convolution with more."""
     return lib.explib_at_once()

@@ -24,6 +24,7 @@ class Target(NamedTuple):
     library: ctypes.CDLL
     dtype: torch.dtype
     threads: int
+    blocks: bool = True  # whether images ever go in blocks
 
 
 def floats(tensor: torch.Tensor) -> np.ndarray:
@@ -47,7 +48,7 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
 
     The arrays of its Op, by name: by filter, by channel, in pairs, as bytes; see plan.h.
     """
-    library, dtype, threads = target
+    library, dtype, threads, blocks = target
     channels, plain = source[0], geometry.plain(op, source)
     by_chunk = plain and op.kernel == (1, 1)
     tiled = plain and op.stride[0] <= 2  # of blocks of images; others go row by row
@@ -96,7 +97,7 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     }
     if geometry.depthwise(op, source):
         return lists
-    if dtype == torch.float32 and _by_winograd(op, plain, keep):
+    if blocks and dtype == torch.float32 and _by_winograd(op, plain, keep):
         lists["winograd"] = _winograd(singles["weight"], singles["start"])
     c += offset[f]
     thread = np.searchsorted(share, f, side="right") - 1
@@ -161,7 +162,8 @@ def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarra
 def _by_winograd(op: Op, plain: bool, keep: np.ndarray) -> bool:
     """Whether blocks of images are computed faster at Winograd's points.
 
-    Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane.
+    Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane. By
+    measurements on a Zen 5, of 16 to 512 channels.
     """
     channels = max(keep.shape[0], op.groups * keep.shape[1])
     least = 7 if channels <= 128 else 14  # more points than the second cache holds

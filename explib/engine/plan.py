@@ -1,6 +1,7 @@
 """Ops in, a native network out: which memory each value has."""
 
 import ctypes
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from explib.engine import geometry, lists
-from explib.engine.build import TYPES, library
+from explib.engine.build import TYPES, largest, library
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -243,10 +244,11 @@ class Network:
         self.inputs, self.outputs, self.dtype, self.threads = inputs, outputs, dtype, threads
         self.shapes = {op.name: op.shape for op in ops} | inputs
         self._library = library(dtype)
-        self._target = lists.Target(self._library, dtype, threads)
         self._keep: list[np.ndarray] = []
         ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
         found, slots, listed = places(ops, inputs, outputs)
+        blocks = max(map(math.prod, slots)) <= largest(library())
+        self._target = lists.Target(self._library, dtype, threads, blocks)
         index = {name: i for i, name in enumerate(found)}
         codes = {
             name: _Code(scale or 1, zero)

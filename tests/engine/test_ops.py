@@ -153,14 +153,26 @@ def test_winograd_where_planes_and_kernels_are_enough(side, channels, kept, stri
     plane = ((side - 1) // stride + 1,) * 2
     more = dict(kernel=(3, 3), stride=(stride, stride), pad=(1, 1), weight=weight)
     conv = Op("conv", "y", ("x",), (channels, *plane), **more)
-    for dtype in (torch.float32, torch.int8, torch.bfloat16):
+    made = {}
+    for dtype in (torch.int8, torch.bfloat16, torch.float32):
         target = lists.Target(build.library(), dtype, 1)
         made = lists.kernels(weight.numpy(), conv, (channels, side, side), target)
         assert ("winograd" in made) == (by_points and dtype == torch.float32)
+        alone = target._replace(blocks=False)  # images that never go in blocks need none
+        assert "winograd" not in lists.kernels(weight.numpy(), conv, (channels, side, side), alone)
     if by_points:  # the weights at the points 0 and infinity are those of the corners
-        target = lists.Target(build.library(), torch.float32, 1)
-        made = lists.kernels(weight.numpy(), conv, (channels, side, side), target)
         first = made["winograd"][: 36 * kept].reshape(6, kept, 6)
         own = weight[made["order"][0], :kept].numpy()
         assert first[5, :, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
         assert first[0, :, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("side", "blocks"), [(8, True), (256, False)])
+def test_kernels_are_spread_to_points_only_where_images_go_in_blocks(side, blocks):
+    shape = (16, side, side)
+    conv = Op(
+        "conv", "y", ("x",), shape, kernel=(3, 3), pad=(1, 1), weight=torch.ones(16, 16, 3, 3)
+    )
+    made = plan.Network([conv], {"x": shape}, ["y"], dtype=torch.float32, threads=1)
+    spread = [array for array in made._keep if array.size == 36 * 256]
+    assert bool(spread) == blocks
