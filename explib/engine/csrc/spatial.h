@@ -14,6 +14,7 @@
 #include "pointwise.h"
 #include "pools.h"
 #include "threads.h"
+#include "tiny.h"
 #include "vectors.h"
 
 namespace {
@@ -185,6 +186,8 @@ class Images {
             windows.try_emplace(&op, op, in, out);
             return 0;
         }
+        if (op.kind == CONV && by_pairs(op, in, out))
+            return int64_t(TINY_PAIRS) * in.channels * plan.threads;
         if (op.kind == CONV && is_spatial(op, in, out)) {
             const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
             const auto made = phases.try_emplace(&op, op, in, out, LANES, wide, pitch(out.width));
@@ -206,6 +209,10 @@ class Images {
         return BYTES ? !op.flat_weight : op.rows.kernel > 1 || !is_plain(op, in, out);
     }
 
+    bool by_pairs(const Op& op, const Tensor& in, const Tensor& out) const {
+        return std::is_same_v<T, float> && is_tiny(op, in, out);
+    }
+
     // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
     bool in_halo(const Op& op, const Tensor& in, const Tensor& out) const {
         const auto reach = [](const Axis& axis) {
@@ -224,6 +231,15 @@ class Images {
         T* out = op.out >= 0 ? data(memory, op.out) : nullptr;
         if (op.kind == CONV) {
             const int own = parts == 1 ? worker : part;
+            if constexpr (std::is_same_v<T, float>)
+                if (by_pairs(op, a, o)) {
+                    const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
+                    const int first = parts == 1 ? 0 : op.share[part];
+                    const int last = parts == 1 ? o.channels : op.share[part + 1];
+                    return tiny({op, in, other, out, plane(a.height, a.width),
+                                 plane(o.height, o.width), pitch(a.width), a.channels},
+                                first, last, extra + int64_t(part) * TINY_PAIRS * a.channels);
+                }
             if (is_spatial(op, a, o)) {
                 if (is_depthwise(op, a)) return depthwise(op, a, o, memory, extra, part, parts);
                 return conv(op, a, o, memory, extra, part, parts, barrier);
