@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from explib.engine import geometry
-from explib.engine.build import at_once, byte_chunk, byte_filters, chunk
+from explib.engine.build import at_once, block, byte_chunk, byte_filters, chunk
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
@@ -97,8 +97,14 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     }
     if geometry.depthwise(op, source):
         return lists
-    if blocks and dtype == torch.float32 and _by_winograd(op, plain, keep):
-        lists["winograd"] = _winograd(singles["weight"], singles["start"])
+    if dtype in (torch.float32, torch.bfloat16) and plain:
+        lanes = block(library, torch.float32)
+        in_blocks = blocks and dtype == torch.float32 and _winograd_in_blocks(op, keep, lanes)
+        alone = _winograd_alone(op, keep, lanes)
+        if in_blocks or alone:
+            spread = _winograd(singles["weight"], library.explib_winograd_whole_rows(channels))
+            lists |= {"winograd": spread} if in_blocks else {}
+            lists |= {"winograd_alone": spread} if alone else {}
     c += offset[f]
     thread = np.searchsorted(share, f, side="right") - 1
     order = np.lexsort((f, c, thread))
@@ -159,27 +165,39 @@ def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarra
     return weight, np.asarray(np.pad(keep, more).reshape(-1, size, keep.shape[1]).any(1))
 
 
-def _by_winograd(op: Op, plain: bool, keep: np.ndarray) -> bool:
+def _winograd_in_blocks(op: Op, keep: np.ndarray, lanes: int) -> bool:
     """Whether blocks of images are computed faster at Winograd's points.
 
     Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane. By
-    measurements on a Zen 5, of 16 to 512 channels.
+    measurements on a Zen 5, of 16 to 512 channels; with AVX-512 the direct sums have more registers.
     """
-    channels = max(keep.shape[0], op.groups * keep.shape[1])
-    least = 7 if channels <= 128 else 14  # more points than the second cache holds
-    fits = plain and op.kernel == (3, 3) and op.stride[0] == 1 and min(op.shape[1:]) >= least
-    return fits and bool(keep.sum() >= 7 * channels)
+    kernels, side = (7, 7) if lanes > 8 else (4, 4)
+    return _many(op, keep, kernels) and min(op.shape[1:]) >= side
 
 
-def _winograd(weight: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """3x3 kernels (K, 9) of filters that begin at `start` as (F, 6, kernels, 6); see winograd.h."""
+def _winograd_alone(op: Op, keep: np.ndarray, lanes: int) -> bool:
+    """Whether single images are: vectors of tiles have to be much fewer than those of pixels."""
+    _, height, width = geometry.chw(op.shape)
+    runs = -(-height // 4) * -(-width // lanes)  # of tiles side by side, four in a vector
+    pixels = -(-height * (width + 1) // lanes)
+    return _many(op, keep, 4) and pixels >= 8 * -(-runs // 4)
+
+
+def _many(op: Op, keep: np.ndarray, kernels: int) -> bool:
+    """Of 3x3 convs of stride 1, whether there are so many kernels for each filter or channel."""
+    fits = op.kernel == (3, 3) and op.stride[0] == 1
+    return fits and bool(keep.sum() >= kernels * max(keep.shape[0], op.groups * keep.shape[1]))
+
+
+def _winograd(weight: np.ndarray, whole_rows: bool) -> np.ndarray:
+    """3x3 kernels (K, 9) at Winograd's points, (6, K, 6) or (36, K, 1); see winograd.h."""
     points = np.array([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)])
     apart = points[:, None] - points + np.eye(5)
     rows = np.vander(points, 3, increasing=True) / apart.prod(1)[:, None]
     rows = np.vstack([rows, [0, 0, 1]])
     spread = rows @ weight.reshape(-1, 3, 3).astype(np.float64) @ rows.T
-    parts = [part.swapaxes(0, 1).ravel() for part in np.split(spread, start[1:-1])]
-    return np.concatenate(parts).astype(np.float32)
+    spread = spread.reshape(len(spread), *((6, 6) if whole_rows else (36, 1)))
+    return np.ascontiguousarray(spread.swapaxes(0, 1), np.float32)
 
 
 def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:

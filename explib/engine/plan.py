@@ -75,7 +75,7 @@ class _Op(ctypes.Structure):
     _axes = tuple(f"{name}_{axis}" for axis in "hw" for name in _AXIS)
     _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", "together")
     _arrays = (
-        "bias", "slope", "weight", "start", "index", "order", "winograd",
+        "bias", "slope", "weight", "start", "index", "order", "winograd", "winograd_alone",
         "pair_weight", "pair_start", "pair_index",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",

@@ -7,7 +7,8 @@ import torch
 from explib.engine import build, plan, quantization, reference
 from explib.engine.graph import Op
 
-PLANES = ((13, 9), (17, 20), (7, 30), (5, 5), (2, 3), (1, 1))
+PLANES = ((13, 9), (17, 28), (7, 30), (5, 5), (2, 3), (2, 2), (1, 1))
+WIDE = 76, 110, 150, 300  # channels of which the nearest cache holds fewer points of a row each
 BOUNDS = {torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.03, torch.int8: 1e-5}
 Shape = tuple[int, ...]
 Case = tuple[str, Op, list[Shape]]
@@ -64,10 +65,11 @@ def convs(shape: Shape) -> Iterator[Case]:
 
 def many(plane: Shape) -> Iterator[Case]:
     """Convs with kernels enough for Winograd's points."""
-    for groups in (1, 2):
-        random, channels = torch.Generator().manual_seed(5), 12 * groups
-        weight = 0.2 * torch.randn(channels, 12, 3, 3, generator=random)
-        weight *= torch.rand(channels, 12, 1, 1, generator=random) < 0.8
+    sizes = [(12, 1, 0.8), (24, 2, 0.8), *((n, 1, 9 / n) for n in WIDE if plane == (17, 28))]
+    for channels, groups, density in sizes:
+        random = torch.Generator().manual_seed(5)
+        weight = 0.2 * torch.randn(channels, channels // groups, 3, 3, generator=random)
+        weight *= torch.rand(*weight.shape[:2], 1, 1, generator=random) < density
         more = dict(weight=weight, bias=torch.linspace(-1, 1, channels), groups=groups)
         for act, inputs in (("", ("x",)), ("relu", ("x", "z"))):
             made = Op("conv", "y", inputs, (channels, *plane), kernel=(3, 3), pad=(1, 1), act=act,

@@ -143,36 +143,44 @@ def test_torchvisions_classifiers_run_without_torch(name):
 
 
 @pytest.mark.parametrize(
-    ("side", "channels", "kept", "stride", "by_points"),
-    [(7, 16, 7, 1, True), (7, 16, 6, 1, False), (6, 16, 16, 1, False), (7, 16, 16, 2, False),
-     (13, 130, 130, 1, False), (14, 130, 130, 1, True)],
+    ("side", "channels", "kept", "stride", "in_blocks", "alone"),
+    [(7, 16, 7, 1, True, False), (7, 16, 3, 1, False, False), (6, 16, 16, 2, False, False),
+     (28, 16, 4, 1, None, True), (28, 16, 3, 1, False, False), (13, 260, 7, 1, True, None)],
 )  # fmt: skip
-def test_winograd_where_planes_and_kernels_are_enough(side, channels, kept, stride, by_points):
+def test_winograd_where_planes_and_kernels_are_enough(
+    side, channels, kept, stride, in_blocks, alone
+):
+    """None: as wide as the vectors are."""
     weight = torch.zeros(channels, channels, 3, 3)
     weight[:, :kept] = torch.randn(channels, kept, 3, 3)
     plane = ((side - 1) // stride + 1,) * 2
     more = dict(kernel=(3, 3), stride=(stride, stride), pad=(1, 1), weight=weight)
     conv = Op("conv", "y", ("x",), (channels, *plane), **more)
-    made = {}
-    for dtype in (torch.int8, torch.bfloat16, torch.float32):
-        target = lists.Target(build.library(), dtype, 1)
-        made = lists.kernels(weight.numpy(), conv, (channels, side, side), target)
-        assert ("winograd" in made) == (by_points and dtype == torch.float32)
-        alone = target._replace(blocks=False)  # images that never go in blocks need none
-        assert "winograd" not in lists.kernels(weight.numpy(), conv, (channels, side, side), alone)
-    if by_points:  # the weights at the points 0 and infinity are those of the corners
-        first = made["winograd"][: 36 * kept].reshape(6, kept, 6)
-        own = weight[made["order"][0], :kept].numpy()
-        assert first[5, :, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
-        assert first[0, :, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)
+
+    def made(dtype: torch.dtype, blocks: bool = True) -> dict:
+        target = lists.Target(build.library(), dtype, 1, blocks)
+        return lists.kernels(weight.numpy(), conv, (channels, side, side), target)
+
+    full = made(torch.float32)
+    assert in_blocks is None or ("winograd" in full) == in_blocks
+    assert alone is None or ("winograd_alone" in full) == alone
+    assert "winograd" not in made(torch.float32, blocks=False) | made(torch.bfloat16)
+    # single images of a network in bfloat16 are computed in float32
+    for other in (made(torch.float32, blocks=False), made(torch.bfloat16)):
+        assert ("winograd_alone" in other) == ("winograd_alone" in full)
+    assert not {"winograd", "winograd_alone"} & {*made(torch.int8), *made(torch.float16)}
+    for name in {"winograd", "winograd_alone"} & {*full}:
+        # the weights at the points 0 and infinity are those of the corners
+        spread, first = full[name], full["order"][0]
+        spread = spread.swapaxes(0, 1).reshape(-1, 6, 6)[:kept]
+        own = weight[first, :kept].numpy()
+        assert spread[:, 5, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
+        assert spread[:, 0, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)
 
 
 @pytest.mark.parametrize(("side", "blocks"), [(8, True), (256, False)])
-def test_kernels_are_spread_to_points_only_where_images_go_in_blocks(side, blocks):
-    shape = (16, side, side)
-    conv = Op(
-        "conv", "y", ("x",), shape, kernel=(3, 3), pad=(1, 1), weight=torch.ones(16, 16, 3, 3)
-    )
-    made = plan.Network([conv], {"x": shape}, ["y"], dtype=torch.float32, threads=1)
-    spread = [array for array in made._keep if array.size == 36 * 256]
-    assert bool(spread) == blocks
+def test_kernels_are_spread_to_points_where_images_go_in_blocks(side, blocks):
+    shape, weight = (16, side, side), torch.ones(16, 16, 3, 3)
+    conv = Op("conv", "y", ("x",), shape, kernel=(3, 3), pad=(1, 1), weight=weight)
+    target = plan.Network([conv], {"x": shape}, ["y"], dtype=torch.float32, threads=1)._target
+    assert target.blocks == blocks

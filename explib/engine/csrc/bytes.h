@@ -23,9 +23,6 @@ constexpr int BYTE_SUMS_BYTES = 128 * 1024;  // and for sums that wait for more 
 // Registers hold the sums of a tile, of 32 vectors or 16
 constexpr int WIDE = VECTOR_BYTES == 64 || TILE_H == 4 ? 2 : 1;
 
-template <int N>
-using Int = std::integral_constant<int, N>;
-
 typedef uint8_t Bytes __attribute__((vector_size(BYTE_LANES), may_alias, aligned(1)));
 
 // sum + the dot products of four codes and four weights, word by word. Pairs of weights are such

@@ -12,7 +12,7 @@
 #include "pools.h"
 #include "threads.h"
 #include "vectors.h"
-#include "winograd.h"
+#include "winograd_blocks.h"
 
 namespace {
 
@@ -212,7 +212,7 @@ class Blocks {
             size += s.channels * block_plane(s.height, s.width) * LANES;
         }
         for (const Op& op : plan.ops)
-            if (op.kind == CONV && op.winograd) {
+            if (op.kind == CONV && op.winograd && std::is_same_v<T, float>) {
                 const int in = plan.tensors[op.in].channels, out = plan.tensors[op.out].channels;
                 winograd_size = std::max(winograd_size, winograd_vectors(in, out) * VECTOR_BYTES);
             }
@@ -271,7 +271,7 @@ class Blocks {
                     return point_block<T>(op, a, o, in, other, out, *scratch[own], part, parts);
                 if constexpr (std::is_same_v<T, float>)
                     if (op.winograd)
-                        return winograd<T>({in, other, out, 0, o.channels, a.height, a.width,
+                        return winograd_block<T>({in, other, out, 0, o.channels, a.height, a.width,
                                             o.height, o.width, op, nullptr, op.start, op.order,
                                             op.index},
                                            a.channels, o.channels,

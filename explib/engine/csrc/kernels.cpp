@@ -13,6 +13,7 @@ int explib_chunk(int type, int pairs) {
 int explib_at_once() { return AT_ONCE; }
 // Scalars of an image's largest value in fp32, beyond which images go one by one
 int explib_largest() { return LARGEST_BLOCK / VECTOR_BYTES; }
+int explib_winograd_whole_rows(int channels) { return winograd_whole_rows(channels); }
 int explib_computes(int type) {
     return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) ||
            (type == BFLOAT16 && BRAIN);

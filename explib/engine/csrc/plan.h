@@ -35,9 +35,10 @@ struct Op {
     // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
     const int32_t* index;
     const int32_t* order;  // CONV: the filter at each place; null: as they are numbered
-    // the same kernels as 6 x 6 floats at Winograd's points (winograd.h), of each filter by row of
-    // points: (F, 6, kernels, 6); null where they are not computed with so
-    const void* winograd;
+    // the same kernels as 36 floats at Winograd's points (winograd.h): (6, kernels, 6) where its cache
+    // holds whole rows of points, else (36, kernels); of blocks of images and of single ones, null
+    // where these are not computed so
+    const void *winograd, *winograd_alone;
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
     const int32_t *pair_start, *pair_index;

@@ -16,6 +16,7 @@
 #include "threads.h"
 #include "tiny.h"
 #include "vectors.h"
+#include "winograd_images.h"
 
 namespace {
 
@@ -119,6 +120,8 @@ class Images {
     std::vector<std::unique_ptr<Memory>> byte_scratch;  // of int8's convs
     std::map<const Op*, Windows> windows;               // of those
     std::vector<std::unique_ptr<PointScratch>> point_scratch;
+    std::vector<std::unique_ptr<Memory>> winograd_scratch;
+    int64_t winograd_size = 0;  // in bytes
     std::map<const Op*, Phases> phases;  // of convs that are not plain
     // of the pixels of a body: 1 inside the image, 0 between its rows
     std::map<std::pair<int, int>, std::unique_ptr<Memory>> inside;
@@ -141,7 +144,7 @@ class Images {
   public:
     explicit Images(const Plan& plan)
         : plan(plan), memories(plan.threads), scratch(plan.threads), byte_scratch(plan.threads),
-          point_scratch(plan.threads) {
+          point_scratch(plan.threads), winograd_scratch(plan.threads) {
         for (const Slot& s : plan.slots) {
             starts.push_back(size);
             size += lead(s.width) + s.channels * plane(s.height, s.width) + beyond(s.width);
@@ -163,6 +166,8 @@ class Images {
             if (!memory) memory = std::make_unique<Memory>(size * sizeof(T));
         for (auto& memory : scratch)
             if (!memory) memory = std::make_unique<Memory>(scratch_size * sizeof(Scalar));
+        for (auto& one : winograd_scratch)
+            if (!one && winograd_size) one = std::make_unique<Memory>(winograd_size);
         if (!BYTES) return PointScratch::prepare(point_scratch);
         for (auto& one : byte_scratch)
             if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
@@ -188,6 +193,11 @@ class Images {
         }
         if (op.kind == CONV && by_pairs(op, in, out))
             return int64_t(TINY_PAIRS) * in.channels * plan.threads;
+        if (op.kind == CONV && by_winograd(op)) {
+            winograd_size = std::max(winograd_size, winograd_vectors(in.channels, out.channels) *
+                                                        VECTOR_BYTES);
+            return 0;
+        }
         if (op.kind == CONV && is_spatial(op, in, out)) {
             const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
             const auto made = phases.try_emplace(&op, op, in, out, LANES, wide, pitch(out.width));
@@ -212,6 +222,8 @@ class Images {
     bool by_pairs(const Op& op, const Tensor& in, const Tensor& out) const {
         return std::is_same_v<T, float> && is_tiny(op, in, out);
     }
+
+    bool by_winograd(const Op& op) const { return std::is_same_v<T, float> && op.winograd_alone; }
 
     // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
     bool in_halo(const Op& op, const Tensor& in, const Tensor& out) const {
@@ -240,6 +252,13 @@ class Images {
                                  plane(o.height, o.width), pitch(a.width), a.channels},
                                 first, last, extra + int64_t(part) * TINY_PAIRS * a.channels);
                 }
+            if constexpr (std::is_same_v<T, float>)
+                if (by_winograd(op))
+                    return winograd_image({op, in, op.other >= 0 ? data(memory, op.other) : nullptr,
+                                           out, plane(a.height, a.width), plane(o.height, o.width),
+                                           pitch(a.width), a.height, a.width, a.channels,
+                                           o.channels},
+                                          (V*)winograd_scratch[own]->data, part, parts);
             if (is_spatial(op, a, o)) {
                 if (is_depthwise(op, a)) return depthwise(op, a, o, memory, extra, part, parts);
                 return conv(op, a, o, memory, extra, part, parts, barrier);

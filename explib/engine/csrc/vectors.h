@@ -89,6 +89,9 @@ struct Byte {
 template <>
 struct Types<Byte> : Types<float> {};
 
+template <int N>
+using Int = std::integral_constant<int, N>;
+
 #define USE_TYPES                                    \
     using V [[maybe_unused]] = typename Types<T>::V; \
     constexpr int LANES [[maybe_unused]] = Types<T>::lanes

@@ -1,0 +1,186 @@
+// Single images by Winograd's way: a vector holds tiles of one image, in four runs of LANES / 4 side
+// by side. Each quarter of a vector of pixels is a row of one tile, so that turning the 4 x 4 numbers
+// of each quarter of four such vectors makes a vector for each column of pixels, and back.
+#pragma once
+#include <algorithm>
+
+#include "winograd.h"
+
+namespace {
+
+struct WinogradImage {
+    const Op& op;
+    const float* in;
+    const float* other;  // added to the outputs, or null
+    float* out;
+    int64_t in_plane, out_plane;
+    int pitch;  // of all rows; between them are zeros, as before the first and behind the last one
+    int height, width, channels, filters;
+    static constexpr int RUN = Types<float>::lanes / 4;  // tiles
+    int tile_rows() const { return (height + 3) / 4; }
+    int row_runs() const { return ((width + 3) / 4 + RUN - 1) / RUN; }
+    int vectors() const { return (tile_rows() * row_runs() + 3) / 4; }
+};
+
+// Where the four runs of a vector are, and which of their outputs are in the image
+struct WinogradRuns {
+    int64_t in[6][4];  // from a plane's first pixel, of every row of pixels
+    int64_t out[4];
+    int rows[4], columns[4];
+    Types<float>::Words inside[2];  // whether columns 4 and 5 of a lane's pixels are no other row's
+    bool whole = true;              // whether all are
+    WinogradRuns() = default;
+    WinogradRuns(const WinogradImage& a, int vector) {
+        constexpr int RUN = WinogradImage::RUN;
+        const int across = a.row_runs(), last = across * a.tile_rows() - 1;
+        for (int q = 0; q < 4; ++q) {
+            const int run = std::min(vector * 4 + q, last);
+            const int y = run / across * 4, x = run % across * RUN * 4;
+            for (int i = 0; i < 6; ++i)
+                in[i][q] = int64_t(std::min(y + i - 1, a.height)) * a.pitch + x - 1;
+            out[q] = int64_t(y) * a.pitch + x;
+            const bool own = run == vector * 4 + q;
+            rows[q] = own ? std::min(4, a.height - y) : 0;
+            columns[q] = std::min(4 * RUN, a.width - x);
+            for (int tile = 0; tile < RUN; ++tile)
+                for (int j : {4, 5}) {
+                    const int pixel = x + 4 * tile + j - 1;
+                    inside[j - 4][4 * tile + q] = pixel <= a.width ? -1 : 0;
+                    whole &= pixel <= a.width || x + 4 * tile >= a.width;
+                }
+        }
+    }
+};
+
+// Lane i of the result: of each quarter two from the same quarter of a, two of b, by turns
+template <int FIRST, class V>
+FORCED inline V quarters(V a, V b) {
+    V made;
+    constexpr int LANES = sizeof(V) / 4;
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
+        made = __builtin_shufflevector(a, b, (I / 4 * 4 + FIRST + I % 4 / 2 + I % 2 * LANES)...);
+    }(std::make_integer_sequence<int, LANES>{});
+#else
+    for (int i = 0; i < LANES; ++i) made[i] = (i % 2 ? b : a)[i / 4 * 4 + FIRST + i % 4 / 2];
+#endif
+    return made;
+}
+
+// Vector j of the result has in lanes 4 g to 4 g + 3 the numbers j of the quarters g
+template <class V>
+FORCED inline void turn(V (&x)[4]) {
+    const V a = quarters<0>(x[0], x[2]), b = quarters<0>(x[1], x[3]);
+    const V c = quarters<2>(x[0], x[2]), d = quarters<2>(x[1], x[3]);
+    x[0] = quarters<0>(a, b), x[1] = quarters<2>(a, b);
+    x[2] = quarters<0>(c, d), x[3] = quarters<2>(c, d);
+}
+
+// One vector of tiles of every channel, the `t`th of those at once
+template <int POINTS, int TILES>
+void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t, Types<float>::V* points) {
+    using V = Types<float>::V;
+    using Loose = Types<float>::Loose;
+    using Words = Types<float>::Words;
+    for (int c = 0; c < a.channels; ++c) {
+        const float* plane = a.in + c * a.in_plane;
+        V rows[6][6];
+        repeat<6>([&](auto i) FORCED {
+            V x[6], more[4], four[4];
+            repeat<4>([&](auto q) FORCED {
+                four[q] = *(const Loose*)(plane + runs.in[i][q]);
+                more[q] = *(const Loose*)(plane + runs.in[i][q] + 4);
+            });
+            turn(four), turn(more);  // of which two are not used
+            repeat<4>([&](auto j) FORCED { x[j] = four[j]; });
+            x[4] = more[0], x[5] = more[1];
+            if (!runs.whole)
+                repeat<2>([&](auto j) FORCED {
+                    x[4 + j] = (V)((Words)x[4 + j] & runs.inside[j]);
+                });
+            winograd_spread(x, rows[i]);
+        });
+        repeat<6>([&](auto j) FORCED {
+            V x[6], y[6];
+            repeat<6>([&](auto i) FORCED { x[i] = rows[i][j]; });
+            winograd_spread(x, y);
+            repeat<6>([&](auto i) FORCED { rows[i][j] = y[i]; });
+        });
+        repeat<6>([&](auto i) FORCED {
+            winograd_set<POINTS, TILES>(points, a.channels, c, i, t, rows[i]);
+        });
+    }
+}
+
+// `count` of a vector's numbers
+FORCED inline void winograd_store(float* to, Types<float>::V value, int count) {
+    if (count == Types<float>::lanes) {
+        *(Types<float>::Loose*)to = value;
+        return;
+    }
+    const float* from = (const float*)&value;
+    for (; count >= 4; count -= 4, from += 4, to += 4) std::memcpy(to, from, 16);
+    for (int i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// The outputs of a filter
+template <int WIDTH, int TILES>
+FORCED inline void winograd_out(const WinogradImage& a, const WinogradRuns& runs, int f,
+                                const Types<float>::V* sums) {
+    using V = Types<float>::V;
+    const V bias = splat(a.op.bias[f]);
+    V out[4][4];
+    winograd_outputs<WIDTH, TILES>(sums, bias, out);
+    repeat<4>([&](auto i) FORCED {
+        turn(out[i]);
+        const int64_t row = f * a.out_plane + i * a.pitch;
+        if (a.other)
+            repeat<4>([&](auto q) FORCED {
+                const float* other = a.other + row + runs.out[q];
+                if (i < runs.rows[q]) out[i][q] += *(const Types<float>::Loose*)other;
+            });
+        activate<4>(a.op, f, out[i]);
+        repeat<4>([&](auto q) FORCED {
+            if (i < runs.rows[q])
+                winograd_store(a.out + row + runs.out[q], out[i][q], runs.columns[q]);
+        });
+    });
+}
+
+// Vectors of tiles from `vector` on of the filters at places `first` to `last`
+template <int POINTS, int TILES>
+void winograd_tiles(const WinogradImage& a, int vector, int first, int last,
+                    Types<float>::V* points) {
+    Types<float>::V* sums = points + 36 * TILES * int64_t(a.channels);
+    WinogradRuns runs[TILES];
+    for (int t = 0; t < TILES; ++t) {
+        runs[t] = WinogradRuns(a, vector + t);
+        winograd_in<POINTS, TILES>(a, runs[t], t, points);
+    }
+    winograd_sums<POINTS, TILES>({(const float*)a.op.winograd_alone, a.op.start, a.op.index,
+                                  a.channels, a.filters, first, last}, points, sums);
+    for (int place = first; place < last; ++place)
+        for (int t = 0; t < TILES; ++t)
+            winograd_out<winograd_width(POINTS), TILES>(
+                a, runs[t], a.op.order ? a.op.order[place] : place,
+                sums + int64_t(place - first) * 6 * winograd_width(POINTS) * TILES + t);
+}
+
+// Threads share the tiles where there are many, else the filters
+inline void winograd_image(const WinogradImage& a, Types<float>::V* memory, int part, int parts) {
+    int first = 0, last = a.filters;
+    if (parts > 1 && a.vectors() < 2 * parts) {
+        first = a.op.share[part], last = a.op.share[part + 1];
+        part = 0, parts = 1;
+    }
+    const int end = (int)split(a.vectors(), part + 1, parts);
+    for (int vector = (int)split(a.vectors(), part, parts); vector < end;) {
+        const int count = std::min(end - vector, WINOGRAD_TILES);
+        winograd_sized(a.channels, count, [&](auto points, auto tiles) FORCED {
+            winograd_tiles<points, tiles>(a, vector, first, last, memory);
+        });
+        vector += count;
+    }
+}
+
+}  // namespace
