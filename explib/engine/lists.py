@@ -169,7 +169,8 @@ def _winograd_in_blocks(op: Op, keep: np.ndarray, lanes: int) -> bool:
     """Whether blocks of images are computed faster at Winograd's points.
 
     Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane. By
-    measurements on a Zen 5, of 16 to 512 channels; with AVX-512 the direct sums have more registers.
+    measurements on a Zen 5, of 16 to 512 channels; where vectors are wider direct sums have more
+    registers.
     """
     kernels, side = (7, 7) if lanes > 8 else (4, 4)
     return _many(op, keep, kernels) and min(op.shape[1:]) >= side

@@ -51,7 +51,7 @@ struct Tiny {
 // Filters from `first` to `last`, by their places; memory: TINY_PAIRS floats a channel
 inline void tiny(const Tiny& a, int first, int last, float* memory) {
     using V = Types<float>::V;
-    constexpr int LANES = Types<float>::lanes, PARTS = TINY_PAIRS / LANES, SETS = 4 / PARTS > 1 ? 4 / PARTS : 1;
+    constexpr int PARTS = TINY_PAIRS / Types<float>::lanes, SETS = 4 / PARTS;  // four sums at once
     const int at[4] = {0, 1, a.pitch, a.pitch + 1};
     for (int c = 0; c < a.channels; ++c)
         for (int i = 0; i < TINY_PAIRS; ++i)
