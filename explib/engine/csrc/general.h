@@ -247,8 +247,7 @@ template <class T>
 FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
     USE_TYPES;
     int q = 0;
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
+#if SHUFFLES
     using Loose = typename Types<T>::Loose;
     for (; 2 * q < count; q += LANES)
         [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
@@ -256,7 +255,6 @@ FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
             *(Loose*)(even + q) = __builtin_shufflevector(a, b, 2 * I...);
             *(Loose*)(odd + q) = __builtin_shufflevector(a, b, 2 * I + 1 ...);
         }(std::make_integer_sequence<int, LANES>{});
-#endif
 #endif
     for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
 }

@@ -34,6 +34,13 @@
 #include <arm_neon.h>
 #endif
 #define FORCED __attribute__((always_inline))
+#define SHUFFLES 0
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#undef SHUFFLES
+#define SHUFFLES 1
+#endif
+#endif
 
 namespace {
 

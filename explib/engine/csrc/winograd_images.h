@@ -57,7 +57,7 @@ template <int FIRST, class V>
 FORCED inline V quarters(V a, V b) {
     V made;
     constexpr int LANES = sizeof(V) / 4;
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#if SHUFFLES
     [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
         made = __builtin_shufflevector(a, b, (I / 4 * 4 + FIRST + I % 4 / 2 + I % 2 * LANES)...);
     }(std::make_integer_sequence<int, LANES>{});
