@@ -54,9 +54,14 @@ def block(lib: ctypes.CDLL, dtype: torch.dtype) -> int:
     return lib.explib_vector_bytes() // (2 if dtype == torch.float16 else 4)
 
 
-def chunk(lib: ctypes.CDLL, dtype: torch.dtype, pairs: bool = False) -> int:
-    """Of a 1x1 convolution the number of channels whose kernels stand together."""
-    return lib.explib_chunk(TYPES.index(dtype), pairs)
+def chunk(lib: ctypes.CDLL, vectors: int) -> int:
+    """Of a 1x1 conv whose planes have so many vectors how many channels' kernels stand together."""
+    return lib.explib_chunk(vectors)
+
+
+def pair_chunk(lib: ctypes.CDLL, chunk: int) -> int:
+    """And how many pairs' channels, where it is so many for single ones."""
+    return lib.explib_pair_chunk(chunk)
 
 
 def largest(lib: ctypes.CDLL) -> int:
@@ -67,6 +72,11 @@ def largest(lib: ctypes.CDLL) -> int:
 def at_once(lib: ctypes.CDLL) -> int:
     """Filters that are computed at once of a convolution with more."""
     return lib.explib_at_once()
+
+
+def sums_near(lib: ctypes.CDLL) -> int:
+    """Of a conv of single images by channel how many filters' sums the nearest cache holds."""
+    return lib.explib_sums_near()
 
 
 def byte_filters(
@@ -85,6 +95,11 @@ def byte_chunk(
 ) -> int:  # fmt: skip
     """Of such a conv how many channels' kernels stand together; filters: by `byte_filters`."""
     return lib.explib_byte_chunk(kernel, stride, height, width, channels, filters, flat)
+
+
+def byte_tiny(lib: ctypes.CDLL, channels: int) -> int:
+    """Of an int8 conv 3x3 of single planes of 2x2 how many kernels stand together, or 0."""
+    return lib.explib_byte_tiny(channels)
 
 
 def instructions(lib: ctypes.CDLL) -> str:

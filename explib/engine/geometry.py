@@ -87,12 +87,17 @@ def cropped(op: Op, source: Shape) -> Op:
 
 
 def halo(op: Op, source: Shape) -> int:
-    """How far, in outputs, a conv looks beyond its plane, where no copy of it is made."""
+    """How far, in outputs, a conv looks beyond its plane, where no copy of it is made.
+
+    In pixels of its input if it is depthwise of stride 2 (`strided_kernel` of depthwise.h).
+    """
     far, same = 0, True
     for kernel, stride, pad, dilation, size, made in _axes(op, source):
         reach = (kernel - 1) * dilation - pad
         far = max(far, -(-pad // stride), reach // stride)
         same &= stride == 1 and size == made and pad >= 0
+    if depthwise(op, source) and op.stride == (2, 2):
+        far, same = max(op.pad), op.kernel in ((3, 3), (5, 5)) and op.dilation == (1, 1)
     return far if plain(op, source) or (same and far <= MAX_HALO) else 0
 
 

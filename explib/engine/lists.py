@@ -1,6 +1,7 @@
 """The kernels of a conv that survive, as the lists that the C++ goes through."""
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,12 +9,23 @@ import numpy as np
 import torch
 
 from explib.engine import geometry
-from explib.engine.build import at_once, block, byte_chunk, byte_filters, chunk
+from explib.engine.build import (
+    at_once,
+    block,
+    byte_chunk,
+    byte_filters,
+    byte_tiny,
+    chunk,
+    pair_chunk,
+    sums_near,
+)
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
 
 ALIKE = 400
 """Up to so many pixels it pays to compute filters in the order of their numbers of kernels."""
+ALIKE_POINTS = 100
+"""And of 1x1 convs."""
 TOGETHER = 1.85
 """int8: how many times the words may become for several filters at once, which load them once."""
 
@@ -60,21 +72,29 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     # of each filter, the first channel that it may read
     offset = np.arange(filters) // (filters // (channels // local)) * local
     f, c = keep.nonzero()
-    # each thread's share of the filters holds about the same number of kernels
+    # each thread's share of the filters holds about the same number of kernels, and each list by
+    # channel, of which it may have several, too
+    near = sums_near(library) if dtype != torch.int8 else filters
+    passes = -(-filters // (threads * near))
     total = np.concatenate([[0], keep.sum(1).cumsum()])
-    wanted = total[-1] * np.arange(threads + 1) / threads
-    share = np.searchsorted(total, wanted)
+    wanted = total[-1] * np.arange(threads * passes + 1) / (threads * passes)
+    shares = np.searchsorted(total, wanted)
     if dtype == torch.int8 and by_chunk:
-        share = share // 4 * 4  # no thread begins within filters that are computed together
-    share[0], share[-1] = 0, filters
-    lists: dict[str, Any] = {"share": share.astype(np.int32)}
+        shares = shares // 4 * 4  # no thread begins within filters that are computed together
+    shares[0], shares[-1] = 0, filters
+    share = shares[::passes]
+    lists: dict[str, Any] = {"share": share.astype(np.int32), "passes": passes}
     each = np.arange(filters)
     # a loop that is run for many tiles is learned as it is
-    alike = op.shape[1] * op.shape[2] <= ALIKE and not geometry.depthwise(op, source)
+    few = op.shape[1] * op.shape[2] <= (ALIKE_POINTS if by_chunk else ALIKE)
+    alike = few and not geometry.depthwise(op, source)
     alike &= dtype != torch.int8
     cuts = _cuts(filters, share, library) if alike else each
+    if by_chunk and dtype != torch.int8:
+        vectors = math.prod(op.shape[1:]) if blocks else _vectors(op, block(library, dtype))
+        lists["chunk"] = chunk(library, vectors)
     if dtype == torch.bfloat16:
-        size = chunk(library, dtype, True) if by_chunk else channels
+        size = pair_chunk(library, lists["chunk"]) if by_chunk else channels
         pairs = _by_chunk(_pairs, flat, keep, size, each)
         if op.groups > 1 and not by_chunk:
             own = np.repeat(offset, 2 * np.diff(pairs["start"]))
@@ -85,7 +105,7 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
         if not geometry.depthwise(op, source):
             return lists
     if by_chunk:
-        lists |= _by_chunk(_singles, flat, keep, chunk(library, dtype), cuts)
+        lists |= _by_chunk(_singles, flat, keep, lists["chunk"], cuts)
         lists["weight"] = words(lists["weight"], dtype)
         small = {n: lists[n].astype(np.uint8) for n in ("index", "pair_index") if n in lists}
         return lists | small
@@ -106,9 +126,9 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
             lists |= {"winograd": spread} if in_blocks else {}
             lists |= {"winograd_alone": spread} if alone else {}
     c += offset[f]
-    thread = np.searchsorted(share, f, side="right") - 1
-    order = np.lexsort((f, c, thread))
-    counts = np.bincount(thread * channels + c, minlength=threads * channels)
+    one = np.searchsorted(shares, f, side="right") - 1
+    order = np.lexsort((f, c, one))
+    counts = np.bincount(one * channels + c, minlength=threads * passes * channels)
     starts = np.concatenate([[0], counts.cumsum()])
     return lists | {
         "weight_by_channel": words(flat[f, c - offset[f]][order], dtype),
@@ -155,7 +175,38 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
         taps, kept = grouped if together > 1 else (flat, keep)
         lists = _by_chunk(_singles, taps, kept, size, np.arange(len(kept)))
         made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}
+    tiny = geometry.plain(op, source) and like == (3, 1, 2, 2) and byte_tiny(library, source[0])
+    if tiny:
+        return made | _tiny_bytes(whole, tiny, bias, scale, zero)
     return made
+
+
+def _tiny_bytes(
+    whole: np.ndarray, many: int, bias: np.ndarray, scale: np.ndarray, zero: int
+) -> dict[str, np.ndarray]:
+    """int8: kernels (F, C, 3, 3) on planes of 2x2, for each output the weights of the four pixels.
+
+    Of each filter a multiple of `many`, the last ones zero. What lies outside has no weight, so
+    that each output has a bias of its own.
+    """
+    side = np.arange(2)
+    near = side - side[:, None] + 1  # of an output's row (or column) and a pixel's: the tap's
+    taps = 3 * near[:, None, :, None] + near[None, :, None, :]
+    words = whole.reshape(*whole.shape[:2], 9)[:, :, taps.reshape(4, 4)]
+    lists = _singles(words, np.asarray(words.any((2, 3))))
+    counts = np.diff(lists["start"])
+    most = -(-counts // many) * many
+    start = np.concatenate([[0], most.cumsum()])
+    at = np.arange(counts.sum()) + np.repeat(start[:-1] - lists["start"][:-1], counts)
+    weight, index = np.zeros((start[-1], 4, 4), np.int8), np.zeros(start[-1], np.int32)
+    weight[at], index[at] = lists["weight"], lists["index"]
+    own = bias[:, None] - scale[:, None] * zero * words.sum((1, 3))
+    return {
+        "flat_weight": weight,
+        "flat_start": start.astype(np.int32),
+        "flat_index": index,
+        "flat_bias": own.astype(np.float32),
+    }
 
 
 def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +231,13 @@ def _winograd_alone(op: Op, keep: np.ndarray, lanes: int) -> bool:
     """Whether single images are: vectors of tiles have to be much fewer than those of pixels."""
     _, height, width = geometry.chw(op.shape)
     runs = -(-height // 4) * -(-width // lanes)  # of tiles side by side, four in a vector
-    pixels = -(-height * (width + 1) // lanes)
-    return _many(op, keep, 4) and pixels >= 8 * -(-runs // 4)
+    return _many(op, keep, 4) and _vectors(op, lanes) >= 8 * -(-runs // 4)
+
+
+def _vectors(op: Op, lanes: int) -> int:
+    """About how many vectors a plane of a single image has."""
+    _, height, width = geometry.chw(op.shape)
+    return -(-height * (width + 1) // lanes)
 
 
 def _many(op: Op, keep: np.ndarray, kernels: int) -> bool:

@@ -73,13 +73,14 @@ _AXIS = ("kernel", "stride", "pad", "dilation")
 
 class _Op(ctypes.Structure):
     _axes = tuple(f"{name}_{axis}" for axis in "hw" for name in _AXIS)
-    _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", "together")
+    _lists = ("together", "chunk", "passes")
+    _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", *_lists)
     _arrays = (
         "bias", "slope", "weight", "start", "index", "order", "winograd", "winograd_alone",
         "pair_weight", "pair_start", "pair_index",
         "weight_by_channel", "start_by_channel", "index_by_channel", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
-        "byte_scale", "byte_bias",
+        "byte_scale", "byte_bias", "flat_bias",
     )  # fmt: skip
     _fields_ = [
         *[(name, ctypes.c_int32) for name in _numbers],
@@ -336,7 +337,7 @@ class Network:
         for name in _AXIS:
             more |= dict(zip((f"{name}_h", f"{name}_w"), getattr(op, name), strict=True))
         given = self._arrays(op)
-        more["together"] = given.pop("together", 1)
+        more |= {name: given.pop(name) for name in _Op._lists if name in given}
         arrays = {name: self._held(array) for name, array in given.items()}
         return self._op(_KIND.get(op.kind, op.kind), source, other, index[op.name], **more | arrays)
 

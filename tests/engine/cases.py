@@ -96,6 +96,10 @@ def pixelwise(shape: Shape) -> Iterator[Case]:
         pad = dict(kernel=(3, 3), pad=(1, 1))
         op = Op("conv", "y", ("x",), (6, *shape[1:]), weight=weight, act=act, **pad, **more)
         yield f"conv, {act}", op, [shape]
+        for stride in (1, 2):
+            deep = windowed("conv", shape, 6, (3, 3), (stride, stride), (1, 1), act=act, groups=6,
+                            weight=weight[:, :1], **more)  # fmt: skip
+            yield f"depthwise conv of stride {stride}, {act}", deep, [shape]
         linear = Op("linear", "y", ("x",), (6,), weight=weight[:, :, 0, 0], act=act, **more)
         yield f"linear, {act}", linear, [shape[:1]]
     affine = dict(weight=vector, bias=other)

@@ -96,13 +96,13 @@ def test_consecutive_channels_are_read_where_they_lie(dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("side", [3, 7, isqrt(lists.ALIKE) + 1])
+@pytest.mark.parametrize("side", [3, 7, isqrt(lists.ALIKE_POINTS) + 1])
 def test_filters_in_the_order_of_their_kernels_give_each_its_own_result(side, threads):
     """Small maps: more filters than are computed at once, and channels than stand together."""
     random = torch.Generator().manual_seed(side)
     filters, channels = (
-        build.at_once(build.library()) + 70,
-        2 * build.chunk(build.library(), torch.float32) + 5,
+        2 * build.at_once(build.library()) + 70,
+        2 * build.chunk(build.library(), side * side) + 5,
     )
     weight = torch.randn(filters, channels, 1, 1, generator=random)
     share = torch.linspace(0, 1, filters)[:, None, None, None]  # from none of them to all

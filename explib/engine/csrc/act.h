@@ -45,8 +45,7 @@ FORCED inline V coded(V x, const Code& code) {
 
 template <class F, class Scalar>
 FORCED inline F bounded(F x, Scalar least, Scalar most) {  // NaN stays
-    x = x < least ? F{} + least : x;
-    return x > most ? F{} + most : x;
+    return at_most(at_least(x, F{} + least), F{} + most);
 }
 
 // exp(x) = scale * scale * (1 + rest): the rest by Taylor's series on [-ln 2 / 2, ln 2 / 2], the

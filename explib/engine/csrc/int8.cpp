@@ -13,6 +13,10 @@ int explib_byte_chunk(int kernel, int stride, int height, int width, int channel
 int explib_byte_filters(int kernel, int stride, int height, int width, int flat, int many) {
     return byte_filters(kernel, stride, height, width, flat, many);
 }
+// Kernels that stand together of a 3x3 conv of planes of 2 x 2, in single images; 0: as any other
+int explib_byte_tiny(int channels) {
+    return channels * 4 * int(sizeof(int32_t)) <= WORDS_BYTES ? TINY_KERNELS : 0;
+}
 
 void* explib_new(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors, const Slot* slots,
                  int n_slots, int halo, int threads, int) {

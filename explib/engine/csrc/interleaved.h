@@ -157,7 +157,7 @@ void point_block(const Op& op, const Tensor& in, const Tensor& out, const T* x, 
                            .index = (const uint8_t*)(PAIRS ? op.pair_index : op.index)};
     points_of.use(scratch);
     const int pixels = out.height * out.width;
-    if (parts > 1 && pixels < 8 * POINTS * parts) {
+    if (parts > 1 && pixels < 8 * tile_vectors<T>(op, in.channels) * parts) {
         points_of.first = op.share[part], points_of.last = op.share[part + 1];
         part = 0, parts = 1;
     }

@@ -4,15 +4,15 @@
 extern "C" {
 
 int explib_vector_bytes() { return VECTOR_BYTES; }
-// Channels of a chunk of a 1x1 conv whose kernels are in `weight`, or in `pair_weight`
-int explib_chunk(int type, int pairs) {
-    if (type == FLOAT16) return chunk<float>() * 2;
-    return chunk<float>() * (pairs ? 2 : 1);
-}
-// Filters at once of a conv with more
+// Channels of a chunk of a 1x1 conv, whose planes have so many vectors: in `weight`, in `pair_weight`
+int explib_chunk(int vectors) { return point_chunk_channels(vectors); }
+int explib_pair_chunk(int chunk) { return chunk_of<Brain>(chunk); }
+// Filters at once of a conv with more, or a multiple
 int explib_at_once() { return AT_ONCE; }
 // Scalars of an image's largest value in fp32, beyond which images go one by one
 int explib_largest() { return LARGEST_BLOCK / VECTOR_BYTES; }
+// Of a conv by channel the filters whose sums the nearest cache holds
+int explib_sums_near() { return SUMS_NEAR; }
 int explib_winograd_whole_rows(int channels) { return winograd_whole_rows(channels); }
 int explib_computes(int type) {
     return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) ||

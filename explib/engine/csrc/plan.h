@@ -24,6 +24,8 @@ struct Op {
     Axis rows, columns;
     int32_t act, groups;
     int32_t together;  // int8, 1x1: filters whose kernels stand together, so that one word serves all
+    int32_t chunk;     // 1x1, not int8: channels whose kernels stand together
+    int32_t passes;    // lists by channel of each thread, whose sums are near at once
     float alpha, beta;  // of the activation, SCALAR and norms (eps); SELECT: alpha is outside
     // CONV, LINEAR, AFFINE, norms: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
     const float *bias, *slope;  // slope: of PRELU, (F,)
@@ -42,9 +44,9 @@ struct Op {
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
     const int32_t *pair_start, *pair_index;
-    // the same kernels by thread, whose filters are `share`, and in that by channel
+    // the same kernels by thread, whose filters are `share`, in `passes` parts and each by channel
     const void* weight_by_channel;
-    const int32_t* start_by_channel;  // (threads * C + 1,)
+    const int32_t* start_by_channel;  // (threads * passes * C + 1,)
     const int32_t* index_by_channel;  // the filter of each kernel
     const int32_t* share;             // (threads + 1,)
     // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats:
@@ -55,6 +57,7 @@ struct Op {
     const void* flat_weight;
     const int32_t *flat_start, *flat_index;
     const float *byte_scale, *byte_bias;
+    const float* flat_bias;  // of planes of 2 x 2 (byte_tiny.h) the bias of each output, (F, 4), or null
     Code in_code, other_code, out_code;
 };
 }

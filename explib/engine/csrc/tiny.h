@@ -1,9 +1,7 @@
 // 3x3 convolutions of single images of 2 x 2 pixels: a kernel makes sixteen products there, one for
 // each pair of an output and a pixel, where the planes' way would fill vectors with four outputs.
 #pragma once
-#include "act.h"
-#include "plan.h"
-#include "vectors.h"
+#include "planes.h"
 
 namespace {
 
@@ -38,22 +36,12 @@ FORCED inline Types<float>::V tiny_weights(const float* kernel) {
 #endif
 }
 
-struct Tiny {
-    const Op& op;
-    const float* in;
-    const float* other;  // added to the outputs, or null
-    float* out;
-    int64_t in_plane, out_plane;
-    int pitch;  // of both
-    int channels;
-};
-
 // Filters from `first` to `last`, by their places; memory: TINY_PAIRS floats a channel
-inline void tiny(const Tiny& a, int first, int last, float* memory) {
+inline void tiny(const ImageConv<float>& a, int first, int last, float* memory) {
     using V = Types<float>::V;
     constexpr int PARTS = TINY_PAIRS / Types<float>::lanes, SETS = 4 / PARTS;  // four sums at once
     const int at[4] = {0, 1, a.pitch, a.pitch + 1};
-    for (int c = 0; c < a.channels; ++c)
+    for (int c = 0; c < a.source.channels; ++c)
         for (int i = 0; i < TINY_PAIRS; ++i)
             memory[c * TINY_PAIRS + i] = a.in[c * a.in_plane + at[i % 4]];
     for (int place = first; place < last; ++place) {

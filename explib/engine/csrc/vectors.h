@@ -28,7 +28,7 @@
 #else
 #define BRAIN 0
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -50,6 +50,8 @@ constexpr int TILE_H = 4, TILE_W = 4, PAIR = 2;
 #else
 constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
 #endif
+
+constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
 
 template <class T>
 struct Types {
@@ -137,6 +139,24 @@ FORCED inline typename Types<T>::V load(const T* at) {
 template <class T>
 FORCED inline void store(T* at, typename Types<T>::V value) {
     *(typename Types<T>::V*)at = value;
+}
+
+// `count` of a vector's numbers, from lane `from` on, to where the whole vector would begin at `to`
+template <class T>
+FORCED inline void store_lanes(T* to, typename Types<T>::V value, int from, int count) {
+    USE_TYPES;
+    if (count >= LANES) {
+        *(typename Types<T>::Loose*)to = value;
+        return;
+    }
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return _mm512_mask_storeu_ps(to, ((1 << count) - 1) << from, (__m512)value);
+#endif
+    const T* numbers = (const T*)&value + from;
+    for (to += from; count >= 4; count -= 4, numbers += 4, to += 4)
+        std::memcpy(to, numbers, 4 * sizeof(T));
+    for (int i = 0; i < count; ++i) to[i] = numbers[i];
 }
 
 template <>
@@ -254,9 +274,38 @@ FORCED inline Types<float>::V add_product(Types<float>::V sum, Pixels pixels, co
 }
 #endif
 
+// The larger or the smaller one, x where that is no number: what processors have an instruction for,
+// which compilers do not make of the condition
+template <class V>
+FORCED inline V at_least(V x, V least) {
+#if defined(__AVX__)
+    if constexpr (requires { x[0]; } && sizeof(V) == VECTOR_BYTES)
+        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(x[0])>, float>)
+#if defined(__AVX512F__)
+            return (V)_mm512_max_ps((__m512)least, (__m512)x);
+#else
+            return (V)_mm256_max_ps((__m256)least, (__m256)x);
+#endif
+#endif
+    return x < least ? least : x;
+}
+template <class V>
+FORCED inline V at_most(V x, V most) {
+#if defined(__AVX__)
+    if constexpr (requires { x[0]; } && sizeof(V) == VECTOR_BYTES)
+        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(x[0])>, float>)
+#if defined(__AVX512F__)
+            return (V)_mm512_min_ps((__m512)most, (__m512)x);
+#else
+            return (V)_mm256_min_ps((__m256)most, (__m256)x);
+#endif
+#endif
+    return x > most ? most : x;
+}
+
 template <class V>
 FORCED inline V rectified(V x) {
-    return x < V{} ? V{} : x;  // NaN stays
+    return at_least(x, V{});  // NaN stays
 }
 
 template <class V>

@@ -4,21 +4,15 @@
 #pragma once
 #include <algorithm>
 
+#include "planes.h"
 #include "winograd.h"
 
 namespace {
 
-struct WinogradImage {
-    const Op& op;
-    const float* in;
-    const float* other;  // added to the outputs, or null
-    float* out;
-    int64_t in_plane, out_plane;
-    int pitch;  // of all rows; between them are zeros, as before the first and behind the last one
-    int height, width, channels, filters;
+struct WinogradImage : ImageConv<float> {
     static constexpr int RUN = Types<float>::lanes / 4;  // tiles
-    int tile_rows() const { return (height + 3) / 4; }
-    int row_runs() const { return ((width + 3) / 4 + RUN - 1) / RUN; }
+    int tile_rows() const { return (made.height + 3) / 4; }
+    int row_runs() const { return ((made.width + 3) / 4 + RUN - 1) / RUN; }
     int vectors() const { return (tile_rows() * row_runs() + 3) / 4; }
 };
 
@@ -37,16 +31,16 @@ struct WinogradRuns {
             const int run = std::min(vector * 4 + q, last);
             const int y = run / across * 4, x = run % across * RUN * 4;
             for (int i = 0; i < 6; ++i)
-                in[i][q] = int64_t(std::min(y + i - 1, a.height)) * a.pitch + x - 1;
+                in[i][q] = int64_t(std::min(y + i - 1, a.made.height)) * a.pitch + x - 1;
             out[q] = int64_t(y) * a.pitch + x;
             const bool own = run == vector * 4 + q;
-            rows[q] = own ? std::min(4, a.height - y) : 0;
-            columns[q] = std::min(4 * RUN, a.width - x);
+            rows[q] = own ? std::min(4, a.made.height - y) : 0;
+            columns[q] = std::min(4 * RUN, a.made.width - x);
             for (int tile = 0; tile < RUN; ++tile)
                 for (int j : {4, 5}) {
                     const int pixel = x + 4 * tile + j - 1;
-                    inside[j - 4][4 * tile + q] = pixel <= a.width ? -1 : 0;
-                    whole &= pixel <= a.width || x + 4 * tile >= a.width;
+                    inside[j - 4][4 * tile + q] = pixel <= a.made.width ? -1 : 0;
+                    whole &= pixel <= a.made.width || x + 4 * tile >= a.made.width;
                 }
         }
     }
@@ -82,7 +76,7 @@ void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t, Types<
     using V = Types<float>::V;
     using Loose = Types<float>::Loose;
     using Words = Types<float>::Words;
-    for (int c = 0; c < a.channels; ++c) {
+    for (int c = 0; c < a.source.channels; ++c) {
         const float* plane = a.in + c * a.in_plane;
         V rows[6][6];
         repeat<6>([&](auto i) FORCED {
@@ -107,20 +101,9 @@ void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t, Types<
             repeat<6>([&](auto i) FORCED { rows[i][j] = y[i]; });
         });
         repeat<6>([&](auto i) FORCED {
-            winograd_set<POINTS, TILES>(points, a.channels, c, i, t, rows[i]);
+            winograd_set<POINTS, TILES>(points, a.source.channels, c, i, t, rows[i]);
         });
     }
-}
-
-// `count` of a vector's numbers
-FORCED inline void winograd_store(float* to, Types<float>::V value, int count) {
-    if (count == Types<float>::lanes) {
-        *(Types<float>::Loose*)to = value;
-        return;
-    }
-    const float* from = (const float*)&value;
-    for (; count >= 4; count -= 4, from += 4, to += 4) std::memcpy(to, from, 16);
-    for (int i = 0; i < count; ++i) to[i] = from[i];
 }
 
 // The outputs of a filter
@@ -142,7 +125,7 @@ FORCED inline void winograd_out(const WinogradImage& a, const WinogradRuns& runs
         activate<4>(a.op, f, out[i]);
         repeat<4>([&](auto q) FORCED {
             if (i < runs.rows[q])
-                winograd_store(a.out + row + runs.out[q], out[i][q], runs.columns[q]);
+                store_lanes(a.out + row + runs.out[q], out[i][q], 0, runs.columns[q]);
         });
     });
 }
@@ -151,14 +134,14 @@ FORCED inline void winograd_out(const WinogradImage& a, const WinogradRuns& runs
 template <int POINTS, int TILES>
 void winograd_tiles(const WinogradImage& a, int vector, int first, int last,
                     Types<float>::V* points) {
-    Types<float>::V* sums = points + 36 * TILES * int64_t(a.channels);
+    Types<float>::V* sums = points + 36 * TILES * int64_t(a.source.channels);
     WinogradRuns runs[TILES];
     for (int t = 0; t < TILES; ++t) {
         runs[t] = WinogradRuns(a, vector + t);
         winograd_in<POINTS, TILES>(a, runs[t], t, points);
     }
     winograd_sums<POINTS, TILES>({(const float*)a.op.winograd_alone, a.op.start, a.op.index,
-                                  a.channels, a.filters, first, last}, points, sums);
+                                  a.source.channels, a.made.channels, first, last}, points, sums);
     for (int place = first; place < last; ++place)
         for (int t = 0; t < TILES; ++t)
             winograd_out<winograd_width(POINTS), TILES>(
@@ -168,7 +151,7 @@ void winograd_tiles(const WinogradImage& a, int vector, int first, int last,
 
 // Threads share the tiles where there are many, else the filters
 inline void winograd_image(const WinogradImage& a, Types<float>::V* memory, int part, int parts) {
-    int first = 0, last = a.filters;
+    int first = 0, last = a.made.channels;
     if (parts > 1 && a.vectors() < 2 * parts) {
         first = a.op.share[part], last = a.op.share[part + 1];
         part = 0, parts = 1;
@@ -176,7 +159,7 @@ inline void winograd_image(const WinogradImage& a, Types<float>::V* memory, int 
     const int end = (int)split(a.vectors(), part + 1, parts);
     for (int vector = (int)split(a.vectors(), part, parts); vector < end;) {
         const int count = std::min(end - vector, WINOGRAD_TILES);
-        winograd_sized(a.channels, count, [&](auto points, auto tiles) FORCED {
+        winograd_sized(a.source.channels, count, [&](auto points, auto tiles) FORCED {
             winograd_tiles<points, tiles>(a, vector, first, last, memory);
         });
         vector += count;
