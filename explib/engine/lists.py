@@ -165,9 +165,13 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     like = side, op.stride[0], *geometry.chw(op.shape)[1:]
     grouped = _grouped(flat, keep, 4) if side == 1 else (flat, keep)
     many = side == 1 and bool(grouped[1].mean() < TOGETHER * keep.mean())
+    small = geometry.plain(op, source) and like == (3, 1, 2, 2)
+    tiny = byte_tiny(library, source[0]) if small else 0
+    if tiny:
+        made |= _tiny_bytes(whole, tiny, bias, scale, zero)
     for layout, name in enumerate(("byte", "flat")):
-        if name == "byte" and depthwise:
-            continue  # blocks of images have no bytes of a row side by side
+        if tiny if name == "flat" else depthwise:
+            continue  # made above; blocks of images have no bytes of a row side by side
         together = byte_filters(library, *like, layout, many)
         made["together"] = max(together, made.get("together", 1))
         size = byte_chunk(library, *like, source[0], together, layout)
@@ -175,9 +179,6 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
         taps, kept = grouped if together > 1 else (flat, keep)
         lists = _by_chunk(_singles, taps, kept, size, np.arange(len(kept)))
         made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}
-    tiny = geometry.plain(op, source) and like == (3, 1, 2, 2) and byte_tiny(library, source[0])
-    if tiny:
-        return made | _tiny_bytes(whole, tiny, bias, scale, zero)
     return made
 
 

@@ -3,6 +3,7 @@
 // vector holds those of as many kernels as fit.
 #pragma once
 #include "bytes.h"
+#include "planes.h"
 
 namespace {
 
@@ -14,20 +15,12 @@ constexpr int TINY_KERNELS = BYTE_LANES / 4;
 constexpr int TINY_KERNELS = 0;
 #endif
 
-struct ByteTiny {
-    const Op& op;
-    const Byte *in, *other;  // other: added to the outputs, or null
-    Byte* out;
-    int64_t in_plane, out_plane;
-    int channels;
-};
-
 // Filters `first` to `last`; memory: four words a channel
-inline void byte_tiny(const ByteTiny& a, int first, int last, int32_t* memory) {
+inline void byte_tiny(const ImageConv<Byte>& a, int first, int last, int32_t* memory) {
     using V = Types<float>::V;
     constexpr int SETS = 4, KERNELS = TINY_KERNELS > 0 ? TINY_KERNELS : 1;
     const Op& op = a.op;
-    for (int c = 0; c < a.channels; ++c)
+    for (int c = 0; c < a.source.channels; ++c)
         for (int i = 0; i < 4; ++i) std::memcpy(memory + 4 * c + i, a.in + c * a.in_plane, 4);
     const int32_t *weight = (const int32_t*)op.flat_weight, *index = op.flat_index;
     const auto codes = [&](int k) FORCED -> Words {

@@ -272,8 +272,7 @@ class Images {
                 const int first = parts == 1 ? 0 : op.share[part];
                 const int last = parts == 1 ? filters : op.share[part + 1];
                 if constexpr (BYTES)
-                    byte_tiny({op, a.in, a.other, a.out, a.in_plane, a.out_plane, channels}, first,
-                              last, (int32_t*)byte_scratch[own]->data);
+                    byte_tiny(a, first, last, (int32_t*)byte_scratch[own]->data);
                 else if constexpr (std::is_same_v<T, float>)
                     tiny(a, first, last, extra + int64_t(part) * TINY_PAIRS * channels);
                 return;
