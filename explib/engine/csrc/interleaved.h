@@ -237,15 +237,14 @@ class Blocks {
                 if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
     }
 
-    // One of `parts` threads that run this at once on the same worker's memory
-    void run(int worker, const float* const* in, float* const* out, int64_t images, int64_t block,
-             int part, int parts, Barrier& barrier) {
-        T* memory = (T*)memories[worker]->data;
+    void run(const float* const* in, float* const* out, int64_t images, int64_t block,
+             const Part& by) {
+        T* memory = (T*)memories[by.worker]->data;
         const int64_t first = block * LANES;
         const int live = (int)std::min<int64_t>(LANES, images - first);
         for (const Op& op : plan.ops) {
-            run_op(op, worker, memory, in, out, first, live, part, parts);
-            barrier.wait(parts);
+            run_op(op, by.worker, memory, in, out, first, live, by.part, by.parts);
+            by.barrier.wait(by.parts);
         }
     }
 

@@ -89,14 +89,14 @@ class Images {
             if (!one) one = std::make_unique<Memory>(WORDS_BYTES + BYTE_SUMS_BYTES);
     }
 
-    // One of `parts` threads that run this at once on the same worker's memory
-    void run(int worker, const float* const* in, float* const* out, int64_t image, int part,
-             int parts, Barrier& barrier) {
-        T* memory = (T*)memories[worker]->data;
-        Scalar* extra = (Scalar*)scratch[worker]->data;
-        for (const Op& op : plan.ops) {
-            run_op(op, worker, memory, extra, in, out, image, part, parts, barrier);
-            barrier.wait(parts);
+    // ops: of the plan, or some that store
+    void run(const Op* ops, size_t count, const float* const* in, float* const* out, int64_t image,
+             const Part& by) {
+        T* memory = (T*)memories[by.worker]->data;
+        Scalar* extra = (Scalar*)scratch[by.worker]->data;
+        for (size_t i = 0; i < count; ++i) {
+            run_op(ops[i], by.worker, memory, extra, in, out, image, by.part, by.parts, by.barrier);
+            by.barrier.wait(by.parts);
         }
     }
 

@@ -46,6 +46,13 @@ class Barrier {
     }
 };
 
+// One of `parts` threads that do the same thing at once
+struct Part {
+    int worker;  // whose memory they use
+    int part, parts;
+    Barrier& barrier;
+};
+
 // Workers that wait awake for a moment, then asleep. One pool a process: a fork makes its own.
 class Pool {
     std::vector<std::thread> workers;
