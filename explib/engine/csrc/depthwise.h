@@ -4,23 +4,6 @@
 
 namespace {
 
-// Lane i of the result is number `by * i + from` of a and then b
-template <int by, int from, class V>
-FORCED inline V picked(V a, V b) {
-    constexpr int LANES = sizeof(V) / sizeof(V{}[0]);
-#if defined(__AVX512F__)  // another port than the compiler's own
-    if constexpr (by == 1 && LANES == 16)
-        return (V)_mm512_alignr_epi32((__m512i)b, (__m512i)a, from);
-#endif
-    V made{};
-#if SHUFFLES
-    [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
-        made = __builtin_shufflevector(a, b, (by * I + from)...);
-    }(std::make_integer_sequence<int, LANES>{});
-#endif
-    return made;
-}
-
 // The activations that are no more than bounds; any other is left to do, where a call costs nothing
 template <class T>
 struct Bounds {

@@ -242,23 +242,6 @@ struct Phases {
     }
 };
 
-// Even and odd ones of `count` numbers, each a vector further than they are
-template <class T>
-FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
-    USE_TYPES;
-    int q = 0;
-#if SHUFFLES
-    using Loose = typename Types<T>::Loose;
-    for (; 2 * q < count; q += LANES)
-        [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
-            const V a = *(const Loose*)(in + 2 * q), b = *(const Loose*)(in + 2 * q + LANES);
-            *(Loose*)(even + q) = __builtin_shufflevector(a, b, 2 * I...);
-            *(Loose*)(odd + q) = __builtin_shufflevector(a, b, 2 * I + 1 ...);
-        }(std::make_integer_sequence<int, LANES>{});
-#endif
-    for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
-}
-
 // The pixels of a plane as phases, from `out` on; of int8 what its codes stand for. What is written
 // beyond a row the next one or the end overwrites
 template <class T>

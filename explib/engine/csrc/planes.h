@@ -15,7 +15,7 @@ namespace {
 
 constexpr int NEAR_BYTES = 512 * 1024;  // what the second cache holds for sure
 // Filters whose sums stay in the first one
-constexpr int SUMS_NEAR = 28 * 1024 / (PAIR * VECTOR_BYTES);
+constexpr int SUMS_NEAR = 28 * 1024 / (BESIDE * VECTOR_BYTES);
 
 // A conv of one image: its planes, with zeros between rows, before the first and behind the last one
 template <class T>
@@ -31,11 +31,12 @@ struct ImageConv {
 };
 
 // NT taps of kernels by channel, of ALL or, if that is 0, of `taps`: the shifted planes stay in
-// registers while all filters that use this channel take them; sums of N vectors of every filter
+// registers while all filters that use this channel take them; sums of N vectors of every filter,
+// which are `at` there in a plane
 template <class T, int ALL, int NT, int N>
-[[gnu::noinline]] void add_taps(const Op& op, const T* in, int64_t plane, int channels,
-                                const int* shift, int taps, int first_tap, int first_list,
-                                int last_list, T* sums) {
+[[gnu::noinline]] void add_taps(const Op& op, const T* in, const int64_t (&at)[N], int64_t plane,
+                                int channels, const int* shift, int taps, int first_tap,
+                                int first_list, int last_list, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
     const int32_t* words = (const int32_t*)op.weight_by_channel + first_tap;
@@ -45,8 +46,7 @@ template <class T, int ALL, int NT, int N>
             V pixels[NT][N];
             repeat<NT>([&](auto t) FORCED {
                 repeat<N>([&](auto n) FORCED {
-                    pixels[t][n] =
-                        *(const Loose*)(in + c * plane + shift[first_tap + t] + n * LANES);
+                    pixels[t][n] = *(const Loose*)(in + at[n] + c * plane + shift[first_tap + t]);
                 });
             });
             for (int k = start[0]; k < start[1]; ++k) {
@@ -67,8 +67,8 @@ template <class T, int ALL, int NT, int N>
 
 // All taps, as many at once as registers hold: of most sizes a whole row or the whole kernel
 template <class T, int N>
-void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const int* shift,
-                  int first_list, int last_list, int first, int last, T* sums) {
+void conv_vectors(const Op& op, const T* in, const int64_t (&at)[N], int64_t plane, int channels,
+                  const int* shift, int first_list, int last_list, int first, int last, T* sums) {
     USE_TYPES;
     const int taps = op.rows.kernel * op.columns.kernel;
     for (int f = first; f < last; ++f)
@@ -76,11 +76,11 @@ void conv_vectors(const Op& op, const T* in, int64_t plane, int channels, const 
     int done = 0;
     const auto pass = [&](auto nt) {
         for (; done + nt <= taps; done += nt)
-            add_taps<T, 0, nt, N>(op, in, plane, channels, shift, taps, done, first_list,
+            add_taps<T, 0, nt, N>(op, in, at, plane, channels, shift, taps, done, first_list,
                                   last_list, sums);
     };
     if (taps == 9)
-        return add_taps<T, 9, 9, N>(op, in, plane, channels, shift, 9, 0, first_list, last_list,
+        return add_taps<T, 9, 9, N>(op, in, at, plane, channels, shift, 9, 0, first_list, last_list,
                                     sums);
     if (taps % 7 == 0) pass(Int<7>{});
     if (taps % 5 == 0) pass(Int<5>{});
@@ -164,10 +164,31 @@ FORCED inline void finish(const Results<T>& to, const typename Types<T>::V* sums
     }
 }
 
+// Sums of N vectors of filters f0 to f1 to whole vectors `at` there in their planes
+template <int N, class T>
+[[gnu::noinline]] void finish_whole(const Results<T>& to, const typename Types<T>::V* sums, int f0,
+                                    int f1, const int64_t (&at)[N]) {
+    USE_TYPES;
+    const ImageConv<T>& a = to.conv;
+    for (int f = f0; f < f1; ++f) {
+        const int64_t plane = f * a.out_plane;
+        V values[N];
+        repeat<N>([&](auto n) FORCED {
+            __builtin_prefetch(a.out + plane + at[n] + N * LANES, 1);
+            values[n] = sums[(f - f0) * N + n];
+            if (a.other) values[n] += decoded<T>(load_loose(a.other + plane + at[n]), a.op.other_code);
+        });
+        activate<N>(a.op, f, values);
+        repeat<N>([&](auto n) FORCED {
+            store_loose(a.out + plane + at[n], coded<T>(values[n], a.op.out_code));
+        });
+    }
+}
+
 // Scratch that `threads` threads need for a conv of any kind but depthwise, in scalars
 template <class T>
 int64_t planes_scratch(const Tensor& in, const Tensor& out, const Phases& phases, int threads) {
-    const int64_t sums = int64_t(out.channels) * PAIR * Types<T>::lanes;
+    const int64_t sums = int64_t(out.channels) * BESIDE * Types<T>::lanes;
     return sums * threads + (phases.in_place ? 0 : in.channels * phases.count * phases.plane);
 }
 
@@ -178,7 +199,7 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
                  int threads, int part, int parts, Barrier& barrier) {
     USE_TYPES;
     using Scalar = typename Types<T>::Scalar;
-    const int64_t sums_size = int64_t(a.made.channels) * PAIR * LANES;
+    const int64_t sums_size = int64_t(a.made.channels) * BESIDE * LANES;
     const int filters = a.made.channels, channels = a.source.channels;
     const Scalar* x = (const Scalar*)a.in;
     int64_t plane = a.in_plane;
@@ -193,18 +214,30 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
     }
     Scalar* sums = scratch + part * sums_size;
     const Results<T> to(a, phases);
-    const bool by_plane = phases.vectors >= 8 * parts, all = by_plane || parts == 1;
-    const int end = by_plane ? (int)split(phases.vectors, part + 1, parts) : phases.vectors;
+    // rows of whole vectors are taken one by one where the outputs' planes have another pitch
+    const int across = !to.mask && a.made.width % LANES == 0 ? a.made.width / LANES : 0;
+    const int count = across ? a.made.height * across : phases.vectors;
+    const bool by_plane = count >= 8 * parts, all = by_plane || parts == 1;
     const int f0 = all ? 0 : a.op.share[part], f1 = all ? filters : a.op.share[part + 1];
     const int first = all ? 0 : part * a.op.passes;
     const int last = all ? threads * a.op.passes : first + a.op.passes;
     const auto vectors = [&](auto n, int v) {
-        conv_vectors<Scalar, n>(a.op, x + v * LANES, plane, channels, phases.shift.data(), first,
-                                last, f0, f1, sums);
+        int64_t from[n], at[n];
+        repeat<n>([&](auto i) FORCED {
+            const int row = across ? (v + i) / across : 0, q = v + i - row * across;
+            from[i] = int64_t(row) * phases.pitch + q * LANES;
+            at[i] = int64_t(row) * a.out_pitch + q * LANES;
+        });
+        conv_vectors<Scalar, n>(a.op, x, from, plane, channels, phases.shift.data(), first, last,
+                                f0, f1, sums);
+        if (across) return finish_whole<n>(to, (const V*)sums + f0 * n, f0, f1, at);
         finish<n>(to, (const V*)sums + f0 * n, f0, f1, v);
     };
-    int v = by_plane ? (int)split(phases.vectors, part, parts) : 0;
-    for (; v + PAIR <= end; v += PAIR) vectors(Int<PAIR>{}, v);
+    const int end = by_plane ? (int)split(count, part + 1, parts) : count;
+    int v = by_plane ? (int)split(count, part, parts) : 0;
+    if constexpr (BESIDE == 3)
+        for (; end - v >= 5 || end - v == 3; v += 3) vectors(Int<3>{}, v);
+    for (; BESIDE > 1 && end - v >= 2; v += 2) vectors(Int<2>{}, v);
     if (v < end) vectors(Int<1>{}, v);
 }
 

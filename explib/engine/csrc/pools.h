@@ -41,75 +41,122 @@ void pool_block(const Op& op, const Tensor& a, const Tensor& o, const T* x, T* y
         }
 }
 
+// Scalars of a row as it is joined, and more that vectors reach
+template <class R>
+int joined_row(int pitch) {
+    return round_up(pitch, Types<R>::lanes) + Types<R>::lanes;
+}
+
+// What a pool of single images needs of scratch memory, in values of S: three rows of any type
+template <class S>
+int64_t pool_scratch(int pitch) {
+    return 3 * joined_row<float>(pitch) * int64_t(sizeof(float) / sizeof(S));
+}
+
+struct Kept {  // a maximum
+    template <class R>
+    FORCED R operator()(R value, int, int) const {
+        return value;
+    }
+};
+
 // What becomes of the pixels of each window: first over rows, whole rows at a time, then over as
 // many neighbours as the widest windows have. down, along: from one of them to the next. row: room
-// for two, each a vector longer
+// for three
 template <class P, class R, class Get, class Join, class Put>
 void join_windows(const Op& op, int pitch_in, int pitch_out, const Tensor& a, const Tensor& o,
                   const P* in, P* __restrict out, R* __restrict row, int down, int along,
                   const Get& get, const Join& join, const Put& put) {
+    constexpr int LANES = Types<R>::lanes;
+    using V = typename Types<R>::V;
+    using Loose = typename Types<R>::Loose;
     const int width = a.width, width_out = o.width;  // copies, which what is written cannot be
     const int32_t *rows = op.index, *columns = rows + 2 * o.height;
-    constexpr bool VECTORS = std::is_same_v<P, R> && !std::is_integral_v<P>;
-    R* joined = row + (VECTORS ? 2 : 1) * round_up(pitch_in, Types<P>::lanes);
+    const auto begin = [&](int q) { return columns[2 * q]; };
+    const auto size = [&](int q) { return columns[2 * q + 1] - columns[2 * q]; };
     int full = 0;
-    for (int q = 0; q < width_out; ++q)
-        full = std::max(full, columns[2 * q + 1] - columns[2 * q]);
+    for (int q = 0; q < width_out; ++q) full = std::max(full, size(q));
     // the outputs whose windows are whole and as far apart, at steps that vectors can take
     int first = 0, last = 0, step = 0;
-    while (first < width_out && columns[2 * first + 1] - columns[2 * first] < full) ++first;
-    if (first + 1 < width_out) step = columns[2 * first + 2] - columns[2 * first];
+    while (first < width_out && size(first) < full) ++first;
+    if (first + 1 < width_out) step = begin(first + 1) - begin(first);
     if (step == 1 || step == 2)
         for (last = first; last < width_out; ++last)
-            if (columns[2 * last + 1] - columns[2 * last] < full ||
-                columns[2 * last] - columns[2 * first] != (last - first) * step)
-                break;
-    last = std::max(first, last);
+            if (size(last) < full || begin(last) - begin(first) != (last - first) * step) break;
+    const int whole = std::max(0, last - first);
+    const int base = whole ? begin(first) : 0;
+    R *even = row + joined_row<R>(pitch_in), *odd = even + joined_row<R>(pitch_in);
+    // few pixels each: without memory between rows and columns, which would wait for what it holds
+    const bool direct = SHUFFLES && std::is_same_v<P, R> && step == 2 && along == 1 && full >= 2 && full <= 4;
     for (int r = 0, height = o.height; r < height; ++r, out += pitch_out) {
         const P* x = in + rows[2 * r] * pitch_in;
         const P* end = in + rows[2 * r + 1] * pitch_in;
-        if constexpr (VECTORS) {
-            using Loose = typename Types<P>::Loose;
-            for (int q = 0; q < width; q += Types<P>::lanes) {
-                typename Types<P>::V most = *(const Loose*)(x + q);
+        const auto column = [&](int q) FORCED {
+            R value = get(x[q]);
+            for (const P* next = x + down * pitch_in; next < end; next += down * pitch_in)
+                value = join(value, get(next[q]));
+            return value;
+        };
+        const auto store_loosely = [](R* to, V value) FORCED { *(Loose*)to = value; };
+        const auto made = [&](int q, V value) FORCED {  // of the whole windows from the qth on
+            if constexpr (std::is_same_v<Put, Kept>)
+                store_lanes(out + first + q, value, 0, std::min(LANES, whole - q));
+            else
+                for (int i = 0; i < std::min(LANES, whole - q); ++i)
+                    out[first + q + i] = P(put(value[i], r, first + q + i));
+        };
+        if constexpr (std::is_same_v<P, R>) {
+            const auto columns = [&](int q) FORCED {
+                V value = *(const Loose*)(x + q);
                 for (const P* next = x + down * pitch_in; next < end; next += down * pitch_in)
-                    most = join(most, *(const Loose*)(next + q));
-                *(Loose*)(row + q) = most;
+                    value = join(value, *(const Loose*)(next + q));
+                return value;
+            };
+            V evens[2], odds[2];  // those of a vector of windows, and of the next one
+            for (int q = -LANES; direct && q < whole; q += LANES) {
+                const int next = base + 2 * (q + LANES);
+                const V a = columns(next), b = columns(next + LANES);
+                evens[1] = picked<2, 0>(a, b), odds[1] = picked<2, 1>(a, b);
+                if (q >= 0) {
+                    V value = join(evens[0], odds[0]);
+                    if (full > 2) value = join(value, picked<1, 1>(evens[0], evens[1]));
+                    if (full > 3) value = join(value, picked<1, 1>(odds[0], odds[1]));
+                    made(q, value);
+                }
+                evens[0] = evens[1], odds[0] = odds[1];
             }
-            for (int q = 0; q <= width - full; q += Types<P>::lanes) {
-                typename Types<P>::V most = *(const Loose*)(row + q);
-                for (int d = along; d < full; d += along)
-                    most = join(most, *(const Loose*)(row + q + d));
-                *(Loose*)(joined + q) = most;
-            }
+            for (int q = 0; !direct && q < width; q += LANES) store_loosely(row + q, columns(q));
         } else {
-            for (int q = 0; q < width; ++q) row[q] = get(x[q]);
-            for (x += down * pitch_in; x < end; x += down * pitch_in)
-                for (int q = 0; q < width; ++q) row[q] = join(row[q], get(x[q]));
-            std::copy_n(row, width + 1 - full, joined);
-            for (int d = along; d < full; d += along)
-                for (int q = 0; q <= width - full; ++q) joined[q] = join(joined[q], row[q + d]);
+            for (int q = 0; q < width; ++q) row[q] = column(q);
+        }
+        // of two rows by turns, where windows are two pixels apart
+        const R* near[2] = {row + base, row + base + 1};
+        if (!direct && whole && step == 2) {
+            deinterleave(near[0], 2 * (whole - 1) + full, even, odd);
+            near[0] = even, near[1] = odd;
+        }
+        for (int q = 0; !direct && q < whole; q += LANES) {
+            V value = *(const Loose*)(near[0] + q);
+            for (int d = along; d < full; d += along) {
+                const R* next = step == 2 ? near[d % 2] + d / 2 : near[0] + d;
+                value = join(value, *(const Loose*)(next + q));
+            }
+            made(q, value);
         }
         const auto one = [&](int q) FORCED {
-            const int from = columns[2 * q], to = columns[2 * q + 1];
-            R value = to - from == full ? joined[from] : row[from];
-            for (int c = from + along; c < to && to - from < full; c += along)
-                value = join(value, row[c]);
+            const auto at = [&](int c) FORCED { return direct ? column(c) : row[c]; };
+            R value = at(begin(q));
+            for (int c = begin(q) + along; c < begin(q) + size(q); c += along)
+                value = join(value, at(c));
             out[q] = P(put(value, r, q));
         };
-        const auto even = [&](auto step) FORCED {
-            for (int q = first; q < last; ++q)
-                out[q] = P(put(joined[columns[2 * first] + (q - first) * step], r, q));
-        };
         for (int q = 0; q < first; ++q) one(q);
-        if (step == 1) even(std::integral_constant<int, 1>{});
-        if (step == 2) even(std::integral_constant<int, 2>{});
-        for (int q = last; q < width_out; ++q) one(q);
+        for (int q = first + whole; q < width_out; ++q) one(q);
     }
 }
 
 // A plane of one image. pixels: of a whole plane, with zeros where those are the layout's; scratch:
-// two rows of floats
+// pool_scratch
 template <class T>
 void pool_image(const Op& op, const ImagePixels<T>& layout, const Tensor& a, const Tensor& o,
                 const T* in, T* out, int64_t pixels, void* scratch) {
@@ -127,7 +174,7 @@ void pool_image(const Op& op, const ImagePixels<T>& layout, const Tensor& a, con
     const int down = op.rows.dilation, along = op.columns.dilation;
     const auto same = [](auto x) FORCED { return x; };
     const auto most = [](auto a, auto b) FORCED { return larger(a, b); };
-    const auto kept = [](auto value, int, int) FORCED { return value; };
+    const Kept kept;
     if (op.kind == AVGPOOL)
         join_windows(op, wide, wide_out, a, o, in, out, (float*)scratch, 1, 1,
                      [&](T x) FORCED { return decoded<T>(float(x), op.in_code); },

@@ -50,7 +50,7 @@ class Images {
     int64_t plane(int height, int width) const { return body(height, width) + margin(width); }
     // before the first plane and behind the last one: a margin, and what loads there reach beyond
     int lead(int width) const { return BYTES ? windows_reach(width) : margin(width); }
-    int beyond(int width) const { return lead(width) + (BYTES ? 0 : 4 * LANES); }
+    int beyond(int width) const { return lead(width) + (BYTES ? 4 * VECTOR_BYTES : 4 * LANES); }
 
     T* data(T* memory, int t) const {
         const Tensor& a = plan.tensors[t];
@@ -116,10 +116,9 @@ class Images {
     // What an op needs of scratch memory, in scalars
     int64_t need(const Op& op, const Tensor& in, const Tensor& out) {
         if (op.kind != CONV) {
-            const int each = op.kind == LINEAR ? round_up(in.channels, LANES)
-                                               // two rows of floats, of half as many scalars
-                                               : 4 * round_up(pitch(in.width), LANES);
-            return int64_t(each) * plan.threads;
+            const int64_t each = op.kind == LINEAR ? round_up(in.channels, LANES)
+                                                   : pool_scratch<Scalar>(pitch(in.width));
+            return each * plan.threads;
         }
         const auto as_phases = [&]() -> const Phases& {
             const int wide = in_halo(op, in, out) ? pitch(in.width) : 0;
@@ -200,7 +199,7 @@ class Images {
                 case MAXPOOL:
                 case AVGPOOL:
                     pool_image(op, layout, a, o, x, y, BYTES ? a.height * a.width : from,
-                               extra + int64_t(part) * 4 * round_up(wide, LANES));
+                               extra + part * pool_scratch<Scalar>(wide));
                     break;
                 case SELECT: {
                     const int source = op.index[c];

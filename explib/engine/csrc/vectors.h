@@ -44,11 +44,12 @@
 
 namespace {
 
-// A tile of outputs and what it is made from stay in registers: 32 of them, or 16
+// A tile of outputs, or BESIDE vectors of them with nine neighbours each, stay in registers: 32 of
+// them, or 16
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int TILE_H = 4, TILE_W = 4, PAIR = 2;
+constexpr int TILE_H = 4, TILE_W = 4, BESIDE = 3;
 #else
-constexpr int TILE_H = 2, TILE_W = 4, PAIR = 1;
+constexpr int TILE_H = 2, TILE_W = 4, BESIDE = 1;
 #endif
 
 constexpr int PREFETCH = 1024;  // bytes of weights ahead, which are used once and in order
@@ -153,6 +154,12 @@ FORCED inline void store_lanes(T* to, typename Types<T>::V value, int from, int 
     if constexpr (sizeof(T) == 4)
         return _mm512_mask_storeu_ps(to, ((1 << count) - 1) << from, (__m512)value);
 #endif
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(T) == 2)
+        return _mm512_mask_storeu_epi16(to, ((1u << count) - 1) << from, (__m512i)value);
+    if constexpr (sizeof(T) == 1)
+        return _mm512_mask_storeu_epi8(to, ((1ull << count) - 1) << from, (__m512i)value);
+#endif
     const T* numbers = (const T*)&value + from;
     for (to += from; count >= 4; count -= 4, numbers += 4, to += 4)
         std::memcpy(to, numbers, 4 * sizeof(T));
@@ -191,6 +198,55 @@ FORCED inline void store(Byte* at, Types<float>::V value) {
     const auto words = (Types<float>::Words)(value + 12582912.0f) & 255;  // as Byte(float)
     *(Bytes*)at = __builtin_convertvector(words, Bytes);
 #endif
+}
+
+// From and to where no vector has to begin; codes lie so anyway
+template <class T>
+FORCED inline typename Types<T>::V load_loose(const T* at) {
+    if constexpr (std::is_same_v<T, Byte>)
+        return load(at);
+    else
+        return *(const typename Types<T>::Loose*)at;
+}
+template <class T>
+FORCED inline void store_loose(T* at, typename Types<T>::V value) {
+    if constexpr (std::is_same_v<T, Byte>)
+        store(at, value);
+    else
+        *(typename Types<T>::Loose*)at = value;
+}
+
+// Lane i of the result is number `by * i + from` of a and then b; only with SHUFFLES
+template <int by, int from, class V>
+FORCED inline V picked(V a, V b) {
+    constexpr int LANES = sizeof(V) / sizeof(V{}[0]);
+#if defined(__AVX512F__)  // another port than the compiler's own
+    if constexpr (by == 1 && LANES == 16)
+        return (V)_mm512_alignr_epi32((__m512i)b, (__m512i)a, from);
+#endif
+    V made{};
+#if SHUFFLES
+    [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
+        made = __builtin_shufflevector(a, b, (by * I + from)...);
+    }(std::make_integer_sequence<int, LANES>{});
+#endif
+    return made;
+}
+
+// Even and odd ones of `count` numbers, each a vector further than they are
+template <class T>
+FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
+    USE_TYPES;
+    int q = 0;
+#if SHUFFLES
+    using Loose = typename Types<T>::Loose;
+    for (; 2 * q < count; q += LANES) {
+        const V a = *(const Loose*)(in + 2 * q), b = *(const Loose*)(in + 2 * q + LANES);
+        *(Loose*)(even + q) = picked<2, 0>(a, b);
+        *(Loose*)(odd + q) = picked<2, 1>(a, b);
+    }
+#endif
+    for (; 2 * q < count; ++q) even[q] = in[2 * q], odd[q] = in[2 * q + 1];
 }
 
 // What a kernel multiplies: a pixel of the channel at[0]. `plane` is a channel's size in scalars.
@@ -309,8 +365,14 @@ FORCED inline V rectified(V x) {
 }
 
 template <class V>
-FORCED inline V larger(V a, V b) {
-    return (a < b) | (b != b) ? b : a;  // NaN stays
+FORCED inline V larger(V a, V b) {  // NaN stays
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<V, Types<float>::V>) {
+        const __mmask16 numbers = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q);
+        return (V)_mm512_mask_max_ps((__m512)a, numbers, (__m512)a, (__m512)b);
+    }
+#endif
+    return (a < b) | (b != b) ? b : a;
 }
 
 }  // namespace
