@@ -377,7 +377,8 @@ def _assemble(
     only = traced.results[0] if single and isinstance(traced.results[0], View) else None
 
     def run(inputs: Inputs) -> Any:
-        values = dict(zip(traced.inputs, tree_flatten(inputs)[0], strict=True))
+        leaves = [inputs] if isinstance(inputs, torch.Tensor) else tree_flatten(inputs)[0]
+        values = dict(zip(traced.inputs, leaves, strict=True))
         batch = len(values[next(iter(traced.shapes))])
         for step in steps:
             step(values, batch)

@@ -244,6 +244,7 @@ class Network:
     def __init__(self, ops, inputs, outputs, *, dtype: torch.dtype, threads: int):
         self.inputs, self.outputs, self.dtype, self.threads = inputs, outputs, dtype, threads
         self.shapes = {op.name: op.shape for op in ops} | inputs
+        self._pointers = ctypes.c_void_p * len(inputs), ctypes.c_void_p * len(outputs)
         self._library = library(dtype)
         self._keep: list[np.ndarray] = []
         ops = [geometry.cropped(op, geometry.chw(self.shapes[op.inputs[0]])) for op in ops]
@@ -294,18 +295,18 @@ class Network:
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Results for inputs of the planned shapes, on the CPU; ValueError for any others."""
         given = [tensor.detach().float().contiguous() for tensor in tensors]
-        count = len(given[0])
+        count = given[0].shape[0]
         for tensor, (name, shape) in zip(given, self.inputs.items(), strict=True):
             if tensor.shape != (count, *shape):
                 raise ValueError(f"{name}: {tuple(tensor.shape)}; give ({count}, {shape})")
         results = [
             torch.empty(count, *self.shapes[name], dtype=torch.float32) for name in self.outputs
         ]
-        pointers = ctypes.c_void_p * len(given), ctypes.c_void_p * len(results)
+        read, made = self._pointers
         status = self._library.explib_run(
             self._handle,
-            pointers[0](*(tensor.data_ptr() for tensor in given)),
-            pointers[1](*(tensor.data_ptr() for tensor in results)),
+            read(*[tensor.data_ptr() for tensor in given]),
+            made(*[tensor.data_ptr() for tensor in results]),
             count,
         )
         if status:
