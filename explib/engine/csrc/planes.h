@@ -238,7 +238,7 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
     if constexpr (BESIDE == 3)
         for (; end - v >= 5 || end - v == 3; v += 3) vectors(Int<3>{}, v);
     for (; BESIDE > 1 && end - v >= 2; v += 2) vectors(Int<2>{}, v);
-    if (v < end) vectors(Int<1>{}, v);
+    for (; v < end; ++v) vectors(Int<1>{}, v);
 }
 
 }  // namespace

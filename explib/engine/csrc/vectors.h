@@ -216,7 +216,7 @@ FORCED inline void store_loose(T* at, typename Types<T>::V value) {
         *(typename Types<T>::Loose*)at = value;
 }
 
-// Lane i of the result is number `by * i + from` of a and then b; only with SHUFFLES
+// Lane i of the result is number `by * i + from` of a and then b
 template <int by, int from, class V>
 FORCED inline V picked(V a, V b) {
     constexpr int LANES = sizeof(V) / sizeof(V{}[0]);
@@ -224,11 +224,13 @@ FORCED inline V picked(V a, V b) {
     if constexpr (by == 1 && LANES == 16)
         return (V)_mm512_alignr_epi32((__m512i)b, (__m512i)a, from);
 #endif
-    V made{};
+    V made;
 #if SHUFFLES
     [&]<int... I>(std::integer_sequence<int, I...>) FORCED {
         made = __builtin_shufflevector(a, b, (by * I + from)...);
     }(std::make_integer_sequence<int, LANES>{});
+#else
+    for (int i = 0, at = from; i < LANES; ++i, at += by) made[i] = at < LANES ? a[at] : b[at - LANES];
 #endif
     return made;
 }

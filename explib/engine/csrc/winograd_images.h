@@ -18,11 +18,12 @@ struct WinogradImage : ImageConv<float> {
 
 // Where the four runs of a vector are, and which of their outputs are in the image
 struct WinogradRuns {
-    int64_t in[6][4];  // from a plane's first pixel, of every row of pixels
+    int64_t in[4][6];  // from a plane's first pixel, of every row of pixels
     int64_t out[4];
     int rows[4], columns[4];
     Types<float>::Words inside[2];  // whether columns 4 and 5 of a lane's pixels are no other row's
     bool whole = true;              // whether all are
+    bool full = true;               // whether all outputs are in the image
     WinogradRuns() = default;
     WinogradRuns(const WinogradImage& a, int vector) {
         constexpr int RUN = WinogradImage::RUN;
@@ -31,11 +32,12 @@ struct WinogradRuns {
             const int run = std::min(vector * 4 + q, last);
             const int y = run / across * 4, x = run % across * RUN * 4;
             for (int i = 0; i < 6; ++i)
-                in[i][q] = int64_t(std::min(y + i - 1, a.made.height)) * a.pitch + x - 1;
+                in[q][i] = int64_t(std::min(y + i - 1, a.made.height)) * a.pitch + x - 1;
             out[q] = int64_t(y) * a.pitch + x;
             const bool own = run == vector * 4 + q;
             rows[q] = own ? std::min(4, a.made.height - y) : 0;
             columns[q] = std::min(4 * RUN, a.made.width - x);
+            full &= rows[q] == 4 && columns[q] == 4 * RUN;
             for (int tile = 0; tile < RUN; ++tile)
                 for (int j : {4, 5}) {
                     const int pixel = x + 4 * tile + j - 1;
@@ -70,64 +72,96 @@ FORCED inline void turn(V (&x)[4]) {
     x[2] = quarters<0>(c, d), x[3] = quarters<2>(c, d);
 }
 
-// One vector of tiles of every channel, the `t`th of those at once
+// One vector of tiles of every channel, the `t`th of those at once. Down the columns first, where a
+// vector still is pixels side by side; the two pixels of every run that go beyond it are a vector too
 template <int POINTS, int TILES>
-void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t, Types<float>::V* points) {
+[[gnu::noinline]] void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t,
+                                   Types<float>::V* points) {
     using V = Types<float>::V;
     using Loose = Types<float>::Loose;
     using Words = Types<float>::Words;
-    for (int c = 0; c < a.source.channels; ++c) {
-        const float* plane = a.in + c * a.in_plane;
-        V rows[6][6];
-        repeat<6>([&](auto i) FORCED {
-            V x[6], more[4], four[4];
-            repeat<4>([&](auto q) FORCED {
-                four[q] = *(const Loose*)(plane + runs.in[i][q]);
-                more[q] = *(const Loose*)(plane + runs.in[i][q] + 4);
-            });
-            turn(four), turn(more);  // of which two are not used
-            repeat<4>([&](auto j) FORCED { x[j] = four[j]; });
-            x[4] = more[0], x[5] = more[1];
-            if (!runs.whole)
-                repeat<2>([&](auto j) FORCED {
-                    x[4 + j] = (V)((Words)x[4 + j] & runs.inside[j]);
-                });
-            winograd_spread(x, rows[i]);
-        });
-        repeat<6>([&](auto j) FORCED {
+    constexpr int LANES = Types<float>::lanes, ENDS = LANES < 8 ? 2 : 1;
+    typedef double Twos __attribute__((vector_size(VECTOR_BYTES)));  // pixels
+    const int channels = a.source.channels;
+    const float* plane = a.in;
+    for (int c = 0; c < channels; ++c, plane += a.in_plane) {
+        V rows[6][4], ends[6][ENDS];
+        repeat<4>([&](auto q) FORCED {
             V x[6], y[6];
-            repeat<6>([&](auto i) FORCED { x[i] = rows[i][j]; });
+            repeat<6>([&](auto i) FORCED { x[i] = *(const Loose*)(plane + runs.in[q][i]); });
             winograd_spread(x, y);
-            repeat<6>([&](auto i) FORCED { rows[i][j] = y[i]; });
+            repeat<6>([&](auto i) FORCED { rows[i][q] = y[i]; });
+        });
+        repeat<ENDS>([&](auto e) FORCED {
+            V x[6], y[6];
+            repeat<6>([&](auto i) FORCED {
+                Twos two = {};
+                repeat<4 / ENDS>([&](auto q) FORCED {
+                    double value;
+                    std::memcpy(&value, plane + runs.in[q + e * (4 / ENDS)][i] + LANES, 8);
+                    two[int(q)] = value;
+                });
+                x[i] = (V)two;
+            });
+            winograd_spread(x, y);
+            repeat<6>([&](auto i) FORCED { ends[i][e] = y[i]; });
         });
         repeat<6>([&](auto i) FORCED {
-            winograd_set<POINTS, TILES>(points, a.source.channels, c, i, t, rows[i]);
+            V x[6], y[6];
+            turn(rows[i]);
+            repeat<4>([&](auto j) FORCED { x[j] = rows[i][j]; });
+            // of every tile what the next one begins with
+            repeat<2>([&](auto j) FORCED {
+                const V beyond = picked<2, j>(ends[i][0], ends[i][ENDS - 1]);
+                if constexpr (LANES == 4)
+                    x[4 + j] = beyond;
+                else
+                    x[4 + j] = picked<1, 4>(x[j], beyond);
+                if (!runs.whole) x[4 + j] = (V)((Words)x[4 + j] & runs.inside[j]);
+            });
+            winograd_spread(x, y);
+            winograd_set<POINTS, TILES>(points, channels, c, i, t, y);
         });
     }
 }
 
-// The outputs of a filter
+// The outputs of filters at places `first` to `last`, the first sum of which is at `sums`
 template <int WIDTH, int TILES>
-FORCED inline void winograd_out(const WinogradImage& a, const WinogradRuns& runs, int f,
-                                const Types<float>::V* sums) {
+[[gnu::noinline]] void winograd_out(const WinogradImage& a, const WinogradRuns& runs, int first,
+                                    int last, const Types<float>::V* sums) {
     using V = Types<float>::V;
-    const V bias = splat(a.op.bias[f]);
-    V out[4][4];
-    winograd_outputs<WIDTH, TILES>(sums, bias, out);
-    repeat<4>([&](auto i) FORCED {
-        turn(out[i]);
-        const int64_t row = f * a.out_plane + i * a.pitch;
-        if (a.other)
+    using Loose = Types<float>::Loose;
+    // copies, which what is written cannot be
+    const bool full = runs.full;
+    const int64_t pitch = a.pitch, plane = a.out_plane;
+    const float *const bias = a.op.bias, *const other = a.other;
+    const int32_t* const order = a.op.order;
+    float* const to = a.out;
+    int64_t begin[4];
+    repeat<4>([&](auto q) FORCED { begin[q] = runs.out[q]; });
+    for (int place = first; place < last; ++place, sums += 6 * WIDTH * TILES) {
+        const int f = order ? order[place] : place;
+        V out[4][4];
+        winograd_outputs<WIDTH, TILES>(sums, splat(bias[f]), out);
+        repeat<4>([&](auto i) FORCED { turn(out[i]); });
+        const auto each = [&](const auto& change) FORCED {
             repeat<4>([&](auto q) FORCED {
-                const float* other = a.other + row + runs.out[q];
-                if (i < runs.rows[q]) out[i][q] += *(const Types<float>::Loose*)other;
+                const int64_t at = f * plane + begin[q];
+                repeat<4>([&](auto i) FORCED {
+                    if (full || i < runs.rows[q]) change(out[i][q], at + i * pitch, q);
+                });
             });
-        activate<4>(a.op, f, out[i]);
-        repeat<4>([&](auto q) FORCED {
-            if (i < runs.rows[q])
-                store_lanes(a.out + row + runs.out[q], out[i][q], 0, runs.columns[q]);
-        });
-    });
+        };
+        if (other)
+            each([=](V& value, int64_t at, int) FORCED { value += *(const Loose*)(other + at); });
+        activate<16>(a.op, f, (V(&)[16])out);
+        if (full)
+            each([=](V value, int64_t at, int) FORCED { *(Loose*)(to + at) = value; });
+        else
+            each([&](V value, int64_t at, int q) FORCED {
+                store_lanes(to + at, value, 0, runs.columns[q]);
+            });
+    }
 }
 
 // Vectors of tiles from `vector` on of the filters at places `first` to `last`
@@ -142,11 +176,8 @@ void winograd_tiles(const WinogradImage& a, int vector, int first, int last,
     }
     winograd_sums<POINTS, TILES>({(const float*)a.op.winograd_alone, a.op.start, a.op.index,
                                   a.source.channels, a.made.channels, first, last}, points, sums);
-    for (int place = first; place < last; ++place)
-        for (int t = 0; t < TILES; ++t)
-            winograd_out<winograd_width(POINTS), TILES>(
-                a, runs[t], a.op.order ? a.op.order[place] : place,
-                sums + int64_t(place - first) * 6 * winograd_width(POINTS) * TILES + t);
+    for (int t = 0; t < TILES; ++t)
+        winograd_out<winograd_width(POINTS), TILES>(a, runs[t], first, last, sums + t);
 }
 
 // Threads share the tiles where there are many, else the filters
