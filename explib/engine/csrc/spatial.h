@@ -134,6 +134,8 @@ class Images {
             case DEPTHWISE: return depthwise_scratch(as_phases()) * plan.threads;
             case PLANES: return planes_scratch<T>(in, out, as_phases(), plan.threads);
             case AS_BYTES: windows.try_emplace(&op, op, in, out); return 0;
+            case POINTWISE:
+                return op.rows.stride == 1 ? 0 : in.channels * body(out.height, out.width);
             default: return 0;
         }
     }
@@ -300,49 +302,61 @@ class Images {
                 }
                 return;
             case POINTWISE:
-                if constexpr (!BYTES) pointwise(a, *point_scratch[own], part, parts);
+                if constexpr (!BYTES)
+                    pointwise(a, extra, *point_scratch[own], part, parts, barrier);
         }
     }
 
-    // A 1x1 conv. Threads share the plane where it is large, else the filters
-    void pointwise(const ImageConv<T>& a, const PointScratch& scratch, int part, int parts) {
+    // A 1x1 conv, of a stride on the pixels that it takes, which are put side by side first. Threads
+    // share the plane where it is large, else the filters
+    void pointwise(const ImageConv<T>& a, T* taken, const PointScratch& scratch, int part, int parts,
+                   Barrier& barrier) {
         const Op& op = a.op;
-        const int S = op.rows.stride, wide = a.pitch, wide_out = a.out_pitch;
-        const int64_t from = a.in_plane;
-        const T* in = a.in;
         const Tensor& o = a.made;
+        const int vectors = body(o.height, o.width) / LANES, channels = a.source.channels;
+        const bool all = op.rows.stride == 1;
+        const int64_t from = all ? a.in_plane : vectors * LANES;
+        if (!all) {
+            const int last = (int)split(channels, part + 1, parts);
+            for (int c = (int)split(channels, part, parts); c < last; ++c)
+                take_pixels(op.rows.stride, o, a.in + c * a.in_plane, a.pitch, taken + c * from,
+                            a.out_pitch);
+            barrier.wait(parts);
+        }
+        const T* in = all ? a.in : taken;
         Points<T> conv = {.in = in, .other = a.other, .out = a.out, .out_plane = a.out_plane,
-                          .channels = a.source.channels, .filters = o.channels, .first = 0,
+                          .channels = channels, .filters = o.channels, .first = 0,
                           .last = o.channels, .op = &op, .weight = (const int32_t*)op.weight,
                           .start = op.start, .order = op.order,
                           .index = (const uint8_t*)op.index, .inside = a.inside};
         conv.use(scratch);
-        const int vectors = body(o.height, o.width) / LANES;
         if (parts > 1 && vectors < 10 * parts) {
             conv.first = op.share[part], conv.last = op.share[part + 1];
             part = 0, parts = 1;
         }
         points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
                [&](int first, int count) {
-                   return [=, &o](int channel, int n, T* tile) {
-                       const T* x = in + channel * from;
-                       for (int c = 0; c < n; ++c, x += from, tile += count * LANES) {
-                           if (S == 1) {
-                               std::memcpy(tile, x + first * LANES, count * LANES * sizeof(T));
-                               continue;
-                           }
-                           // what lies between the rows and below the last is not used
-                           int r = first * LANES / wide_out, q = first * LANES % wide_out;
-                           for (int i = 0; i < count * LANES; ++r, q = 0) {
-                               const int n = std::min(wide_out - q, count * LANES - i);
-                               const int live = r < o.height ? std::min(n, o.width - q) : 0;
-                               const T* row = x + r * S * wide + q * S;
-                               for (int j = 0; j < live; ++j) tile[i + j] = row[j * S];
-                               i += n;
-                           }
-                       }
+                   return [=](int channel, int n, T* tile) {
+                       const T* x = in + channel * from + first * LANES;
+                       for (int c = 0; c < n; ++c, x += from, tile += count * LANES)
+                           std::memcpy(tile, x, count * LANES * sizeof(T));
                    };
                });
+    }
+
+    // Every `stride`th pixel of every such row of a plane, as many as the output has. What is written
+    // between the rows no result depends on
+    static void take_pixels(int stride, const Tensor& o, const T* in, int pitch, T* out,
+                            int out_pitch) {
+        for (int r = 0; r < o.height; ++r, in += stride * pitch, out += out_pitch) {
+            int q = 0;
+            if constexpr (!BYTES)
+                for (; stride == 2 && q < o.width; q += LANES)
+                    store_lanes(out + q, picked<2, 0>(load_loose(in + 2 * q),
+                                                      load_loose(in + 2 * q + LANES)),
+                                0, std::min(LANES, o.width - q));
+            for (; q < o.width; ++q) out[q] = in[q * stride];
+        }
     }
 
 };
