@@ -15,7 +15,7 @@ namespace {
 
 constexpr int NEAR_BYTES = 512 * 1024;  // what the second cache holds for sure
 // Filters whose sums stay in the first one
-constexpr int SUMS_NEAR = 28 * 1024 / (BESIDE * VECTOR_BYTES);
+inline int sums_near() { return near_bytes() / (BESIDE * VECTOR_BYTES); }
 
 // A conv of one image: its planes, with zeros between rows, before the first and behind the last one
 template <class T>

@@ -18,7 +18,6 @@
 namespace {
 
 constexpr int POINTS = 14, FEW = 7;  // vectors of a tile: at most, and where a cache decides
-constexpr int CHUNK_BYTES = 28 * 1024;  // of the first cache
 constexpr int SUMS_BYTES = 224 * 1024;  // of the second
 constexpr int AT_ONCE = SUMS_BYTES / VECTOR_BYTES / POINTS;  // filters whose sums are there
 
@@ -26,7 +25,7 @@ constexpr int AT_ONCE = SUMS_BYTES / VECTOR_BYTES / POINTS;  // filters whose su
 // for FEW of each, or for all in as few tiles
 inline int point_chunk_channels(int vectors) {
     const int tiles = (vectors + FEW - 1) / FEW, each = (vectors + tiles - 1) / tiles;
-    return std::min(256, CHUNK_BYTES / VECTOR_BYTES / each);  // as many as a byte numbers
+    return std::min(256, near_bytes() / VECTOR_BYTES / each);  // as many as a byte numbers
 }
 
 // Of scalars of this type, where it is so many of floats
@@ -37,7 +36,7 @@ int chunk_of(int floats) {
 
 // Memory of one thread for the tile and the sums
 struct PointScratch {
-    Memory tile{CHUNK_BYTES}, sums{SUMS_BYTES};
+    Memory tile{size_t(near_bytes())}, sums{SUMS_BYTES};
     static void prepare(std::vector<std::unique_ptr<PointScratch>>& all) {
         for (auto& one : all)
             if (!one) one = std::make_unique<PointScratch>();
@@ -159,7 +158,7 @@ void point_tile(const Points<T>& a, int64_t at, const Pack& pack) {
 template <class T>
 int tile_vectors(const Op& op, int channels) {
     const int packed = std::min(chunk_of<T>(op.chunk), channels);
-    return std::min(POINTS, CHUNK_BYTES / (packed * Types<T>::lanes * int(sizeof(T))));
+    return std::min(POINTS, near_bytes() / (packed * Types<T>::lanes * int(sizeof(T))));
 }
 
 // The vectors from `first` to `last` of every plane. gather(vector, vectors) makes what packs a tile

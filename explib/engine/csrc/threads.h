@@ -5,6 +5,7 @@
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -16,6 +17,18 @@
 #include <vector>
 
 namespace {
+
+// Bytes of a core's nearest cache that what an op reads again and again may fill
+inline int near_bytes() {
+    static const int bytes = [] {
+        long cache = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+        cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // 0 where nobody says
+#endif
+        return int(std::clamp(cache, 32L * 1024, 64L * 1024) / 8 * 7);
+    }();
+    return bytes;
+}
 
 struct Memory {
     void* data = nullptr;
