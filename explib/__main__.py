@@ -188,13 +188,13 @@ def recipes(file, results_dir):
     type=click.Choice(["fp32", "bf16", "fp16", "int8"]),
     help="default: int8 of a file saved so, else fp32",
 )
-@answer("ran")
+@answer("ran", passed=lambda found: not found["unreadable"])
 def run(network, images, top, batch_size, threads, dtype):
     """Class and score of each of the IMAGES by a NETWORK.
 
     NETWORK: a file of engine.save, of any architecture, or a compact one of the study. IMAGES:
     files, or folders of them. Scores are softmax; the last line says how fast it was, and with
-    what.
+    what. What is no readable image is said, and exit status 1 at the end.
     """
     import torch
 
@@ -209,8 +209,18 @@ def run(network, images, top, batch_size, threads, dtype):
     for warning in told:
         click.echo(f"{network}: {warning.message}", err=True)
     how = reading.reading(fast.about, fast.shape)
-    rows = each(reading.classify(fast, how, files, batch_size, top), "classified")
-    return {"images": rows, "ran": fast.report}
+    unreadable = []
+
+    def classified():
+        for row in reading.classify(fast, how, files, batch_size, top):
+            if "error" in row:
+                click.echo(f"Error: {row['error']}", err=True)
+                unreadable.append(row)
+            else:
+                yield row
+
+    rows = each(classified(), "classified")
+    return {"images": rows, "unreadable": unreadable, "ran": fast.report}
 
 
 @cli.command()

@@ -304,6 +304,18 @@ class TestRun:
         assert [row["file"] for row in found["images"]] == [each.split("  ")[0] for each in lines]
         assert found["ran"]["kernels"] > 0 and found["ran"]["fallbacks"] == []
 
+    def test_what_is_no_image_is_said_and_the_others_get_their_lines(self, tmp_path):
+        make_folders(tmp_path / "images", {"a": 2, "b": 2})
+        (tmp_path / "images/train/a/broken.png").write_text("no image")
+        words = ["run", str(PUBLIC), str(tmp_path / "images/train"), "--json"]
+        done = CliRunner().invoke(cli, words)
+        found = json.loads(done.stdout)
+        assert done.exit_code == 1 and len(found["images"]) == 4
+        assert [row["file"] for row in found["unreadable"]] == [
+            str(tmp_path / "images/train/a/broken.png")
+        ]
+        assert "broken.png: no readable image" in done.stderr.splitlines()[-1]
+
     @needs_compiler
     def test_a_shipped_network_takes_images_too(self, tmp_path):
         make_folders(tmp_path / "images", {"a": 2, "b": 2})

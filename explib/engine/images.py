@@ -133,14 +133,22 @@ def classify(
 
     Rows of `file`, `classes`, each a `class` (its name, or its number where it has none) and a
     `score` (by softmax), and the image's share of the time that its batch took, `reading_s` and
-    `network_s`. DataError for what is no image, ValueError where the results are no scores.
+    `network_s`; of what is no readable image `file` and `error`, a line, before those of its batch.
+    ValueError where the results are no scores.
     """
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (how.mean, how.std))
     for first in range(0, len(files), batch_size):
-        group = files[first : first + batch_size]
+        group, pixels = [], []
         start = time.perf_counter()
-        images = torch.stack([read(path, how) for path in group])
-        images = (images / 255 - mean) / std
+        for path in files[first : first + batch_size]:
+            try:
+                pixels.append(read(path, how))
+                group.append(path)
+            except DataError as error:
+                yield {"file": str(path), "error": str(error)}
+        if not group:
+            continue
+        images = (torch.stack(pixels) / 255 - mean) / std
         ready = time.perf_counter()
         scores = network(images)
         done = time.perf_counter()

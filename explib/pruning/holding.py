@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from explib.pruning.layers import conv_at
+from explib.pruning.layers import conv_at, described
 from explib.pruning.masks import Masks, apply, check, spread, take_over
 
 # all bits or none: faster than filling by a mask, and no NaN survives it
@@ -172,6 +172,10 @@ def hold(
     before are replaced, with a warning where they were others, until this is undone. ValueError,
     naming the layer, for masks that do not fit or cannot be held: see `check`.
     """
+    if optimizer is not None and not callable(getattr(optimizer, "step", None)):
+        raise TypeError(
+            f"optimizer: {described(optimizer)}; give a torch.optim.Optimizer, or leave it out"
+        )
     masks = check(model, masks)
     elements = take_over(model, masks)
     masks = spread(model, masks)

@@ -62,6 +62,8 @@ def ran(found: dict) -> str:
     where = "torch" if report["engine"] == "torch" else "the engine"
     threads = f"{report['threads']} thread" + "s" * (report["threads"] > 1)
     vectors = report.get("instructions", "").partition(",")[0]
+    if not count:
+        return "no image could be read"
     return (
         f"{count} images, {count / network:.4g} images/s, with reading "
         f"{count / (reading + network):.4g}; in {where}, "

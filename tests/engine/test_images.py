@@ -105,8 +105,15 @@ def test_every_image_gets_its_classes_and_their_shares(folder):
 
 
 def test_what_is_no_image_or_no_score_is_one_line(folder):
-    with pytest.raises(DataError, match=r"read.me: no readable image \(cannot identify"):
-        list(images.classify(Tint(), how(), [folder / "read.me"]))
+    files = [folder / "read.me", folder / "a/1.JPEG", folder / "read.me"]
+    for size in (1, 2, 3):  # alone in its batch, too
+        rows = list(images.classify(Tint(), how(), files, size))
+        assert sorted(row["file"] for row in rows) == sorted(map(str, files))
+        bad = [row["error"] for row in rows if "error" in row]
+        assert len(bad) == 2 and all(
+            "read.me: no readable image (cannot identify" in e for e in bad
+        )
+        assert [row["file"] for row in rows if "classes" in row] == [str(files[1])]
     broken = folder / "a/0.png"
     broken.write_bytes((folder / "a/1.JPEG").read_bytes()[:300])
     with pytest.raises(DataError, match=r"0\.png: no readable image"):

@@ -662,6 +662,14 @@ class TestWhatDoesNotFit:
         with pytest.raises(ValueError, match=r"^optimizer: has no weight of a masked conv, 0 for"):
             holding.hold(model, masks, optimizer)
 
+    @pytest.mark.parametrize("given", [0.1, "sgd", make_net(1).parameters()])
+    def test_what_is_no_optimizer(self, given):
+        model, masks = masked(make_net)
+        before = model.state_dict()["0.weight"].clone()
+        with pytest.raises(TypeError, match=r"^optimizer: \w+; give a torch.optim.Optimizer, or"):
+            holding.hold(model, masks, given)
+        assert torch.equal(model.state_dict()["0.weight"], before)
+
     def test_masks_of_a_wrapper_are_told_their_names(self):
         model, masks = masked(make_net)
         wrapped = prune(nn.DataParallel(model), image(8), 0.5, "random")
