@@ -87,7 +87,8 @@ void join_windows(const Op& op, int pitch_in, int pitch_out, const Tensor& a, co
     const int base = whole ? begin(first) : 0;
     R *even = row + joined_row<R>(pitch_in), *odd = even + joined_row<R>(pitch_in);
     // few pixels each: without memory between rows and columns, which would wait for what it holds
-    const bool direct = SHUFFLES && std::is_same_v<P, R> && step == 2 && along == 1 && full >= 2 && full <= 4;
+    const bool few = full >= 2 && full <= 4 && along == 1;
+    const bool direct = SHUFFLES && std::is_same_v<P, R> && step == 2 && few;
     for (int r = 0, height = o.height; r < height; ++r, out += pitch_out) {
         const P* x = in + rows[2 * r] * pitch_in;
         const P* end = in + rows[2 * r + 1] * pitch_in;
