@@ -314,7 +314,8 @@ class TestRun:
         assert [row["file"] for row in found["unreadable"]] == [
             str(tmp_path / "images/train/a/broken.png")
         ]
-        assert "broken.png: no readable image" in done.stderr.splitlines()[-1]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and "broken.png: no readable image" in errors[0]
 
     @needs_compiler
     def test_a_shipped_network_takes_images_too(self, tmp_path):
