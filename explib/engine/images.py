@@ -138,20 +138,22 @@ def classify(
     """
     mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (how.mean, how.std))
     for first in range(0, len(files), batch_size):
-        group, pixels = [], []
+        group, pixels, unreadable = [], [], []
         start = time.perf_counter()
         for path in files[first : first + batch_size]:
             try:
                 pixels.append(read(path, how))
                 group.append(path)
             except DataError as error:
-                yield {"file": str(path), "error": str(error)}
+                unreadable.append({"file": str(path), "error": str(error)})
         if not group:
+            yield from unreadable
             continue
         images = (torch.stack(pixels) / 255 - mean) / std
         ready = time.perf_counter()
         scores = network(images)
         done = time.perf_counter()
+        yield from unreadable
         share = {
             "reading_s": (ready - start) / len(group),
             "network_s": (done - ready) / len(group),

@@ -170,7 +170,8 @@ def hold(
     gradients are then zeroed in one operation before its step rather than one by one, and what it
     has gathered of pruned kernels is cleared at once rather than after its next step. Masks held
     before are replaced, with a warning where they were others, until this is undone. ValueError,
-    naming the layer, for masks that do not fit or cannot be held: see `check`.
+    naming the layer, for masks that do not fit or cannot be held: see `check`; TypeError for an
+    optimizer that has no step.
     """
     if optimizer is not None and not callable(getattr(optimizer, "step", None)):
         raise TypeError(

@@ -350,15 +350,13 @@ class Images {
                             int out_pitch) {
         for (int r = 0; r < o.height; ++r, in += stride * pitch, out += out_pitch) {
             int q = 0;
-            if constexpr (!BYTES)
-                for (; stride == 2 && q < o.width; q += LANES)
-                    store_lanes(out + q, picked<2, 0>(load_loose(in + 2 * q),
-                                                      load_loose(in + 2 * q + LANES)),
-                                0, std::min(LANES, o.width - q));
+            for (; stride == 2 && q < o.width; q += LANES) {
+                const V one = load_loose(in + 2 * q), two = load_loose(in + 2 * q + LANES);
+                store_lanes(out + q, picked<2, 0>(one, two), 0, std::min(LANES, o.width - q));
+            }
             for (; q < o.width; ++q) out[q] = in[q * stride];
         }
     }
-
 };
 
 }  // namespace
