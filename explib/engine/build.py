@@ -69,6 +69,11 @@ def largest(lib: ctypes.CDLL) -> int:
     return lib.explib_largest()
 
 
+def tap_chunk(lib: ctypes.CDLL, taps: int) -> int:
+    """Of any other conv of single images, with so many taps; 0: its kernels go by channel."""
+    return lib.explib_tap_chunk(taps)
+
+
 def at_once(lib: ctypes.CDLL) -> int:
     """Filters that are computed at once of a convolution with more."""
     return lib.explib_at_once()

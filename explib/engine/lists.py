@@ -18,6 +18,7 @@ from explib.engine.build import (
     chunk,
     pair_chunk,
     sums_near,
+    tap_chunk,
 )
 from explib.engine.geometry import Shape
 from explib.engine.graph import Op
@@ -125,15 +126,40 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
             spread = _winograd(singles["weight"], library.explib_winograd_whole_rows(channels))
             lists |= {"winograd": spread} if in_blocks else {}
             lists |= {"winograd_alone": spread} if alone else {}
-    c += offset[f]
+    size = tap_chunk(library, math.prod(op.kernel))
+    if size:
+        whole = _ungrouped(weight, op.groups)
+        keep = np.asarray(whole.any((2, 3)))
+        flat = whole.reshape(*keep.shape, -1)
+        made = _by_chunk(_singles, flat, keep, size, np.unique(share))
+        lists["chunk"] = size
+    else:
+        made = _by_channel(flat, f, c, offset, shares, channels)
+    made["weight"] = words(made["weight"], dtype)
+    return lists | {f"plane_{name}": array for name, array in made.items()}
+
+
+def _by_channel(
+    weight: np.ndarray,
+    f: np.ndarray,
+    c: np.ndarray,
+    offset: np.ndarray,
+    shares: np.ndarray,
+    channels: int,
+) -> dict[str, np.ndarray]:
+    """The kernels (f, c) of weight (F, C / groups, taps), of each share of the filters by channel.
+
+    offset: of each filter, the first channel that it may read.
+    """
+    own = c + offset[f]
     one = np.searchsorted(shares, f, side="right") - 1
-    order = np.lexsort((f, c, one))
-    counts = np.bincount(one * channels + c, minlength=threads * passes * channels)
+    order = np.lexsort((f, own, one))
+    counts = np.bincount(one * channels + own, minlength=(len(shares) - 1) * channels)
     starts = np.concatenate([[0], counts.cumsum()])
-    return lists | {
-        "weight_by_channel": words(flat[f, c - offset[f]][order], dtype),
-        "start_by_channel": starts.astype(np.int32),
-        "index_by_channel": f[order].astype(np.int32),
+    return {
+        "weight": weight[f, c][order],
+        "start": starts.astype(np.int32),
+        "index": f[order].astype(np.int32),
     }
 
 

@@ -78,7 +78,7 @@ class _Op(ctypes.Structure):
     _arrays = (
         "bias", "slope", "weight", "start", "index", "order", "winograd", "winograd_alone",
         "pair_weight", "pair_start", "pair_index",
-        "weight_by_channel", "start_by_channel", "index_by_channel", "share",
+        "plane_weight", "plane_start", "plane_index", "plane_order", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
         "byte_scale", "byte_bias", "flat_bias",
     )  # fmt: skip

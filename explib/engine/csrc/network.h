@@ -199,6 +199,9 @@ Network* planned(const Op* ops, int n_ops, const Tensor* tensors, int n_tensors,
 
 extern "C" {
 
+// Channels of a chunk of a conv with so many taps, of single images; 0: its kernels go by channel
+int explib_tap_chunk(int taps) { return tap_chunk_channels(taps); }
+
 // 0, or 1 where memory or threads are short. in: one NCHW float array per LOAD argument; out: per
 // STORE.
 int explib_run(void* handle, const float* const* in, float* const* out, int64_t images) try {

@@ -24,7 +24,7 @@ struct Op {
     Axis rows, columns;
     int32_t act, groups;
     int32_t together;  // int8, 1x1: filters whose kernels stand together, so that one word serves all
-    int32_t chunk;     // 1x1, not int8: channels whose kernels stand together
+    int32_t chunk;     // 1x1, not int8; in taps.h: channels whose kernels stand together
     int32_t passes;    // lists by channel of each thread, whose sums are near at once
     float alpha, beta;  // of the activation, SCALAR and norms (eps); SELECT: alpha is outside
     // CONV, LINEAR, AFFINE, norms: (F,). AVGPOOL, BILINEAR: scales or fractions of `index`
@@ -44,10 +44,11 @@ struct Op {
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
     const int32_t *pair_start, *pair_index;
-    // the same kernels by thread, whose filters are `share`, in `passes` parts and each by channel
-    const void* weight_by_channel;
-    const int32_t* start_by_channel;  // (threads * passes * C + 1,)
-    const int32_t* index_by_channel;  // the filter of each kernel
+    // the same kernels for planes of single images: by thread, whose filters are `share`, in `passes`
+    // parts and each by channel, (threads * passes * C + 1,), with the filter of each; or by `chunk`
+    // (taps.h) and place, (chunks * F + 1,), with the channel in that
+    const void* plane_weight;
+    const int32_t *plane_start, *plane_index, *plane_order;
     const int32_t* share;             // (threads + 1,)
     // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats:
     // in chunks for blocks (of depthwise convs never), in others for single images. The factor and

@@ -8,6 +8,7 @@
 #include "act.h"
 #include "general.h"
 #include "plan.h"
+#include "taps.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -39,9 +40,9 @@ template <class T, int ALL, int NT, int N>
                                 int first_list, int last_list, T* sums) {
     USE_TYPES;
     using Loose = typename Types<T>::Loose;
-    const int32_t* words = (const int32_t*)op.weight_by_channel + first_tap;
+    const int32_t* words = (const int32_t*)op.plane_weight + first_tap;
     for (int list = first_list; list < last_list; ++list) {
-        const int32_t* start = op.start_by_channel + int64_t(list) * channels;
+        const int32_t* start = op.plane_start + int64_t(list) * channels;
         for (int c = 0; c < channels; ++c, ++start) {
             V pixels[NT][N];
             repeat<NT>([&](auto t) FORCED {
@@ -50,7 +51,7 @@ template <class T, int ALL, int NT, int N>
                 });
             });
             for (int k = start[0]; k < start[1]; ++k) {
-                V* sum = (V*)sums + int64_t(op.index_by_channel[k]) * N;
+                V* sum = (V*)sums + int64_t(op.plane_index[k]) * N;
                 const int32_t* w = words + int64_t(k) * (ALL ? ALL : taps);
                 __builtin_prefetch((const char*)w + PREFETCH);
                 V acc[N];
@@ -185,11 +186,22 @@ template <int N, class T>
     }
 }
 
+// Vectors whose sums are made at once, and the scalars of them and of a tile that a thread needs
+constexpr int MADE_AT_ONCE = PACKS_TAPS ? TAP_VECTORS : BESIDE;
+template <class T>
+int64_t planes_sums(const Tensor& out) {
+    return int64_t(out.channels) * MADE_AT_ONCE * Types<T>::lanes;
+}
+template <class T>
+int64_t planes_own(const Tensor& out, const Phases& phases) {
+    return planes_sums<T>(out) + (PACKS_TAPS ? taps_tile<T>(int(phases.shift.size())) : 0);
+}
+
 // Scratch that `threads` threads need for a conv of any kind but depthwise, in scalars
 template <class T>
 int64_t planes_scratch(const Tensor& in, const Tensor& out, const Phases& phases, int threads) {
-    const int64_t sums = int64_t(out.channels) * BESIDE * Types<T>::lanes;
-    return sums * threads + (phases.in_place ? 0 : in.channels * phases.count * phases.plane);
+    return planes_own<T>(out, phases) * threads +
+           (phases.in_place ? 0 : in.channels * phases.count * phases.plane);
 }
 
 // From the input where its halo is wide enough, else from phases of it. Threads share the plane
@@ -199,12 +211,12 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
                  int threads, int part, int parts, Barrier& barrier) {
     USE_TYPES;
     using Scalar = typename Types<T>::Scalar;
-    const int64_t sums_size = int64_t(a.made.channels) * BESIDE * LANES;
+    const int64_t own = planes_own<Scalar>(a.made, phases);
     const int filters = a.made.channels, channels = a.source.channels;
     const Scalar* x = (const Scalar*)a.in;
     int64_t plane = a.in_plane;
     if (!phases.in_place) {
-        Scalar* planes = scratch + threads * sums_size;
+        Scalar* planes = scratch + threads * own;
         plane = phases.count * phases.plane;
         const int last = (int)split(channels, part + 1, parts);
         for (int c = (int)split(channels, part, parts); c < last; ++c)
@@ -212,7 +224,7 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
         barrier.wait(parts);
         x = planes + phases.origin;
     }
-    Scalar* sums = scratch + part * sums_size;
+    Scalar *sums = scratch + part * own, *tile = sums + planes_sums<Scalar>(a.made);
     const Results<T> to(a, phases);
     // rows of whole vectors are taken one by one where the outputs' planes have another pitch
     const int across = !to.mask && a.made.width % LANES == 0 ? a.made.width / LANES : 0;
@@ -228,17 +240,30 @@ void conv_planes(const ImageConv<T>& a, const Phases& phases, typename Types<T>:
             from[i] = int64_t(row) * phases.pitch + q * LANES;
             at[i] = int64_t(row) * a.out_pitch + q * LANES;
         });
-        conv_vectors<Scalar, n>(a.op, x, from, plane, channels, phases.shift.data(), first, last,
-                                f0, f1, sums);
+        if constexpr (PACKS_TAPS)
+            packed_vectors<Scalar, n>(a.op, x, from, plane, channels, phases.shift.data(), filters,
+                                      f0, f1, tile, sums);
+        else
+            conv_vectors<Scalar, n>(a.op, x, from, plane, channels, phases.shift.data(), first, last,
+                                    f0, f1, sums);
         if (across) return finish_whole<n>(to, (const V*)sums + f0 * n, f0, f1, at);
         finish<n>(to, (const V*)sums + f0 * n, f0, f1, v);
     };
     const int end = by_plane ? (int)split(count, part + 1, parts) : count;
     int v = by_plane ? (int)split(count, part, parts) : 0;
-    if constexpr (BESIDE == 3)
+    if constexpr (PACKS_TAPS) {
+        for (int left = (end - v + TAP_VECTORS - 1) / TAP_VECTORS; left; --left) {
+            const int size = (end - v) / left;
+            repeat<TAP_VECTORS>([&](auto n) {
+                if (size == n + 1) vectors(Int<n + 1>{}, v);
+            });
+            v += size;
+        }
+    } else {
         for (; end - v >= 5 || end - v == 3; v += 3) vectors(Int<3>{}, v);
-    for (; BESIDE > 1 && end - v >= 2; v += 2) vectors(Int<2>{}, v);
-    for (; v < end; ++v) vectors(Int<1>{}, v);
+        for (; end - v >= 2; v += 2) vectors(Int<2>{}, v);
+        if (v < end) vectors(Int<1>{}, v);
+    }
 }
 
 }  // namespace
