@@ -139,18 +139,19 @@ template <int K, class T>
         });
     for (int r = first; r < last; ++r)
         for (int q = 0; q < width; q += LANES) {
-            V acc = bias;
+            V acc = bias;  // in every_second's order
             if (!empty)
                 repeat<K>([&](auto ky) FORCED {
                     const T* row = in + (2 * r + ky) * pitch + 2 * q;
                     repeat<K / 2 + 1>([&](auto j) FORCED {
                         const V one = *(const Loose*)(row + 2 * j);
                         const V two = *(const Loose*)(row + 2 * j + LANES);
-                        acc += picked<2, 0>(one, two) * weights[ky * K + 2 * j];
+                        acc += every_second<0>(one, two) * weights[ky * K + 2 * j];
                         if constexpr (2 * j + 1 < K)
-                            acc += picked<2, 1>(one, two) * weights[ky * K + 2 * j + 1];
+                            acc += every_second<1>(one, two) * weights[ky * K + 2 * j + 1];
                     });
                 });
+            acc = in_order(acc);
             const int64_t at = r * out_pitch + q;
             if (other) acc += *(const Loose*)(other + at);
             store_lanes(out + at, bounds(acc), 0, width - q);

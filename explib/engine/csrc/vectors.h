@@ -235,6 +235,26 @@ FORCED inline V picked(V a, V b) {
     return made;
 }
 
+// The same of every second one, in an order that halves of 32 bytes need not cross for, and that order
+// undone
+template <int from, class V>
+FORCED inline V every_second(V a, V b) {
+#if SHUFFLES
+    if constexpr (sizeof(V) == 32 && sizeof(V{}[0]) == 4)
+        return __builtin_shufflevector(a, b, from, from + 2, from + 8, from + 10, from + 4, from + 6,
+                                       from + 12, from + 14);
+#endif
+    return picked<2, from>(a, b);
+}
+template <class V>
+FORCED inline V in_order(V a) {
+#if SHUFFLES
+    if constexpr (sizeof(V) == 32 && sizeof(V{}[0]) == 4)
+        return __builtin_shufflevector(a, a, 0, 1, 4, 5, 2, 3, 6, 7);
+#endif
+    return a;
+}
+
 // Even and odd ones of `count` numbers, each a vector further than they are
 template <class T>
 FORCED inline void deinterleave(const T* in, int count, T* even, T* odd) {
@@ -372,6 +392,11 @@ FORCED inline V larger(V a, V b) {  // NaN stays
     if constexpr (std::is_same_v<V, Types<float>::V>) {
         const __mmask16 numbers = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q);
         return (V)_mm512_mask_max_ps((__m512)a, numbers, (__m512)a, (__m512)b);
+    }
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<V, Types<float>::V>) {
+        const __m256 none = _mm256_cmp_ps((__m256)a, (__m256)a, _CMP_UNORD_Q);
+        return (V)_mm256_or_ps(none, _mm256_max_ps((__m256)a, (__m256)b));
     }
 #endif
     return (a < b) | (b != b) ? b : a;
