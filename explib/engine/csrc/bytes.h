@@ -125,15 +125,14 @@ FORCED inline Words quads(const Byte* at) {
 #endif
 }
 
-// Values of a filter's outputs to their codes, with any activation. other: null, or what is added
+// Values of a filter's outputs to their codes, with an activation that is more than bounds. other:
+// null, or what is added
 [[gnu::noinline]] inline void end_values(const Op& op, int f, Types<float>::V* values, int count,
                                          const Byte* other, const int64_t* at) {
     for (int i = 0; other && i < count; ++i)
         values[i] += decoded<Byte>(load(other + at[i]), op.other_code);
-    for (int i = 0; i < count; ++i) {
-        activate<1>(op, f, values + i);
-        values[i] = coded<Byte>(values[i], op.out_code);
-    }
+    activate_any(values, count, op.act, op.act == PRELU ? op.slope[f] : op.alpha);
+    for (int i = 0; i < count; ++i) values[i] = coded<Byte>(values[i], op.out_code);
 }
 
 // N vectors of a filter's sums to codes of its outputs: vector i is at at(i) of `other`, which is
@@ -149,7 +148,7 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
             change(made[i], __builtin_convertvector(sums[i], V), at(i));
         });
     };
-    if (op.act > RELU) {
+    if (op.act > CLAMP) {
         V values[N];
         int64_t where[N];
         repeat<N>([&](auto i) FORCED {
@@ -160,10 +159,12 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
         repeat<N>([&](auto i) FORCED { put(i, values[i]); });
         return;
     }
-    // in units of the outputs' codes, all of it
-    const float unit = 1 / op.out_code.scale, least = op.act ? op.out_code.zero : 0;
+    // in units of the outputs' codes, all of it, of which no more than 0 to 255 are stored
+    const float unit = 1 / op.out_code.scale, zero = op.out_code.zero;
+    const float least = op.act == RELU ? zero : op.act ? op.alpha * unit + zero : 0;
+    const float most = op.act == CLAMP ? op.beta * unit + zero : 255;
     const float factor = scale * unit, beside = op.other_code.scale * unit;
-    const float shift = bias * unit + op.out_code.zero;
+    const float shift = bias * unit + zero;
     if (other) {
         const float start = shift - beside * op.other_code.zero;
         each([&](V& value, V sum, int64_t at) FORCED {
@@ -173,7 +174,9 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
         each([&](V& value, V sum, int64_t) FORCED { value = sum * factor + shift; });
     }
     if (least > 0)
-        each([&](V& value, V, int64_t) FORCED { value = value < least ? V{} + least : value; });
+        each([&](V& value, V, int64_t) FORCED { value = at_least(value, V{} + least); });
+    if (most < 255)
+        each([&](V& value, V, int64_t) FORCED { value = at_most(value, V{} + most); });
     repeat<N>([&](auto i) FORCED { put(i, made[i]); });
 }
 
