@@ -65,6 +65,36 @@ def test_what_only_torch_makes_may_be_several_values():
     assert (wanted - found)[same].abs().max() < 0.05 * wanted.abs().max()
 
 
+@needs_compiler
+@pytest.mark.parametrize("low, high", [(0.0, 6.0), (-0.4, 0.7), (0.3, 0.6), (-2.0, -0.5)])
+def test_bounds_of_values_are_bounds_of_their_codes(low, high):
+    """Of a 1x1, a 3x3 and a depthwise conv, and of what a residual is added to."""
+    torch.manual_seed(0)
+    act = nn.Hardtanh(low, high)
+
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.point = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+            self.deep = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+            self.last = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            x = act(self.first(3 * x))
+            x = act(self.deep(act(3 * self.point(x))))
+            return act(3 * self.last(x) + x)
+
+    model, images = Bounded().eval(), torch.randn(40, 3, 12, 12)
+    fast = engine.compile(model, images[:1], dtype=torch.int8, calibration=[images])
+    assert fast.report["dtype"] == "int8" and not fast.report["fallbacks"]
+    for count in (1, 40):
+        wanted, found = model(images[:count]), fast(images[:count])
+        step = (max(high, 0) - min(low, 0)) / 255
+        assert low - step < found.min() and found.max() < high + step
+        assert (wanted - found).abs().mean() < 0.02 * (high - low)
+        assert (wanted - found).abs().max() < 0.2 * (high - low)
+
+
 def test_two_neighbouring_weights_never_leave_16_bits():
     """What processors add first, times codes of 255, by hand."""
     rows = torch.tensor([[1.0, 1, 0], [1, -1, 0], [0, 1, 1], [0.5, 0.5, 1]])
