@@ -108,10 +108,10 @@ ALTERNATIVES = {
 def alternatives(results_dir: str | Path = "results") -> pd.DataFrame:
     """Images per second of each backend, at its fastest precision.
 
-    Of the record of explib.study.bench.comparison with the most ways, of several the latest (all of
-    them: `inference_tables`). `gain` is the pruned network's over the fastest dense one; int8, whose
-    answers differ, does not count; `gain over int8`: that of the pruned network's fastest precision,
-    int8 or other, over dense int8.
+    Of the record of explib.study.bench.comparison with the most ways, of several the latest; all
+    are in `inference_tables`. `gain` is the pruned network's over the fastest dense one; int8,
+    whose answers differ, does not count; `gain over int8`: that of the pruned network's fastest
+    precision, int8 or other, over dense int8.
     """
     found = [record for record, _ in _records(results_dir, "inference")]
     if not found:
