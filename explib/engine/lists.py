@@ -128,30 +128,47 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
             lists |= {"winograd_alone": spread} if alone else {}
     size = tap_chunk(library, math.prod(op.kernel))
     if size:
-        whole = _ungrouped(weight, op.groups)
-        keep = np.asarray(whole.any((2, 3)))
-        flat = whole.reshape(*keep.shape, -1)
-        made = _by_chunk(_singles, flat, keep, size, np.unique(share))
+        made = _in_chunks(flat, f, c, offset, size, np.unique(share))
         lists["chunk"] = size
     else:
-        made = _by_channel(flat, f, c, offset, shares, channels)
+        made = _by_channel(flat, f, c, offset, shares)
     made["weight"] = words(made["weight"], dtype)
     return lists | {f"plane_{name}": array for name, array in made.items()}
 
 
-def _by_channel(
+def _in_chunks(
     weight: np.ndarray,
     f: np.ndarray,
     c: np.ndarray,
     offset: np.ndarray,
-    shares: np.ndarray,
-    channels: int,
+    size: int,
+    cuts: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The kernels (f, c) of weight (F, C / groups, taps), of each share of the filters by channel.
+    """The kernels (f, c) of weight (F, C / groups, taps) in chunks of `size` channels, by filter.
 
-    offset: of each filter, the first channel that it may read.
+    offset: of each filter, the first channel that it may read. order: see `_order`.
     """
-    own = c + offset[f]
+    own, filters = c + offset[f], len(weight)
+    chunk = own // size
+    chunks = 1 + (offset[-1] + weight.shape[1] - 1) // size
+    counts = np.bincount(chunk * filters + f, minlength=chunks * filters).reshape(-1, filters)
+    order = np.stack([_order(found, cuts) for found in counts])
+    place = order.argsort(1)
+    sort = np.lexsort((own, place[chunk, f], chunk))
+    starts = np.take_along_axis(counts, order, 1).ravel().cumsum()
+    return {
+        "weight": weight[f, c][sort],
+        "start": np.concatenate([[0], starts]).astype(np.int32),
+        "index": (own % size)[sort].astype(np.int32),
+        "order": order.astype(np.int32).ravel(),
+    }
+
+
+def _by_channel(
+    weight: np.ndarray, f: np.ndarray, c: np.ndarray, offset: np.ndarray, shares: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The same kernels, of each share of the filters by channel."""
+    own, channels = c + offset[f], offset[-1] + weight.shape[1]
     one = np.searchsorted(shares, f, side="right") - 1
     order = np.lexsort((f, own, one))
     counts = np.bincount(one * channels + own, minlength=(len(shares) - 1) * channels)
@@ -300,13 +317,13 @@ def _cuts(filters: int, share: np.ndarray, library: ctypes.CDLL) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(first, filters, many) for first in {0, *share}]))
 
 
-def _order(keep: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The filters, between cuts those with many kernels first.
+def _order(counts: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """The filters, of so many kernels each, between cuts those with many first.
 
     Processors predict the end of a loop that is as long as the one before.
     """
-    part = np.searchsorted(cuts, np.arange(len(keep)), side="right")
-    return np.lexsort((-keep.sum(1), part))
+    part = np.searchsorted(cuts, np.arange(len(counts)), side="right")
+    return np.lexsort((-counts, part))
 
 
 def _by_chunk(
@@ -323,7 +340,7 @@ def _by_chunk(
     parts = []
     for first in range(0, weight.shape[1], size):
         kept = keep[:, first : first + size]
-        order = _order(kept, cuts)
+        order = _order(kept.sum(1), cuts)
         made = lists(weight[order, first : first + size], kept[order])
         parts.append(made | {"order": order.astype(np.int32)})
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
