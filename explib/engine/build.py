@@ -59,19 +59,19 @@ def chunk(lib: ctypes.CDLL, vectors: int) -> int:
     return lib.explib_chunk(vectors)
 
 
+def tap_chunk(lib: ctypes.CDLL, taps: int) -> int:
+    """The same of any other conv of single images, by its taps; 0: its kernels go by channel."""
+    return lib.explib_tap_chunk(taps)
+
+
 def pair_chunk(lib: ctypes.CDLL, chunk: int) -> int:
-    """And how many pairs' channels, where it is so many for single ones."""
+    """Of a 1x1 conv how many channels of pairs, where it is so many of single ones."""
     return lib.explib_pair_chunk(chunk)
 
 
 def largest(lib: ctypes.CDLL) -> int:
     """How many numbers a value of an image may have in fp32 for images to go in blocks."""
     return lib.explib_largest()
-
-
-def tap_chunk(lib: ctypes.CDLL, taps: int) -> int:
-    """Of any other conv of single images, with so many taps; 0: its kernels go by channel."""
-    return lib.explib_tap_chunk(taps)
 
 
 def at_once(lib: ctypes.CDLL) -> int:

@@ -1,5 +1,6 @@
 // Convolutions of single images with one channel a filter.
 #pragma once
+#include "lanes.h"
 #include "planes.h"
 
 namespace {

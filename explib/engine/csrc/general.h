@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "act.h"
+#include "lanes.h"
 
 namespace {
 

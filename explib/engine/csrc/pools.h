@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "lanes.h"
 #include "ops.h"
 
 namespace {

@@ -10,6 +10,7 @@
 #include "byte_tiny.h"
 #include "depthwise.h"
 #include "general.h"
+#include "lanes.h"
 #include "ops.h"
 #include "plan.h"
 #include "planes.h"

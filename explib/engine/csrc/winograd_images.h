@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "lanes.h"
 #include "planes.h"
 #include "winograd.h"
 
