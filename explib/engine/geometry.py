@@ -56,6 +56,12 @@ def in_bytes(op: Op, source: Shape) -> bool:
     return same and square and fits
 
 
+def vectors(shape: tuple[int, ...], lanes: int) -> int:
+    """About how many vectors a plane of a single image has."""
+    _, height, width = chw(shape)
+    return -(-height * (width + 1) // lanes)
+
+
 def depthwise(op: Op, source: Shape) -> bool:
     """Whether a conv has filters of one channel each; as plan.h has it."""
     return 1 < op.groups == source[0]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from explib.engine import geometry
+from explib.engine import geometry, winograd
 from explib.engine.build import (
     at_once,
     block,
@@ -92,7 +92,9 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     alike &= dtype != torch.int8
     cuts = _cuts(filters, share, library) if alike else each
     if by_chunk and dtype != torch.int8:
-        vectors = math.prod(op.shape[1:]) if blocks else _vectors(op, block(library, dtype))
+        vectors = (
+            math.prod(op.shape[1:]) if blocks else geometry.vectors(op.shape, block(library, dtype))
+        )
         lists["chunk"] = chunk(library, vectors)
     if dtype == torch.bfloat16:
         size = pair_chunk(library, lists["chunk"]) if by_chunk else channels
@@ -118,14 +120,9 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
     }
     if geometry.depthwise(op, source):
         return lists
-    if dtype in (torch.float32, torch.bfloat16) and plain:
-        lanes = block(library, torch.float32)
-        in_blocks = blocks and dtype == torch.float32 and _winograd_in_blocks(op, keep, lanes)
-        alone = _winograd_alone(op, keep, lanes)
-        if in_blocks or alone:
-            spread = _winograd(singles["weight"], library.explib_winograd_whole_rows(channels))
-            lists |= {"winograd": spread} if in_blocks else {}
-            lists |= {"winograd_alone": spread} if alone else {}
+    if dtype in (torch.float32, torch.bfloat16):  # whose single images are computed in float32
+        in_blocks = blocks and dtype == torch.float32
+        lists |= winograd.points(op, source, keep, singles["weight"], in_blocks, library)
     size = tap_chunk(library, math.prod(op.kernel))
     if size:
         made = _in_chunks(flat, f, c, offset, size, np.unique(share))
@@ -258,47 +255,6 @@ def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarra
     more = ((0, -len(weight) % size), (0, 0))
     weight = np.pad(weight[:, :, 0], more).reshape(-1, size, weight.shape[1]).swapaxes(1, 2)
     return weight, np.asarray(np.pad(keep, more).reshape(-1, size, keep.shape[1]).any(1))
-
-
-def _winograd_in_blocks(op: Op, keep: np.ndarray, lanes: int) -> bool:
-    """Whether blocks of images are computed faster at Winograd's points.
-
-    Transforms have to be shared by enough kernels, and tiles of 4 x 4 should fit the plane. By
-    measurements on a Zen 5, of 16 to 512 channels; where vectors are wider direct sums have more
-    registers.
-    """
-    kernels, side = (7, 7) if lanes > 8 else (4, 4)
-    return _many(op, keep, kernels) and min(op.shape[1:]) >= side
-
-
-def _winograd_alone(op: Op, keep: np.ndarray, lanes: int) -> bool:
-    """Whether single images are: vectors of tiles have to be much fewer than those of pixels."""
-    _, height, width = geometry.chw(op.shape)
-    runs = -(-height // 4) * -(-width // lanes)  # of tiles side by side, four in a vector
-    return _many(op, keep, 4) and _vectors(op, lanes) >= 8 * -(-runs // 4)
-
-
-def _vectors(op: Op, lanes: int) -> int:
-    """About how many vectors a plane of a single image has."""
-    _, height, width = geometry.chw(op.shape)
-    return -(-height * (width + 1) // lanes)
-
-
-def _many(op: Op, keep: np.ndarray, kernels: int) -> bool:
-    """Of 3x3 convs of stride 1, whether there are so many kernels for each filter or channel."""
-    fits = op.kernel == (3, 3) and op.stride[0] == 1
-    return fits and bool(keep.sum() >= kernels * max(keep.shape[0], op.groups * keep.shape[1]))
-
-
-def _winograd(weight: np.ndarray, whole_rows: bool) -> np.ndarray:
-    """3x3 kernels (K, 9) at Winograd's points, (6, K, 6) or (36, K, 1); see winograd.h."""
-    points = np.array([0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)])
-    apart = points[:, None] - points + np.eye(5)
-    rows = np.vander(points, 3, increasing=True) / apart.prod(1)[:, None]
-    rows = np.vstack([rows, [0, 0, 1]])
-    spread = rows @ weight.reshape(-1, 3, 3).astype(np.float64) @ rows.T
-    spread = spread.reshape(len(spread), *((6, 6) if whole_rows else (36, 1)))
-    return np.ascontiguousarray(spread.swapaxes(0, 1), np.float32)
 
 
 def _ungrouped(weight: np.ndarray, groups: int) -> np.ndarray:

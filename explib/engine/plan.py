@@ -77,6 +77,7 @@ class _Op(ctypes.Structure):
     _numbers = ("kind", "input", "other", "output", *_axes, "act", "groups", *_lists)
     _arrays = (
         "bias", "slope", "weight", "start", "index", "order", "winograd", "winograd_alone",
+        "winograd_columns",
         "pair_weight", "pair_start", "pair_index",
         "plane_weight", "plane_start", "plane_index", "plane_order", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",

@@ -64,8 +64,10 @@ def convs(shape: Shape) -> Iterator[Case]:
 
 
 def many(plane: Shape) -> Iterator[Case]:
-    """Convs with kernels enough for Winograd's points."""
-    sizes = [(12, 1, 0.8), (24, 2, 0.8), *((n, 1, 9 / n) for n in WIDE if plane == (17, 28))]
+    """Convs with kernels enough for Winograd's points, along columns alone and along both axes."""
+    sizes = [(12, 1, 0.8), (24, 2, 0.8), (20, 1, 1.0)]
+    if plane == (17, 28):
+        sizes += [(WIDE[0], 1, 9 / WIDE[0]), *((n, 1, 20 / n) for n in WIDE)]
     for channels, groups, density in sizes:
         random = torch.Generator().manual_seed(5)
         weight = 0.2 * torch.randn(channels, channels // groups, 3, 3, generator=random)

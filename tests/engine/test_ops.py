@@ -144,8 +144,9 @@ def test_torchvisions_classifiers_run_without_torch(name):
 
 @pytest.mark.parametrize(
     ("side", "channels", "kept", "stride", "in_blocks", "alone"),
-    [(7, 16, 7, 1, True, None), (7, 16, 3, 1, False, False), (6, 16, 16, 2, False, False),
-     (28, 16, 4, 1, None, True), (28, 16, 3, 1, False, False), (13, 260, 7, 1, True, None)],
+    [(7, 16, 7, 1, True, None), (7, 20, 19, 1, True, None), (7, 16, 2, 1, False, False),
+     (6, 16, 16, 2, False, False), (28, 16, 4, 1, None, True), (28, 16, 3, 1, None, False),
+     (13, 260, 7, 1, True, None), (3, 20, 19, 1, False, None)],
 )  # fmt: skip
 def test_winograd_where_planes_and_kernels_are_enough(
     side, channels, kept, stride, in_blocks, alone
@@ -161,21 +162,28 @@ def test_winograd_where_planes_and_kernels_are_enough(
         target = lists.Target(build.library(), dtype, 1, blocks)
         return lists.kernels(weight.numpy(), conv, (channels, side, side), target)
 
-    full = made(torch.float32)
-    assert in_blocks is None or ("winograd" in full) == in_blocks
+    full, several = made(torch.float32), {"winograd", "winograd_columns"}
+    assert in_blocks is None or bool(several & {*full}) == in_blocks
+    if several & {*full}:  # with 16 registers columns alone, up to so many kernels of a filter
+        by_columns = build.library().explib_winograd_by_columns() and kept < 18
+        assert several & {*full} == {"winograd_columns" if by_columns else "winograd"}
     assert alone is None or ("winograd_alone" in full) == alone
-    assert "winograd" not in made(torch.float32, blocks=False) | made(torch.bfloat16)
+    assert not several & {*made(torch.float32, blocks=False), *made(torch.bfloat16)}
     # single images of a network in bfloat16 are computed in float32
     for other in (made(torch.float32, blocks=False), made(torch.bfloat16)):
         assert ("winograd_alone" in other) == ("winograd_alone" in full)
-    assert not {"winograd", "winograd_alone"} & {*made(torch.int8), *made(torch.float16)}
+    names = several | {"winograd_alone"}
+    assert not names & {*made(torch.int8), *made(torch.float16)}
+    own = weight[full["order"][0], :kept].numpy()
+    # the weights at the points 0 and infinity are those of the corners, or of the rows' ends
     for name in {"winograd", "winograd_alone"} & {*full}:
-        # the weights at the points 0 and infinity are those of the corners
-        spread, first = full[name], full["order"][0]
-        spread = spread.swapaxes(0, 1).reshape(-1, 6, 6)[:kept]
-        own = weight[first, :kept].numpy()
+        spread = full[name].swapaxes(0, 1).reshape(-1, 6, 6)[:kept]
         assert spread[:, 5, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
         assert spread[:, 0, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)
+    if "winograd_columns" in full:
+        first, second = full["winograd_columns"][:, :kept]
+        assert first[:, :, 0] == pytest.approx(own[:, 0], rel=1e-6)
+        assert second[:, :, 2] == pytest.approx(own[:, 2], rel=1e-6)
 
 
 @pytest.mark.parametrize(("side", "blocks"), [(8, True), (512, False)])

@@ -33,6 +33,7 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "engine/reference.py": "engine/test_export.py",
     "engine/rules.py": "engine/test_export.py",
     "engine/views.py": "engine/test_export.py",
+    "engine/winograd.py": "engine/test_ops.py",
     "models/googlenet.py": "models/test_models.py",
     "models/resnet.py": "models/test_models.py",
     "models/vgg.py": "models/test_models.py",

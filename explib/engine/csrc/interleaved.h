@@ -13,6 +13,7 @@
 #include "threads.h"
 #include "vectors.h"
 #include "winograd_blocks.h"
+#include "winograd_columns.h"
 
 namespace {
 
@@ -34,6 +35,7 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
         const int f = a.order ? a.order[i] : i;
         V acc[SETS][TH][TW] = {};
         start_from(splat(typename Types<T>::Scalar(a.op.bias[f])), acc[0]);
+        prefetch_other<TH, TW>(a, f, y, x);
         const auto add = [&](V(&sum)[TH][TW], int k) FORCED {
             const int32_t* w = a.weight + int64_t(k) * K * K;
             const Source<T> source(a.in, index + k * Source<T>::channels, plane * LANES);
@@ -42,7 +44,8 @@ void conv_tile(const ConvBlock<T> a, int y, int x) {
                 const auto row = source.from((origin + int64_t(i) * a.width) * LANES);
                 repeat<IW>([&](auto j) FORCED {
                     if ((j < P && !first_col) || (j >= IW - P && !last_col)) return;
-                    const auto pixel = row[j * LANES];
+                    auto pixel = row[j * LANES];
+                    if constexpr (BESIDE == 1 && std::is_same_v<decltype(pixel), V>) keep(pixel);
                     repeat<K>([&](auto ky) FORCED {
                         constexpr int dy = i - ky;
                         if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
@@ -212,7 +215,7 @@ class Blocks {
             size += s.channels * block_plane(s.height, s.width) * LANES;
         }
         for (const Op& op : plan.ops)
-            if (op.kind == CONV && op.winograd && std::is_same_v<T, float>) {
+            if (op.kind == CONV && (op.winograd || op.winograd_columns)) {
                 const int in = plan.tensors[op.in].channels, out = plan.tensors[op.out].channels;
                 winograd_size = std::max(winograd_size, winograd_vectors(in, out) * VECTOR_BYTES);
             }
@@ -268,13 +271,16 @@ class Blocks {
             } else {
                 if (is_plain(op, a, o) && op.rows.kernel == 1)
                     return point_block<T>(op, a, o, in, other, out, *scratch[own], part, parts);
-                if constexpr (std::is_same_v<T, float>)
+                if constexpr (std::is_same_v<T, float>) {
+                    const ConvBlock<T> conv = {in, other, out, 0, o.channels, a.height, a.width,
+                                               o.height, o.width, op, nullptr, op.start, op.order,
+                                               op.index};
+                    V* points = winograd_size ? (V*)winograd_scratch[own]->data : nullptr;
+                    if (BY_COLUMNS && op.winograd_columns)
+                        return winograd_columns<T>(conv, a.channels, points, part, parts);
                     if (op.winograd)
-                        return winograd_block<T>({in, other, out, 0, o.channels, a.height, a.width,
-                                            o.height, o.width, op, nullptr, op.start, op.order,
-                                            op.index},
-                                           a.channels, o.channels,
-                                           (V*)winograd_scratch[own]->data, part, parts);
+                        return winograd_block<T>(conv, a.channels, o.channels, points, part, parts);
+                }
                 return conv_block<T>(op, a, o, in, other, out, part, parts);
             }
         }

@@ -41,6 +41,7 @@ struct Op {
     // holds whole rows of points, else (36, kernels); of blocks of images and of single ones, null
     // where these are not computed so
     const void *winograd, *winograd_alone;
+    const void* winograd_columns;  // of blocks at its points along columns (2, kernels, 3, 3), or null
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each
     const void* pair_weight;
     const int32_t *pair_start, *pair_index;

@@ -132,6 +132,17 @@ FORCED inline typename Types<T>::V splat(T value) {
     return broadcast<T>(&word);
 }
 
+// What was loaded is kept in a register: the compiler neither loads it again for each product nor
+// computes with it elsewhere
+template <class V>
+FORCED inline void keep([[maybe_unused]] V& value) {
+#if defined(__aarch64__)
+    asm("" : "+w"(value));
+#elif defined(__SSE2__)
+    asm("" : "+v"(value));
+#endif
+}
+
 template <class T>
 FORCED inline typename Types<T>::V load(const T* at) {
     return *(const typename Types<T>::V*)at;

@@ -1,7 +1,7 @@
 // Convolutions 3x3 by Winograd's way, F(4x4, 3x3): a tile of 4 x 4 outputs is made from 6 x 6 products
 // a kernel instead of 144. Each channel's pixels are transformed once for all filters, the sums of
 // each filter once for all its kernels. What vectors hold is another tile each, of one image
-// (winograd_images.h) or of many (winograd_blocks.h).
+// (winograd_images.h) or of many (winograd_blocks.h; along columns alone winograd_columns.h).
 // Points 0, +-sqrt(1/2), +-sqrt(2) and infinity: errors about twice as large as without it.
 #pragma once
 #include "plan.h"
@@ -12,6 +12,8 @@ namespace {
 constexpr int WINOGRAD_TILES = 2;  // vectors of tiles at once, so that a weight is loaded once for both
 constexpr int ROW_BYTES = 48 * 1024;    // points of a row, and of less, that stay in the nearest cache
 constexpr int POINTS_BYTES = 32 * 1024;
+
+constexpr bool BY_COLUMNS = BESIDE == 1;  // blocks also along columns alone: with 16 registers
 
 // Whether the nearest cache holds all points of a row
 inline bool winograd_whole_rows(int channels) {

@@ -9,22 +9,23 @@
 namespace {
 
 // One tile of every channel, the `t`th of those at once
-template <int POINTS, int TILES, class T>
+template <bool INSIDE, int POINTS, int TILES, class T>
 void winograd_in(const ConvBlock<T>& a, int channels, int top, int left, int t,
                  typename Types<T>::V* points) {
     USE_TYPES;
-    const int64_t plane = block_plane(a.height, a.width);
-    const int from = std::max(0, -left), to = std::min(6, a.width - left);
-    for (int c = 0; c < channels; ++c) {
-        const V* pixels = (const V*)a.in + c * plane;
+    const int64_t plane = block_plane(a.height, a.width), width = a.width;
+    const auto inside = [](int at, int size) { return INSIDE || (at >= 0 && at < size); };
+    const V* tile = (const V*)a.in + top * width + left;
+    for (int c = 0; c < channels; ++c, tile += plane) {
         V columns[6][6];
         repeat<6>([&](auto j) FORCED {
             V x[6] = {}, y[6];
-            if (j >= from && j < to)
+            if (inside(left + j, a.width))
                 repeat<6>([&](auto i) FORCED {
-                    if (top + i >= 0 && top + i < a.height)
-                        x[i] = pixels[int64_t(top + i) * a.width + left + j];
+                    if (inside(top + i, a.height)) x[i] = tile[i * width + j];
                 });
+            // or products would be made where they are loaded, apart from what they are added to
+            if (!INSIDE) repeat<6>([&](auto i) FORCED { keep(x[i]); });
             winograd_spread(x, y);
             repeat<6>([&](auto i) FORCED { columns[i][j] = y[i]; });
         });
@@ -36,23 +37,6 @@ void winograd_in(const ConvBlock<T>& a, int channels, int top, int left, int t,
     }
 }
 
-// One tile's outputs of a filter, of which there are `rows` and `columns`
-template <int WIDTH, int TILES, class T>
-FORCED inline void winograd_out(const ConvBlock<T>& a, int f, int y, int x,
-                                const typename Types<T>::V* sums) {
-    USE_TYPES;
-    const int rows = std::min(4, a.out_height - y), columns = std::min(4, a.out_width - x);
-    const V bias = splat(T(a.op.bias[f]));
-    V out[4][4];
-    winograd_outputs<WIDTH, TILES>(sums, bias, out);
-    if (rows == 4 && columns == 4) return finish<T, 4, 4>(a, f, y, x, out);
-    for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < columns; ++j) {
-            V one[1][1] = {{out[i][j]}};
-            finish<T, 1, 1>(a, f, y + i, x + j, one);
-        }
-}
-
 template <int POINTS, int TILES, class T>
 void winograd_tiles(const ConvBlock<T>& a, int channels, int filters, int tile,
                     typename Types<T>::V* points) {
@@ -62,15 +46,23 @@ void winograd_tiles(const ConvBlock<T>& a, int channels, int filters, int tile,
     int y[TILES], x[TILES];
     for (int t = 0; t < TILES; ++t) {
         y[t] = (tile + t) / across * 4, x[t] = (tile + t) % across * 4;
-        winograd_in<POINTS, TILES>(a, channels, y[t] - 1, x[t] - 1, t, points);
+        const int top = y[t] - 1, left = x[t] - 1;
+        if (top >= 0 && left >= 0 && top + 6 <= a.height && left + 6 <= a.width)
+            winograd_in<true, POINTS, TILES>(a, channels, top, left, t, points);
+        else
+            winograd_in<false, POINTS, TILES>(a, channels, top, left, t, points);
     }
     winograd_sums<POINTS, TILES>({(const float*)a.op.winograd, a.start, (const int32_t*)a.index,
                                   channels, filters, 0, filters}, points, sums);
-    constexpr int WIDTH = winograd_width(POINTS);
     for (int place = 0; place < filters; ++place)
-        for (int t = 0; t < TILES; ++t)
-            winograd_out<WIDTH, TILES>(a, a.order ? a.order[place] : place, y[t], x[t],
-                                       sums + int64_t(place) * 6 * WIDTH * TILES + t);
+        for (int t = 0; t < TILES; ++t) {
+            const int f = a.order ? a.order[place] : place;
+            constexpr int WIDTH = winograd_width(POINTS);
+            V out[4][4];
+            winograd_outputs<WIDTH, TILES>(sums + int64_t(place) * 6 * WIDTH * TILES + t,
+                                           splat(T(a.op.bias[f])), out);
+            finish_part<T>(a, f, y[t], x[t], a.out_height - y[t], a.out_width - x[t], out);
+        }
 }
 
 // Threads share the tiles
