@@ -16,7 +16,6 @@ struct ByteBlock {
     Byte* to;
     ByteLists lists;
     int channels, filters, first, last;  // of the filters those to compute
-    static constexpr bool depthwise = false;
 
     template <class Tile>
     void pack(Words* to, int y, int x, int first, int channels) const {

@@ -138,6 +138,13 @@ struct Windows {
 // Bytes before and behind planes that are read, but not used
 inline int windows_reach(int width) { return round_up(3 * (width + 1) + 2 * NEAR, 64); }
 
+// The first of a vector's codes, where a row ends within it
+[[gnu::noinline]] inline void store_some(Byte* at, Types<float>::V codes, int count) {
+    Byte made[BYTE_LANES];
+    store(made, codes);
+    std::memcpy(at, made, count);
+}
+
 // A conv of one image
 struct ByteImage {
     const Op& op;
@@ -148,7 +155,6 @@ struct ByteImage {
     const Windows& windows;
     ByteLists lists;
     int channels, filters, first, last;  // of the filters those to compute
-    bool depthwise;
 
     template <class Tile>
     void pack(Words* to, int y, int x, int first, int channels) const {
@@ -226,13 +232,6 @@ struct ByteImage {
             }
         }
         return quads(near[0], near[1], near[2], near[3]);
-    }
-
-    // The first of a vector's codes, where a row ends within it
-    [[gnu::noinline]] static void store_some(Byte* at, Types<float>::V codes, int count) {
-        Byte made[BYTE_LANES];
-        store(made, codes);
-        std::memcpy(at, made, count);
     }
 
     template <class Tile>

@@ -265,15 +265,8 @@ struct ByteTile {
         }
     }
 
-    // Chunks of `size` channels, as the lists have them; of a depthwise conv each filter's own one
+    // Chunks of `size` channels, as the lists have them
     void run(int y, int x, int size) const {
-        if (a.depthwise) {
-            for (int f = a.first; f < a.last; ++f) {
-                a.template pack<ByteTile>(words, y, x, f * a.channels / a.filters, 1);
-                add(y, x, 0, true, f, f + 1, nullptr);
-            }
-            return;
-        }
         const int chunks = (a.channels + size - 1) / size;
         Words* sums = words + WORDS_BYTES / VECTOR_BYTES;
         for (int first = a.first; first < a.last; first += chunks > 1 ? FILTERS : a.last) {

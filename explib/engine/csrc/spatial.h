@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 
+#include "byte_depthwise.h"
 #include "byte_images.h"
 #include "byte_tiny.h"
 #include "depthwise.h"
@@ -103,10 +104,11 @@ class Images {
 
   private:
     // How a conv is computed
-    enum Way { TINY, WINOGRAD, STRIDED, DEPTHWISE, PLANES, AS_BYTES, POINTWISE };
+    enum Way { TINY, WINOGRAD, STRIDED, DEPTHWISE, PLANES, AS_BYTES, DEPTHWISE_BYTES, POINTWISE };
     Way way(const Op& op, const Tensor& in, const Tensor& out) const {
         constexpr bool FLOATS = std::is_same_v<T, float>;
-        if (BYTES && op.flat_weight) return op.flat_bias ? TINY : AS_BYTES;
+        if (BYTES && op.flat_weight)
+            return op.flat_bias ? TINY : is_depthwise(op, in) ? DEPTHWISE_BYTES : AS_BYTES;
         if (FLOATS && is_tiny(op, in, out)) return TINY;
         if (FLOATS && op.winograd_alone) return WINOGRAD;
         if (is_depthwise(op, in))
@@ -135,6 +137,7 @@ class Images {
             case DEPTHWISE: return depthwise_scratch(as_phases()) * plan.threads;
             case PLANES: return planes_scratch<T>(in, out, as_phases(), plan.threads);
             case AS_BYTES: windows.try_emplace(&op, op, in, out); return 0;
+            case DEPTHWISE_BYTES: return Padded(op, in).scratch() / sizeof(Scalar) * plan.threads;
             case POINTWISE:
                 return op.rows.stride == 1 ? 0 : in.channels * body(out.height, out.width);
             default: return 0;
@@ -297,10 +300,14 @@ class Images {
                     const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start,
                                           op.flat_index};
                     byte_image({op, a.source, a.made, a.in, a.other, a.out, a.in_plane,
-                                a.out_plane, windows.at(&op), lists, channels, filters, 0, filters,
-                                is_depthwise(op, a.source)},
+                                a.out_plane, windows.at(&op), lists, channels, filters, 0, filters},
                                (Words*)byte_scratch[own]->data, part, parts);
                 }
+                return;
+            case DEPTHWISE_BYTES:
+                if constexpr (BYTES)
+                    byte_depthwise(a, (Byte*)extra + part * Padded(op, a.source).scratch(), part,
+                                   parts);
                 return;
             case POINTWISE:
                 if constexpr (!BYTES)
