@@ -104,9 +104,7 @@ def kernels(weight: np.ndarray, op: Op, source: Shape, target: Target) -> dict[s
             pairs["index"] = (pairs["index"] + own).astype(np.int32)
         lists |= {f"pair_{part}": pairs[part] for part in ("weight", "start", "index")}
     if dtype == torch.int8 and op.steps is not None and geometry.in_bytes(op, source):
-        lists |= _bytes(weight, op, source, library)
-        if not geometry.depthwise(op, source):
-            return lists
+        return lists | _bytes(weight, op, source, library)
     if by_chunk:
         lists |= _by_chunk(_singles, flat, keep, lists["chunk"], cuts)
         lists["weight"] = words(lists["weight"], dtype)
@@ -185,7 +183,6 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     """
     assert op.steps is not None
     steps, side = op.steps.numpy(), op.kernel[0]
-    depthwise = geometry.depthwise(op, source)
     whole = np.rint(weight / steps[:, None, None, None])
     scale, zero = steps * op.scales[0], op.zeros[0]
     bias = np.zeros(len(weight)) if op.bias is None else floats(op.bias)
@@ -197,7 +194,8 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
         whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % 4)))
         words = whole.reshape(len(whole), -1, 1, 4)
     else:
-        whole = whole if depthwise else _ungrouped(whole, op.groups)
+        if not geometry.depthwise(op, source):
+            whole = _ungrouped(whole, op.groups)
         words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -side % 4)))
         words = words.reshape(*words.shape[:2], -1, 4)
     keep = np.asarray(words.any((2, 3)))
@@ -210,8 +208,8 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     if tiny:
         made |= _tiny_bytes(whole, tiny, bias, scale, zero)
     for layout, name in enumerate(("byte", "flat")):
-        if tiny if name == "flat" else depthwise:
-            continue  # made above; blocks of images have no bytes of a row side by side
+        if tiny and name == "flat":
+            continue  # made above
         together = byte_filters(library, *like, layout, many)
         made["together"] = max(together, made.get("together", 1))
         size = byte_chunk(library, *like, source[0], together, layout)

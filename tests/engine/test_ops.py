@@ -14,7 +14,8 @@ from explib import engine
 from explib.engine import build, lists, plan, reference
 from explib.engine.graph import Op
 from tests.conftest import needs_compiler
-from tests.engine.cases import PLANES, sweep_ops
+from tests.engine import cases
+from tests.engine.cases import PLANES, network, sweep_ops, windowed
 from tests.engine.test_engine import error, lively
 
 pytestmark = needs_compiler
@@ -24,6 +25,23 @@ pytestmark = needs_compiler
 def test_every_op_gives_torch_its_result_in_both_layouts(plane):
     types = [dtype for dtype in build.TYPES if build.computes(build.library(), dtype)]
     assert sweep_ops((1, 3, 33), [plane]) > 900 * len(types)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (7, 2)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_depthwise_convs_of_large_planes_are_computed_in_bands(kernel, stride, threads):
+    """int8: threads share the channels where they are many enough, else the rows."""
+    shape, square = (5, 200, 250), (kernel, kernel)
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 1, *square, generator=random)
+    weight[2] = 0
+    more = dict(weight=weight, bias=torch.linspace(-1, 1, 5), groups=5, act="relu")
+    pad = (kernel // 2, kernel // 2)
+    op = windowed("conv", shape, 5, square, (stride, stride), pad, **more)
+    both = Op(**dict(vars(op), inputs=("x", "z")))
+    for made, shapes in ((op, [shape]), (both, [shape, op.shape])):
+        fast = network(made, shapes, torch.int8, threads)
+        assert cases.error(fast, fast.ops[0], 1) < 1
 
 
 def run(op: Op, x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,66 @@
-// int8: depthwise convolutions of single images, a channel at a time: its plane is copied beside the
-// code of zero on every side, so that each word (bytes.h) is a load and a shuffle, in registers only.
+// int8: depthwise convolutions, a channel at a time, the words (bytes.h) in registers only. The plane of
+// a single image is copied beside the code of zero on every side, so that each is a load and a shuffle.
 #pragma once
 #include <algorithm>
 #include <cstring>
 
 #include "byte_images.h"
 #include "planes.h"
+#include "tiles.h"
 
 namespace {
 
 constexpr int BAND_BYTES = 16 * 1024;  // copied at once, of the nearest cache
+constexpr int BYTE_ROWS = 7;            // of outputs at once
+
+// What one thread computes: filters f0 to f1 where there are many, else rows y0 to y1 of all
+struct DepthwiseShare {
+    int f0, f1, y0, y1;
+    DepthwiseShare(int filters, int height, int part, int parts)
+        : f0(0), f1(filters), y0(0), y1(height) {
+        int& first = filters >= 4 * parts ? f0 : y0;
+        int& last = filters >= 4 * parts ? f1 : y1;
+        const int all = last;
+        first = (int)split(all, part, parts), last = (int)split(all, part + 1, parts);
+    }
+};
+
+// body(kernel, stride), known to the compiler
+template <class Body>
+inline void depthwise_sized(const Op& op, const Body& body) {
+    const auto strided = [&](auto k) {
+        op.rows.stride == 1 ? body(k, Int<1>{}) : body(k, Int<2>{});
+    };
+    const int kernel = op.rows.kernel;
+    kernel == 3 ? strided(Int<3>{}) : kernel == 5 ? strided(Int<5>{}) : strided(Int<7>{});
+}
+
+// tile(rows, y) for rows `from` to `to`, the last one over others if that may be
+template <class Tile>
+FORCED inline void depthwise_tiles(int from, int to, bool again, const Tile& tile) {
+    int y = from;
+    for (; y + BYTE_ROWS <= to; y += BYTE_ROWS) tile(Int<BYTE_ROWS>{}, y);
+    if (y < to && to - from >= BYTE_ROWS && again) tile(Int<BYTE_ROWS>{}, to - BYTE_ROWS), y = to;
+    for (; y < to; ++y) tile(Int<1>{}, y);
+}
+
+// Sums of TH rows, one below the other, of which word(i, q) are those of the input's row i
+template <int K, int S, int TH, class Word>
+FORCED inline void depthwise_sums(const int32_t* weight, Words (&sums)[TH], const Word& word) {
+    constexpr int Q = (K + 3) / 4;
+    Words weights[K][Q];
+    repeat<K * Q>([&](auto i) FORCED { weights[i / Q][i % Q] = Words{} + weight[i]; });
+    repeat<(TH - 1) * S + K>([&](auto i) FORCED {
+        repeat<Q>([&](auto q) FORCED {
+            const Words codes = word(i, q);
+            repeat<K>([&](auto ky) FORCED {
+                constexpr int dy = i - ky;
+                if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
+                    sums[dy / S] = add_dots(sums[dy / S], codes, weights[ky][q]);
+            });
+        });
+    });
+}
 
 // Copies that cost no call, of the last bytes once more
 FORCED inline void copy_codes(Byte* to, const Byte* from, int count) {
@@ -27,22 +78,11 @@ FORCED inline void copy_codes(Byte* to, const Byte* from, int count) {
 template <int K, int S, int TH>
 FORCED inline void byte_depthwise_tile(const ImageConv<Byte>& a, int f, int y, int x,
                                        const Byte* codes, int64_t pitch, const int32_t* weight) {
-    constexpr int Q = (K + 3) / 4;
     Words sums[TH] = {};
-    if (weight) {
-        Words weights[K][Q];
-        repeat<K * Q>([&](auto i) FORCED { weights[i / Q][i % Q] = Words{} + weight[i]; });
-        repeat<(TH - 1) * S + K>([&](auto i) FORCED {
-            repeat<Q>([&](auto q) FORCED {
-                const Words near = neighbours<S>(codes + i * pitch + q * 4);
-                repeat<K>([&](auto ky) FORCED {
-                    constexpr int dy = i - ky;
-                    if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
-                        sums[dy / S] = add_dots(sums[dy / S], near, weights[ky][q]);
-                });
-            });
+    if (weight)
+        depthwise_sums<K, S>(weight, sums, [&](auto i, auto q) FORCED {
+            return neighbours<S>(codes + i * pitch + q * 4);
         });
-    }
     const int64_t width = a.made.width, first = f * a.out_plane + y * width + x;
     const int live = int(width) - x;
     const bool beyond = !a.other;
@@ -89,7 +129,6 @@ inline void copy_band(const ImageConv<Byte>& a, int f, int from, int to, const P
 template <int K, int S>
 [[gnu::noinline]] void byte_depthwise_band(const ImageConv<Byte>& a, int f, int from, int to,
                                            const Padded& padded, const Byte* copy) {
-    constexpr int TH = 7;
     const int k = a.op.flat_start[f];
     const bool empty = k == a.op.flat_start[f + 1];
     const int32_t* weight = (const int32_t*)a.op.flat_weight + int64_t(k) * K * ((K + 3) / 4);
@@ -99,32 +138,26 @@ template <int K, int S>
                                           copy + int64_t(y - from) * S * padded.pitch + x * S,
                                           padded.pitch, empty ? nullptr : weight);
         };
-        int y = from;
-        for (; y + TH <= to; y += TH) tile(Int<TH>{}, y);
-        if (y < to && to - from >= TH && !a.other) tile(Int<TH>{}, to - TH), y = to;
-        for (; y < to; ++y) tile(Int<1>{}, y);
+        depthwise_tiles(from, to, !a.other, tile);
     }
 }
 
-// Threads share the channels where there are many, else the rows
+// scratch: of this thread
 inline void byte_depthwise(const ImageConv<Byte>& a, Byte* scratch, int part, int parts) {
     const Padded padded(a.op, a.source);
     std::memset(scratch, int(a.op.in_code.zero), padded.scratch());
-    const int filters = a.made.channels, height = a.made.height;
-    const bool by_filter = filters >= 4 * parts;
-    const int f0 = by_filter ? (int)split(filters, part, parts) : 0;
-    const int f1 = by_filter ? (int)split(filters, part + 1, parts) : filters;
-    const int y0 = by_filter ? 0 : (int)split(height, part, parts);
-    const int y1 = by_filter ? height : (int)split(height, part + 1, parts);
-    const int bands = (y1 - y0 + padded.band - 1) / padded.band, count = (f1 - f0) * bands;
+    const DepthwiseShare share(a.made.channels, a.made.height, part, parts);
+    const int bands = (share.y1 - share.y0 + padded.band - 1) / padded.band;
+    const int count = (share.f1 - share.f0) * bands;
     const auto band = [&](int i, const auto& body) {
-        const int from = y0 + i % bands * padded.band;
-        body(f0 + i / bands, from, std::min(from + padded.band, y1), scratch + i % 2 * padded.bytes());
+        const int from = share.y0 + i % bands * padded.band;
+        const int to = std::min(from + padded.band, share.y1);
+        body(share.f0 + i / bands, from, to, scratch + i % 2 * padded.bytes());
     };
     const auto copied = [&](int i) {
         band(i, [&](int f, int from, int to, Byte* copy) { copy_band(a, f, from, to, padded, copy); });
     };
-    const auto all = [&](auto k, auto s) {
+    depthwise_sized(a.op, [&](auto k, auto s) {
         for (int i = 0; i < count; ++i) {
             if (!i) copied(0);
             if (i + 1 < count) copied(i + 1);
@@ -132,10 +165,58 @@ inline void byte_depthwise(const ImageConv<Byte>& a, Byte* scratch, int part, in
                 byte_depthwise_band<k, s>(a, f, from, to, padded, copy);
             });
         }
+    });
+}
+
+// ---- Blocks of images, whose pixels' codes lie beside each other
+
+// Rows y0 to y1 of filter f
+template <int K, int S>
+[[gnu::noinline]] void byte_depthwise_rows(const ConvBlock<Byte>& a, int channels, int filters, int f,
+                                           int y0, int y1) {
+    constexpr int Q = (K + 3) / 4;
+    const int width = a.width, k = a.start[f];
+    const bool empty = k == a.start[f + 1];
+    const int32_t* weight = a.weight + int64_t(k) * K * Q;
+    const Byte* plane = a.in + int64_t(f) * channels / filters * block_plane(a.height, width) *
+                                   BYTE_LANES;
+    Byte outside[BYTE_LANES];
+    std::memset(outside, int(a.op.in_code.zero), BYTE_LANES);
+    const Words none = quads(outside, outside, outside, outside);
+    const auto tile = [&](auto th, int y) FORCED {
+        for (int x = 0; x < a.out_width; ++x) {
+            Words sums[th] = {};
+            const auto word = [&](auto i, auto q) FORCED {
+                constexpr int last = std::min(3, K - 1 - q * 4);  // that has a weight
+                const int row = y * S - K / 2 + i, at = x * S - K / 2 + q * 4;
+                if (row < 0 || row >= a.height) return none;
+                const Byte* from = plane + int64_t(row) * width * BYTE_LANES;
+                // beyond it there may be any that is in memory
+                if (at >= 0 && at + last < width && at + 3 <= width)
+                    return quads(from + at * BYTE_LANES);
+                const auto pixel = [&](int at) FORCED {
+                    return at >= 0 && at < width ? from + at * BYTE_LANES : outside;
+                };
+                return quads(pixel(at), pixel(at + std::min(1, last)),
+                             pixel(at + std::min(2, last)), pixel(at + last));
+            };
+            if (!empty) depthwise_sums<K, S>(weight, sums, word);
+            const int64_t first = place_in_block(a, f, y, x);
+            const int64_t step = int64_t(a.out_width) * BYTE_LANES;
+            end_sums<th>(
+                a.op, f, sums, a.other, [&](int i) FORCED { return first + i * step; },
+                [&](int i, Types<float>::V codes) FORCED { store(a.out + first + i * step, codes); });
+        }
     };
-    const auto strided = [&](auto k) { a.op.rows.stride == 1 ? all(k, Int<1>{}) : all(k, Int<2>{}); };
-    const int kernel = a.op.rows.kernel;
-    kernel == 3 ? strided(Int<3>{}) : kernel == 5 ? strided(Int<5>{}) : strided(Int<7>{});
+    depthwise_tiles(y0, y1, !a.other, tile);
+}
+
+inline void byte_depthwise(const ConvBlock<Byte>& a, int channels, int filters, int part, int parts) {
+    const DepthwiseShare share(filters, a.out_height, part, parts);
+    depthwise_sized(a.op, [&](auto k, auto s) {
+        for (int f = share.f0; f < share.f1; ++f)
+            byte_depthwise_rows<k, s>(a, channels, filters, f, share.y0, share.y1);
+    });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "byte_blocks.h"
+#include "byte_depthwise.h"
 #include "general.h"
 #include "ops.h"
 #include "plan.h"
@@ -263,6 +264,11 @@ class Blocks {
             const T* other = op.other >= 0 ? data(memory, op.other) : nullptr;
             const int own = parts == 1 ? worker : part;
             if constexpr (std::is_same_v<T, Byte>) {
+                if (op.byte_weight && is_depthwise(op, a))
+                    return byte_depthwise({in, other, out, 0, o.channels, a.height, a.width,
+                                           o.height, o.width, op, (const int32_t*)op.byte_weight,
+                                           op.byte_start, nullptr, nullptr},
+                                          a.channels, o.channels, part, parts);
                 if (op.byte_weight)
                     return byte_block(op, a, o, in, other, out, (Words*)byte_scratch[own]->data,
                                       part, parts);

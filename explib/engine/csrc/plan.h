@@ -52,8 +52,7 @@ struct Op {
     const int32_t *plane_start, *plane_index, *plane_order;
     const int32_t* share;             // (threads + 1,)
     // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats:
-    // in chunks for blocks (of depthwise convs never), in others for single images. The factor and
-    // the bias of each filter's sums, (F,), and the codes of `in`, `other` and `out`
+    // in chunks for blocks, in others for single images. The factor and the bias of each filter's sums, (F,), and the codes of `in`, `other` and `out`
     const void* byte_weight;
     const int32_t *byte_start, *byte_index;
     const void* flat_weight;
