@@ -99,7 +99,8 @@ class Planned : public Network {
     // Blocks whose lanes are mostly full. Where the maps of a block are so large that no cache holds
     // them, images go one by one (which bfloat16 would not compute in)
     int64_t blocks(int64_t images) const override {
-        if (sizeof(T) == sizeof(Alone) && by_block.largest() > LARGEST_BLOCK) return 0;
+        constexpr int64_t most = std::is_same_v<T, Byte> ? LARGEST_BLOCK / 2 : LARGEST_BLOCK;
+        if (sizeof(T) == sizeof(Alone) && by_block.largest() > most) return 0;
         return images / lanes + (5 * (images % lanes) >= 3 * lanes);
     }
 
