@@ -1,5 +1,5 @@
-// int8: depthwise convolutions, a channel at a time, the words (bytes.h) in registers only. The plane of
-// a single image is copied beside the code of zero on every side, so that each is a load and a shuffle.
+// int8: depthwise convolutions, a channel at a time, the words (bytes.h) in registers only. A single
+// image's plane is copied, with the code of zero on every side, so that each is a load and a shuffle.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -74,7 +74,7 @@ FORCED inline void copy_codes(Byte* to, const Byte* from, int count) {
     for (int i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// TH rows of outputs of filter f, BYTE_LANES of each, from (y, x) on, whose first code is at `codes`
+// TH rows of outputs of filter f, BYTE_LANES of each, from (y, x) on; their first code is at `codes`
 template <int K, int S, int TH>
 FORCED inline void byte_depthwise_tile(const ImageConv<Byte>& a, int f, int y, int x,
                                        const Byte* codes, int64_t pitch, const int32_t* weight) {
@@ -101,7 +101,8 @@ struct Padded {
     Padded(const Op& op, const Tensor& in) {
         const int kernel = op.rows.kernel, stride = op.rows.stride;
         pitch = round_up(in.width + kernel - 1, 16);
-        band = std::max(((BAND_BYTES / pitch - kernel) / stride + 1) / 7 * 7, 7);
+        const int fits = (BAND_BYTES / pitch - kernel) / stride + 1;
+        band = std::max(fits / BYTE_ROWS * BYTE_ROWS, BYTE_ROWS);
         rows = (band - 1) * stride + kernel;
     }
     int64_t bytes() const { return round_up(rows * pitch + NEAR, 64); }
@@ -155,7 +156,9 @@ inline void byte_depthwise(const ImageConv<Byte>& a, Byte* scratch, int part, in
         body(share.f0 + i / bands, from, to, scratch + i % 2 * padded.bytes());
     };
     const auto copied = [&](int i) {
-        band(i, [&](int f, int from, int to, Byte* copy) { copy_band(a, f, from, to, padded, copy); });
+        band(i, [&](int f, int from, int to, Byte* copy) {
+            copy_band(a, f, from, to, padded, copy);
+        });
     };
     depthwise_sized(a.op, [&](auto k, auto s) {
         for (int i = 0; i < count; ++i) {
@@ -172,8 +175,8 @@ inline void byte_depthwise(const ImageConv<Byte>& a, Byte* scratch, int part, in
 
 // Rows y0 to y1 of filter f
 template <int K, int S>
-[[gnu::noinline]] void byte_depthwise_rows(const ConvBlock<Byte>& a, int channels, int filters, int f,
-                                           int y0, int y1) {
+[[gnu::noinline]] void byte_depthwise_rows(const ConvBlock<Byte>& a, int channels, int filters,
+                                           int f, int y0, int y1) {
     constexpr int Q = (K + 3) / 4;
     const int width = a.width, k = a.start[f];
     const bool empty = k == a.start[f + 1];
@@ -205,13 +208,16 @@ template <int K, int S>
             const int64_t step = int64_t(a.out_width) * BYTE_LANES;
             end_sums<th>(
                 a.op, f, sums, a.other, [&](int i) FORCED { return first + i * step; },
-                [&](int i, Types<float>::V codes) FORCED { store(a.out + first + i * step, codes); });
+                [&](int i, Types<float>::V codes) FORCED {
+                    store(a.out + first + i * step, codes);
+                });
         }
     };
     depthwise_tiles(y0, y1, !a.other, tile);
 }
 
-inline void byte_depthwise(const ConvBlock<Byte>& a, int channels, int filters, int part, int parts) {
+inline void byte_depthwise(const ConvBlock<Byte>& a, int channels, int filters, int part,
+                           int parts) {
     const DepthwiseShare share(filters, a.out_height, part, parts);
     depthwise_sized(a.op, [&](auto k, auto s) {
         for (int f = share.f0; f < share.f1; ++f)

@@ -1,6 +1,6 @@
-// Blocks of images by Winograd's way along columns alone, F(4, 3): four outputs below each other are
-// made from 6 x 3 products a kernel instead of 36. Where registers are few, this is faster than 36
-// for 16 outputs until many kernels share the transforms: those cost half.
+// Blocks of images by Winograd's way along columns alone, F(4, 3): four outputs below each other come
+// of 6 x 3 products a kernel instead of 36. Where registers are few, this is faster than 36 for 16
+// outputs until many kernels share the transforms: those cost half.
 #pragma once
 #include <algorithm>
 
