@@ -34,20 +34,18 @@ def points(
     shared = keep.sum() / max(keep.shape[0], source[0])  # kernels of a filter, or of a channel
     lanes = block(library, torch.float32)
     by_columns = bool(library.explib_winograd_by_columns())
-    found = {}
     # Transforms have to be shared by enough kernels, and tiles to fit the plane. By measurements of
     # 16 to 512 channels, on a Zen 5 and, with 16 registers, a Zen 3
     least, side = (18, 4) if by_columns else (7, 7) if lanes > 8 else (4, 4)
-    if blocks and min(op.shape[1:]) >= side:
-        if shared >= least:
-            found["winograd"] = _both(weight, source, library)
-        elif by_columns and shared >= 3:
-            found["winograd_columns"] = _columns(weight)
+    blocks = blocks and min(op.shape[1:]) >= side
     _, height, width = geometry.chw(op.shape)
     runs = -(-height // 4) * -(-width // lanes)  # of tiles side by side, four in a vector
     # of single images, vectors of tiles have to be much fewer than those of pixels
-    if shared >= 4 and geometry.vectors(op.shape, lanes) >= 8 * -(-runs // 4):
-        found["winograd_alone"] = _both(weight, source, library)
+    alone = shared >= 4 and geometry.vectors(op.shape, lanes) >= 8 * -(-runs // 4)
+    names = ["winograd"] * bool(blocks and shared >= least) + ["winograd_alone"] * bool(alone)
+    found = dict.fromkeys(names, _both(weight, source, library)) if names else {}
+    if blocks and by_columns and 3 <= shared < least:
+        found["winograd_columns"] = _columns(weight)
     return found
 
 

@@ -163,13 +163,16 @@ def test_torchvisions_classifiers_run_without_torch(name):
 @pytest.mark.parametrize(
     ("side", "channels", "kept", "stride", "in_blocks", "alone"),
     [(7, 16, 7, 1, True, None), (7, 20, 19, 1, True, None), (7, 16, 2, 1, False, False),
-     (6, 16, 16, 2, False, False), (28, 16, 4, 1, None, True), (28, 16, 3, 1, None, False),
+     (7, 16, 3, 1, "columns", False), (6, 16, 16, 2, False, False), (28, 16, 4, 1, None, True),
+     (28, 16, 3, 1, "columns", False),
      (13, 260, 7, 1, True, None), (3, 20, 19, 1, False, None)],
 )  # fmt: skip
 def test_winograd_where_planes_and_kernels_are_enough(
     side, channels, kept, stride, in_blocks, alone
 ):
-    """None: as wide as the vectors are."""
+    """None: as wide as the vectors are; "columns": where blocks go by columns alone, too."""
+    by_columns = bool(build.library().explib_winograd_by_columns())
+    in_blocks = by_columns if in_blocks == "columns" else in_blocks
     weight = torch.zeros(channels, channels, 3, 3)
     weight[:, :kept] = torch.randn(channels, kept, 3, 3)
     plane = ((side - 1) // stride + 1,) * 2
@@ -183,8 +186,8 @@ def test_winograd_where_planes_and_kernels_are_enough(
     full, several = made(torch.float32), {"winograd", "winograd_columns"}
     assert in_blocks is None or bool(several & {*full}) == in_blocks
     if several & {*full}:  # with 16 registers columns alone, up to so many kernels of a filter
-        by_columns = build.library().explib_winograd_by_columns() and kept < 18
-        assert several & {*full} == {"winograd_columns" if by_columns else "winograd"}
+        columns = by_columns and kept < 18
+        assert several & {*full} == {"winograd_columns" if columns else "winograd"}
     assert alone is None or ("winograd_alone" in full) == alone
     assert not several & {*made(torch.float32, blocks=False), *made(torch.bfloat16)}
     # single images of a network in bfloat16 are computed in float32
