@@ -38,23 +38,39 @@ def points(
     # 16 to 512 channels, on a Zen 5 and, with 16 registers, a Zen 3
     least, side = (18, 4) if by_columns else (7, 7) if lanes > 8 else (4, 4)
     blocks = blocks and min(op.shape[1:]) >= side
+    found = {}
+    if blocks and shared >= least:
+        found["winograd"] = _both(weight, source, library)
+    elif blocks and by_columns and shared >= 3:
+        found["winograd_columns"] = _columns(weight)
     _, height, width = geometry.chw(op.shape)
     runs = -(-height // 4) * -(-width // lanes)  # of tiles side by side, four in a vector
+    if shared >= 4 and library.explib_winograd_four(height, width):
+        found["winograd_alone"] = _four(weight)
     # of single images, vectors of tiles have to be much fewer than those of pixels
-    alone = shared >= 4 and geometry.vectors(op.shape, lanes) >= 8 * -(-runs // 4)
-    names = ["winograd"] * bool(blocks and shared >= least) + ["winograd_alone"] * bool(alone)
-    found = dict.fromkeys(names, _both(weight, source, library)) if names else {}
-    if blocks and by_columns and 3 <= shared < least:
-        found["winograd_columns"] = _columns(weight)
+    elif shared >= 4 and geometry.vectors(op.shape, lanes) >= 8 * -(-runs // 4):
+        both = found.get("winograd")
+        found["winograd_alone"] = _both(weight, source, library) if both is None else both
     return found
+
+
+def _spread(weight: np.ndarray) -> np.ndarray:
+    """Kernels (K, 9) at the points along both axes: (K, 6, 6)."""
+    return _POINTS @ weight.reshape(-1, 3, 3).astype(np.float64) @ _POINTS.T
 
 
 def _both(weight: np.ndarray, source: Shape, library: ctypes.CDLL) -> np.ndarray:
     """Kernels (K, 9) at the points along both axes, (6, K, 6) or (36, K, 1)."""
-    spread = _POINTS @ weight.reshape(-1, 3, 3).astype(np.float64) @ _POINTS.T
     whole_rows = library.explib_winograd_whole_rows(source[0])
-    spread = spread.reshape(len(spread), *((6, 6) if whole_rows else (36, 1)))
+    spread = _spread(weight).reshape(len(weight), *((6, 6) if whole_rows else (36, 1)))
     return np.ascontiguousarray(spread.swapaxes(0, 1), np.float32)
+
+
+def _four(weight: np.ndarray) -> np.ndarray:
+    """Kernels (K, 9) at the points along both axes, two rows together: (3, K, 6, 2)."""
+    spread = _spread(weight)
+    pairs = np.stack([spread[:, [0, 1, 3]], spread[:, [5, 2, 4]]], -1)  # (K, 3, 6, 2)
+    return np.ascontiguousarray(pairs.swapaxes(0, 1), np.float32)
 
 
 def _columns(weight: np.ndarray) -> np.ndarray:

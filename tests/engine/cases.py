@@ -65,7 +65,7 @@ def convs(shape: Shape) -> Iterator[Case]:
 
 def many(plane: Shape) -> Iterator[Case]:
     """Convs with kernels enough for Winograd's points, along columns alone and along both axes."""
-    sizes = [(12, 1, 0.8), (24, 2, 0.8), (20, 1, 1.0)]
+    sizes = [(13, 1, 0.8), (24, 2, 0.8), (20, 1, 1.0)]
     if plane == (17, 28):
         sizes += [(WIDE[0], 1, 9 / WIDE[0]), *((n, 1, 20 / n) for n in WIDE)]
     for channels, groups, density in sizes:
@@ -188,6 +188,8 @@ def cases(plane: tuple[int, int]) -> Iterator[Case]:
     for some in (convs, pixelwise, pools, moved):
         yield from some(shape)
     yield from many(plane)
+    if plane == (5, 5):
+        yield from many((7, 8))  # of four tiles
 
 
 def network(op: Op, shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:

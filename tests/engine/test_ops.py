@@ -165,13 +165,21 @@ def test_torchvisions_classifiers_run_without_torch(name):
     [(7, 16, 7, 1, True, None), (7, 20, 19, 1, True, None), (7, 16, 2, 1, False, False),
      (7, 16, 3, 1, "columns", False), (6, 16, 16, 2, False, False), (28, 16, 4, 1, None, True),
      (28, 16, 3, 1, "columns", False),
-     (13, 260, 7, 1, True, None), (3, 20, 19, 1, False, None)],
+     (13, 260, 7, 1, True, None), (3, 20, 19, 1, False, None),
+     (8, 16, 4, 1, None, "four"), (6, 17, 16, 1, None, "four"), (7, 16, 3, 1, None, False)],
 )  # fmt: skip
 def test_winograd_where_planes_and_kernels_are_enough(
     side, channels, kept, stride, in_blocks, alone
 ):
-    """None: as wide as the vectors are; "columns": where blocks go by columns alone, too."""
-    by_columns = bool(build.library().explib_winograd_by_columns())
+    """None: as wide as the vectors are; "columns": where blocks go by columns alone, too.
+
+    "four": of single images where four tiles are half a vector.
+    """
+    library = build.library()
+    by_columns = bool(library.explib_winograd_by_columns())
+    four = bool(library.explib_winograd_four(*2 * [(side - 1) // stride + 1]))
+    assert four == (6 <= side // stride <= 8 and build.block(library, torch.float32) == 8)
+    alone = (four or None) if alone == "four" else alone
     in_blocks = by_columns if in_blocks == "columns" else in_blocks
     weight = torch.zeros(channels, channels, 3, 3)
     weight[:, :kept] = torch.randn(channels, kept, 3, 3)
@@ -180,7 +188,7 @@ def test_winograd_where_planes_and_kernels_are_enough(
     conv = Op("conv", "y", ("x",), (channels, *plane), **more)
 
     def made(dtype: torch.dtype, blocks: bool = True) -> dict:
-        target = lists.Target(build.library(), dtype, 1, blocks)
+        target = lists.Target(library, dtype, 1, blocks)
         return lists.kernels(weight.numpy(), conv, (channels, side, side), target)
 
     full, several = made(torch.float32), {"winograd", "winograd_columns"}
@@ -198,7 +206,11 @@ def test_winograd_where_planes_and_kernels_are_enough(
     own = weight[full["order"][0], :kept].numpy()
     # the weights at the points 0 and infinity are those of the corners, or of the rows' ends
     for name in {"winograd", "winograd_alone"} & {*full}:
-        spread = full[name].swapaxes(0, 1).reshape(-1, 6, 6)[:kept]
+        spread = full[name].swapaxes(0, 1)[:kept]
+        if four and name == "winograd_alone":  # rows 0 and 5, 1 and 2, 3 and 4 together
+            rows = spread.swapaxes(2, 3).reshape(-1, 6, 6)
+            spread = rows[:, [0, 2, 3, 4, 5, 1]]
+        spread = spread.reshape(-1, 6, 6)
         assert spread[:, 5, 5] == pytest.approx(own[:, 2, 2], rel=1e-6)
         assert spread[:, 0, 0] == pytest.approx(own[:, 0, 0], rel=1e-6)
     if "winograd_columns" in full:

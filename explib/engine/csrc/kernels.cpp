@@ -14,6 +14,7 @@ int explib_largest() { return LARGEST_BLOCK / VECTOR_BYTES; }
 // Of a conv by channel the filters whose sums the nearest cache holds
 int explib_sums_near() { return sums_near(); }
 int explib_winograd_by_columns() { return BY_COLUMNS; }
+int explib_winograd_four(int height, int width) { return winograd_four(height, width); }
 int explib_winograd_whole_rows(int channels) { return winograd_whole_rows(channels); }
 int explib_computes(int type) {
     return type == FLOAT32 || type == INT8 || (type == FLOAT16 && HALF) ||

@@ -37,9 +37,9 @@ struct Op {
     // of each row, then of each column. BILINEAR: the first of two rows, then of two columns
     const int32_t* index;
     const int32_t* order;  // CONV: the filter at each place; null: as they are numbered
-    // the same kernels as 36 floats at Winograd's points (winograd.h): (6, kernels, 6) where its cache
-    // holds whole rows of points, else (36, kernels); of blocks of images and of single ones, null
-    // where these are not computed so
+    // the same kernels as 36 floats at Winograd's points (winograd.h), of blocks of images and of single
+    // ones, null where these are not computed so: (6, kernels, 6) where the nearest cache holds whole
+    // rows of points, else (36, kernels); of single ones of four tiles (3, kernels, 6, 2)
     const void *winograd, *winograd_alone;
     const void* winograd_columns;  // of blocks at its points along columns (2, kernels, 3, 3), or null
     // bfloat16 only: the same kernels, two of a filter at once, (F + 1,) and two channels for each

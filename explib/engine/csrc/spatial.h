@@ -20,7 +20,7 @@
 #include "threads.h"
 #include "tiny.h"
 #include "vectors.h"
-#include "winograd_images.h"
+#include "winograd_four.h"
 
 namespace {
 
@@ -283,8 +283,11 @@ class Images {
                 return;
             }
             case WINOGRAD:
-                if constexpr (std::is_same_v<T, float>)
-                    winograd_image({a}, (V*)winograd_scratch[own]->data, part, parts);
+                if constexpr (std::is_same_v<T, float>) {
+                    const bool four = winograd_four(a.made.height, a.made.width);
+                    const auto memory = (V*)winograd_scratch[own]->data;
+                    (four ? winograd_fours : winograd_image)({a}, memory, part, parts);
+                }
                 return;
             case STRIDED:
                 if constexpr (!BYTES) depthwise_strided(a, op.rows.kernel, part, parts);

@@ -50,25 +50,55 @@ inline int64_t winograd_vectors(int channels, int filters) {
 
 constexpr float POINT_A = 0.707106781f, POINT_B = 1.41421356f;
 
-// Six pixels in a row as values at the points
+// A product that is added and subtracted: where registers are few, one product and two sums are
+// quicker than two products of a constant that has to be loaded for each
 template <class V>
-FORCED inline void winograd_spread(const V (&x)[6], V (&y)[6]) {
-    y[0] = x[4] - 2.5f * x[2] + x[0];
-    const V a = x[4] - 2.0f * x[2], b = (x[3] - 2.0f * x[1]) * POINT_A;
-    y[1] = a + b, y[2] = a - b;
-    const V c = x[4] - 0.5f * x[2], d = (x[3] - 0.5f * x[1]) * POINT_B;
-    y[3] = c + d, y[4] = c - d;
-    y[5] = x[5] - 2.5f * x[3] + x[1];
+FORCED inline V product(V value) {
+    if constexpr (BY_COLUMNS) keep(value);
+    return value;
 }
 
-// Products at the points as four outputs in a row
+// Of the points two by two that take the same pixels: which these are
+constexpr int POINT_PAIRS[3][2] = {{0, 5}, {1, 2}, {3, 4}};
+
+// Six pixels in a row as values at the points, those of one pair or all
+template <int PAIR, class V>
+FORCED inline void winograd_spread(const V (&x)[6], V& one, V& two) {
+    if constexpr (PAIR == 0) {
+        one = x[4] - 2.5f * x[2] + x[0];
+        two = x[5] - 2.5f * x[3] + x[1];
+    } else if constexpr (PAIR == 1) {
+        const V a = x[4] - 2.0f * x[2], b = product((x[3] - 2.0f * x[1]) * POINT_A);
+        one = a + b, two = a - b;
+    } else {
+        const V c = x[4] - 0.5f * x[2], d = product((x[3] - 0.5f * x[1]) * POINT_B);
+        one = c + d, two = c - d;
+    }
+}
+template <class V>
+FORCED inline void winograd_spread(const V (&x)[6], V (&y)[6]) {
+    repeat<3>([&](auto pair) FORCED {
+        winograd_spread<pair>(x, y[POINT_PAIRS[pair][0]], y[POINT_PAIRS[pair][1]]);
+    });
+}
+
+// Products at the points as outputs in a row: 0 and 2, or 1 and 3, or all four
+template <int ODD, class V>
+FORCED inline void winograd_gather(const V (&x)[6], V& one, V& two) {
+    if constexpr (ODD) {
+        const V b = product((x[1] - x[2]) * POINT_A), d = product((x[3] - x[4]) * POINT_B);
+        one = b + d;
+        two = 0.5f * b + (2.0f * d + x[5]);
+    } else {
+        const V a = x[1] + x[2], c = x[3] + x[4];
+        one = x[0] + a + c;
+        two = 0.5f * a + 2.0f * c;
+    }
+}
 template <class V>
 FORCED inline void winograd_gather(const V (&x)[6], V (&y)[4]) {
-    const V a = x[1] + x[2], b = x[1] - x[2], c = x[3] + x[4], d = x[3] - x[4];
-    y[0] = x[0] + a + c;
-    y[1] = POINT_A * b + POINT_B * d;
-    y[2] = 0.5f * a + 2.0f * c;
-    y[3] = 0.5f * POINT_A * b + 2.0f * POINT_B * d + x[5];
+    winograd_gather<0>(x, y[0], y[2]);
+    winograd_gather<1>(x, y[1], y[3]);
 }
 
 // Values of row i of points of a channel: [36 / POINTS][channel][POINTS][tile]
@@ -139,18 +169,22 @@ void winograd_sums(const WinogradKernels& a, const V* points, V* sums) {
         }
 }
 
-// The outputs of a tile, the first sum of which is at `sums`
+// The sums of a row of points, of which the first is at `sums`, as four outputs
+template <int WIDTH, int TILES, class V>
+FORCED inline void winograd_row(const V* sums, V (&out)[4]) {
+    V x[WIDTH];
+    repeat<WIDTH>([&](auto j) FORCED { x[j] = sums[j * TILES]; });
+    if constexpr (WIDTH == 6)
+        winograd_gather(x, out);
+    else
+        repeat<4>([&](auto j) FORCED { out[j] = x[j]; });
+}
+
+// The outputs of a tile
 template <int WIDTH, int TILES, class V>
 FORCED inline void winograd_outputs(const V* sums, V bias, V (&out)[4][4]) {
     V rows[6][4];
-    repeat<6>([&](auto i) FORCED {
-        V x[WIDTH];
-        repeat<WIDTH>([&](auto j) FORCED { x[j] = sums[(i * WIDTH + j) * TILES]; });
-        if constexpr (WIDTH == 6)
-            winograd_gather(x, rows[i]);
-        else
-            repeat<4>([&](auto j) FORCED { rows[i][j] = x[j]; });
-    });
+    repeat<6>([&](auto i) FORCED { winograd_row<WIDTH, TILES>(sums + i * WIDTH * TILES, rows[i]); });
     repeat<4>([&](auto j) FORCED {
         V x[6], y[4];
         repeat<6>([&](auto i) FORCED { x[i] = rows[i][j]; });

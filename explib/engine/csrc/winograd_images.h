@@ -17,25 +17,29 @@ struct WinogradImage : ImageConv<float> {
     int vectors() const { return (tile_rows() * row_runs() + 3) / 4; }
 };
 
-// Where the four runs of a vector are, and which of their outputs are in the image
+// Where the four runs of a vector are, and which of their outputs are in the image. `next`: to the
+// plane of runs 2 and 3 where they are those of another one, else 0
 struct WinogradRuns {
-    int64_t in[4][6];  // from a plane's first pixel, of every row of pixels
+    int64_t in[4];   // from a plane's first pixel, of the first of six rows
+    int rows_in[4];  // which of these are in the image or beside it
     int64_t out[4];
     int rows[4], columns[4];
+    bool cut = false;               // whether not all six are, of any run
     Types<float>::Words inside[2];  // whether columns 4 and 5 of a lane's pixels are no other row's
     bool whole = true;              // whether all are
     bool full = true;               // whether all outputs are in the image
     WinogradRuns() = default;
-    WinogradRuns(const WinogradImage& a, int vector) {
+    WinogradRuns(const WinogradImage& a, int vector, bool two_planes = false, int64_t next = 0) {
         constexpr int RUN = WinogradImage::RUN;
         const int across = a.row_runs(), last = across * a.tile_rows() - 1;
         for (int q = 0; q < 4; ++q) {
-            const int run = std::min(vector * 4 + q, last);
+            const int wanted = two_planes ? q % 2 : vector * 4 + q, run = std::min(wanted, last);
             const int y = run / across * 4, x = run % across * RUN * 4;
-            for (int i = 0; i < 6; ++i)
-                in[q][i] = int64_t(std::min(y + i - 1, a.made.height)) * a.pitch + x - 1;
+            in[q] = int64_t(y - 1) * a.pitch + x - 1 + q / 2 * next;
+            rows_in[q] = std::min(6, a.made.height - y + 2);
+            cut |= rows_in[q] < 6;
             out[q] = int64_t(y) * a.pitch + x;
-            const bool own = run == vector * 4 + q;
+            const bool own = run == wanted;
             rows[q] = own ? std::min(4, a.made.height - y) : 0;
             columns[q] = std::min(4 * RUN, a.made.width - x);
             full &= rows[q] == 4 && columns[q] == 4 * RUN;
@@ -73,47 +77,76 @@ FORCED inline void turn(V (&x)[4]) {
     x[2] = quarters<0>(c, d), x[3] = quarters<2>(c, d);
 }
 
-// One vector of tiles of every channel, the `t`th of those at once. Down the columns first, where a
-// vector still is pixels side by side; the two pixels of every run that go beyond it are a vector too
-template <int POINTS, int TILES>
-[[gnu::noinline]] void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t,
-                                   Types<float>::V* points) {
+// The pixels of four runs, rows of `pitch` from at[q] on
+struct WinogradPixels {
+    static constexpr int ROW = 2 * Types<float>::lanes;
+    const float* at[4];
+    int64_t pitch;
+    float copy[4][6][ROW];  // where some rows lie beyond those beside the image: with zeros for these
+    FORCED WinogradPixels(const float* plane, int64_t pitch, const WinogradRuns& runs)
+        : pitch(pitch) {
+        for (int q = 0; q < 4; ++q) at[q] = plane + runs.in[q];
+        if (runs.cut) copied(runs);
+    }
+
+  private:
+    [[gnu::noinline]] void copied(const WinogradRuns& runs) {
+        for (int q = 0; q < 4; ++q) {
+            for (int i = 0; i < 6; ++i)
+                if (i < runs.rows_in[q])
+                    std::copy_n(at[q] + i * pitch, ROW / 2 + 2, copy[q][i]);
+                else
+                    std::fill_n(copy[q][i], ROW / 2 + 2, 0.0f);
+            at[q] = copy[q][0];
+        }
+        pitch = ROW;
+    }
+};
+
+// One vector of tiles at the points, set(i, values) of each row of them. Down the columns first, where
+// a vector still is pixels side by side, for two rows of points at a time, which registers hold; the
+// two pixels of every run that go beyond it are a vector too
+template <class Set>
+FORCED inline void winograd_pixels(const WinogradPixels& pixels, const WinogradRuns& runs,
+                                   const Set& set) {
     using V = Types<float>::V;
     using Loose = Types<float>::Loose;
     using Words = Types<float>::Words;
     constexpr int LANES = Types<float>::lanes, ENDS = LANES < 8 ? 2 : 1;
     typedef double Twos __attribute__((vector_size(VECTOR_BYTES)));  // pixels
-    const int channels = a.source.channels;
-    const float* plane = a.in;
-    for (int c = 0; c < channels; ++c, plane += a.in_plane) {
-        V rows[6][4], ends[6][ENDS];
-        repeat<4>([&](auto q) FORCED {
-            V x[6], y[6];
-            repeat<6>([&](auto i) FORCED { x[i] = *(const Loose*)(plane + runs.in[q][i]); });
-            winograd_spread(x, y);
-            repeat<6>([&](auto i) FORCED { rows[i][q] = y[i]; });
-        });
-        repeat<ENDS>([&](auto e) FORCED {
-            V x[6], y[6];
-            repeat<6>([&](auto i) FORCED {
-                Twos two = {};
-                repeat<4 / ENDS>([&](auto q) FORCED {
-                    double value;
-                    std::memcpy(&value, plane + runs.in[q + e * (4 / ENDS)][i] + LANES, 8);
-                    two[int(q)] = value;
-                });
-                x[i] = (V)two;
-            });
-            winograd_spread(x, y);
-            repeat<6>([&](auto i) FORCED { ends[i][e] = y[i]; });
-        });
+    const int64_t pitch = pixels.pitch;
+    const float* at[4];
+    repeat<4>([&](auto q) FORCED { at[q] = pixels.at[q]; });
+    V ends[6][ENDS];
+    repeat<ENDS>([&](auto e) FORCED {
+        V x[6], y[6];
         repeat<6>([&](auto i) FORCED {
+            Twos two = {};
+            repeat<4 / ENDS>([&](auto q) FORCED {
+                double value;
+                std::memcpy(&value, at[q + e * (4 / ENDS)] + i * pitch + LANES, 8);
+                two[int(q)] = value;
+            });
+            x[i] = (V)two;
+        });
+        winograd_spread(x, y);
+        repeat<6>([&](auto i) FORCED { ends[i][e] = y[i]; });
+    });
+    repeat<3>([&](auto pair) FORCED {
+        V rows[2][4];
+        repeat<4>([&](auto q) FORCED {
+            V x[6];
+            repeat<6>([&](auto i) FORCED { x[i] = *(const Loose*)(at[q] + i * pitch); });
+            winograd_spread<pair>(x, rows[0][q], rows[1][q]);
+        });
+        repeat<2>([&](auto which) FORCED {
+            constexpr int ROW = POINT_PAIRS[pair][which];
             V x[6], y[6];
-            turn(rows[i]);
-            repeat<4>([&](auto j) FORCED { x[j] = rows[i][j]; });
+            turn(rows[which]);
+            repeat<4>([&](auto j) FORCED { x[j] = rows[which][j]; });
             // of every tile what the next one begins with
             repeat<2>([&](auto j) FORCED {
-                const V beyond = picked<2, j>(ends[i][0], ends[i][ENDS - 1]);
+                const V beyond = picked<2, j>(ends[ROW][0], ends[ROW][ENDS - 1]);
                 if constexpr (LANES == 4)
                     x[4 + j] = beyond;
                 else
@@ -121,9 +154,84 @@ template <int POINTS, int TILES>
                 if (!runs.whole) x[4 + j] = (V)((Words)x[4 + j] & runs.inside[j]);
             });
             winograd_spread(x, y);
-            winograd_set<POINTS, TILES>(points, channels, c, i, t, y);
+            set(Int<ROW>{}, y);
         });
+    });
+}
+
+// The same of every channel, the `t`th vector of those at once
+template <int POINTS, int TILES>
+[[gnu::noinline]] void winograd_in(const WinogradImage& a, const WinogradRuns& runs, int t,
+                                   Types<float>::V* points) {
+    const int channels = a.source.channels;
+    for (int c = 0; c < channels; ++c)
+        winograd_pixels({a.in + c * a.in_plane, a.pitch, runs}, runs,
+                        [&](auto i, Types<float>::V(&row)[6]) FORCED {
+                            winograd_set<POINTS, TILES>(points, channels, c, i, t, row);
+                        });
+}
+
+// Where outputs go: copies, which what is written cannot be
+struct WinogradTarget {
+    bool full;
+    int64_t pitch, plane, begin[4];
+    const float* other;
+    float* out;
+    WinogradTarget(const WinogradImage& a, const WinogradRuns& runs)
+        : full(runs.full), pitch(a.pitch), plane(a.out_plane), other(a.other), out(a.out) {
+        std::copy_n(runs.out, 4, begin);
     }
+};
+
+// Rows FIRST and FIRST + 2 of the outputs of a vector of tiles, column by column, to the planes of
+// filters f, of each as many runs as of another
+template <int FIRST, int FILTERS>
+FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const WinogradTarget& to,
+                                   const int (&f)[FILTERS], Types<float>::V (&out)[2][4]) {
+    using V = Types<float>::V;
+    using Loose = Types<float>::Loose;
+    constexpr int RUNS = 4 / FILTERS;
+    V values[FILTERS][2 * RUNS];
+    repeat<2>([&](auto i) FORCED {
+        turn(out[i]);
+        repeat<4>([&](auto q) FORCED { values[q / RUNS][i * RUNS + q % RUNS] = out[i][q]; });
+    });
+    const auto each = [&](const auto& change) FORCED {
+        repeat<4>([&](auto q) FORCED {
+            const int64_t at = f[q / RUNS] * to.plane + to.begin[q];
+            repeat<2>([&](auto i) FORCED {
+                constexpr int ROW = FIRST + 2 * i;
+                if (to.full || ROW < runs.rows[q])
+                    change(values[q / RUNS][i * RUNS + q % RUNS], at + ROW * to.pitch, q);
+            });
+        });
+    };
+    if (to.other)
+        each([&](V& value, int64_t at, int) FORCED { value += *(const Loose*)(to.other + at); });
+    repeat<FILTERS>([&](auto n) FORCED { activate<2 * RUNS>(op, f[n], values[n]); });
+    if (to.full)
+        each([&](V value, int64_t at, int) FORCED { *(Loose*)(to.out + at) = value; });
+    else
+        each([&](V value, int64_t at, int q) FORCED {
+            store_lanes(to.out + at, value, 0, runs.columns[q]);
+        });
+}
+
+// The same of all rows; sum(i, j): of points or, where those of a row are outputs already, of these
+template <int FILTERS, class Sum>
+FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const WinogradTarget& to,
+                                   const int (&f)[FILTERS], Types<float>::V bias, const Sum& sum) {
+    using V = Types<float>::V;
+    repeat<2>([&](auto odd) FORCED {
+        V out[2][4];
+        repeat<4>([&](auto j) FORCED {
+            V x[6];
+            repeat<6>([&](auto i) FORCED { x[i] = sum(i, j); });
+            winograd_gather<odd>(x, out[0][j], out[1][j]);
+            out[0][j] += bias, out[1][j] += bias;
+        });
+        winograd_finish<odd>(op, runs, to, f, out);
+    });
 }
 
 // The outputs of filters at places `first` to `last`, the first sum of which is at `sums`
@@ -131,37 +239,15 @@ template <int WIDTH, int TILES>
 [[gnu::noinline]] void winograd_out(const WinogradImage& a, const WinogradRuns& runs, int first,
                                     int last, const Types<float>::V* sums) {
     using V = Types<float>::V;
-    using Loose = Types<float>::Loose;
-    // copies, which what is written cannot be
-    const bool full = runs.full;
-    const int64_t pitch = a.pitch, plane = a.out_plane;
-    const float *const bias = a.op.bias, *const other = a.other;
+    const WinogradTarget to(a, runs);
+    const float* const bias = a.op.bias;
     const int32_t* const order = a.op.order;
-    float* const to = a.out;
-    int64_t begin[4];
-    repeat<4>([&](auto q) FORCED { begin[q] = runs.out[q]; });
     for (int place = first; place < last; ++place, sums += 6 * WIDTH * TILES) {
-        const int f = order ? order[place] : place;
-        V out[4][4];
-        winograd_outputs<WIDTH, TILES>(sums, splat(bias[f]), out);
-        repeat<4>([&](auto i) FORCED { turn(out[i]); });
-        const auto each = [&](const auto& change) FORCED {
-            repeat<4>([&](auto q) FORCED {
-                const int64_t at = f * plane + begin[q];
-                repeat<4>([&](auto i) FORCED {
-                    if (full || i < runs.rows[q]) change(out[i][q], at + i * pitch, q);
-                });
-            });
-        };
-        if (other)
-            each([=](V& value, int64_t at, int) FORCED { value += *(const Loose*)(other + at); });
-        activate<16>(a.op, f, (V(&)[16])out);
-        if (full)
-            each([=](V value, int64_t at, int) FORCED { *(Loose*)(to + at) = value; });
-        else
-            each([&](V value, int64_t at, int q) FORCED {
-                store_lanes(to + at, value, 0, runs.columns[q]);
-            });
+        const int f[] = {order ? order[place] : place};
+        V rows[6][4];
+        repeat<6>([&](auto i) FORCED { winograd_row<WIDTH, TILES>(sums + i * WIDTH * TILES, rows[i]); });
+        winograd_finish<1>(a.op, runs, to, f, splat(bias[f[0]]),
+                        [&](auto i, auto j) FORCED { return rows[i][j]; });
     }
 }
 
@@ -184,7 +270,7 @@ void winograd_tiles(const WinogradImage& a, int vector, int first, int last,
 // Threads share the tiles where there are many, else the filters
 inline void winograd_image(const WinogradImage& a, Types<float>::V* memory, int part, int parts) {
     int first = 0, last = a.made.channels;
-    if (parts > 1 && a.vectors() < 2 * parts) {
+    if (parts > 1 && a.vectors() < 2 * parts && a.vectors() % parts) {
         first = a.op.share[part], last = a.op.share[part + 1];
         part = 0, parts = 1;
     }
