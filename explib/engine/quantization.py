@@ -194,14 +194,12 @@ def _code(counts: torch.Tensor, least: float, most: float) -> Code:
     if most == least:
         return Code(1.0, 0)
     middle = least + (most - least) * (torch.arange(BINS) + 0.5) / BINS
-    best, found = float("inf"), Code(1.0, 0)
-    for part in SHRINKS:
-        scale = (most - least) * part / CODES
-        code = Code(scale, round(-least * part / scale))
-        error = float((counts * (coded(middle, code) - middle) ** 2).sum())
-        if error < best:
-            best, found = error, code
-    return found
+    scales = [(most - least) * part / CODES for part in SHRINKS]
+    zeros = [round(-least * part / scale) for part, scale in zip(SHRINKS, scales, strict=True)]
+    step, zero = torch.tensor(scales)[:, None], torch.tensor(zeros)[:, None]
+    kept = ((middle / step + zero).round().clamp(0, 255) - zero) * step  # as `reference.coded`
+    best = int((counts * (kept - middle) ** 2).sum(1).argmin())
+    return Code(scales[best], zeros[best])
 
 
 def coded(x: torch.Tensor, code: Code) -> torch.Tensor:

@@ -192,19 +192,28 @@ def cases(plane: tuple[int, int]) -> Iterator[Case]:
         yield from many((7, 8))  # of four tiles
 
 
-def network(op: Op, shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:
-    """The op, and a conv that also reads what lies around the op's result."""
+def surrounded(op: Op, shapes: list[Shape], dtype: torch.dtype) -> list[Op]:
+    """The op, and a conv that also reads what lies around the op's result; quantized for int8."""
     assert plan.native(op, shapes), op
-    inputs = dict(zip(dict.fromkeys(op.inputs), shapes, strict=True))
     ops = [op]
     if len(op.shape) == 3:
         weight = torch.ones(1, op.shape[0], 3, 3)
         around = dict(weight=weight, kernel=(3, 3), pad=(1, 1))
         ops.append(Op("conv", "sum", ("y",), (1, *op.shape[1:]), **around))
+    if dtype != torch.int8:
+        return ops
+    inputs = named(op, shapes)
+    return quantization.quantized(ops, inputs, {made.name for made in ops}, [drawn(op, inputs, 33)])
+
+
+def named(op: Op, shapes: list[Shape]) -> dict[str, Shape]:
+    return dict(zip(dict.fromkeys(op.inputs), shapes, strict=True))
+
+
+def network(ops: list[Op], shapes: list[Shape], dtype: torch.dtype, threads: int) -> plan.Network:
+    """What `surrounded` makes, to be run."""
     outputs = [made.name for made in ops]
-    if dtype == torch.int8:
-        ops = quantization.quantized(ops, inputs, {*outputs}, [drawn(op, inputs, 33)])
-    fast = plan.Network(ops, inputs, outputs, dtype=dtype, threads=threads)
+    fast = plan.Network(ops, named(ops[0], shapes), outputs, dtype=dtype, threads=threads)
     fast.ops = ops
     return fast
 
@@ -249,10 +258,11 @@ def sweep_ops(batches: tuple[int, ...], planes=PLANES) -> int:
     for dtype in (t for t in build.TYPES if build.computes(lib, t)):
         for plane in planes:
             for name, op, shapes in cases(plane):
+                ops = surrounded(op, shapes, dtype)
                 for threads in (1, 3):
-                    fast = network(op, shapes, dtype, threads)
+                    fast = network(ops, shapes, dtype, threads)
                     for count in batches:
-                        off = error(fast, fast.ops[0], count)
+                        off = error(fast, ops[0], count)
                         assert off < 1, (name, shapes, dtype, threads, count, off)
                         compared += 1
     return compared

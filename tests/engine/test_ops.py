@@ -15,7 +15,7 @@ from explib.engine import build, lists, plan, reference
 from explib.engine.graph import Op
 from tests.conftest import needs_compiler
 from tests.engine import cases
-from tests.engine.cases import PLANES, network, sweep_ops, windowed
+from tests.engine.cases import PLANES, network, surrounded, sweep_ops, windowed
 from tests.engine.test_engine import error, lively
 
 pytestmark = needs_compiler
@@ -40,8 +40,8 @@ def test_depthwise_convs_of_large_planes_are_computed_in_bands(kernel, stride, t
     op = windowed("conv", shape, 5, square, (stride, stride), pad, **more)
     both = Op(**dict(vars(op), inputs=("x", "z")))
     for made, shapes in ((op, [shape]), (both, [shape, op.shape])):
-        fast = network(made, shapes, torch.int8, threads)
-        assert cases.error(fast, fast.ops[0], 1) < 1
+        ops = surrounded(made, shapes, torch.int8)
+        assert cases.error(network(ops, shapes, torch.int8, threads), ops[0], 1) < 1
 
 
 def run(op: Op, x: torch.Tensor) -> torch.Tensor:
