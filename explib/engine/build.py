@@ -84,14 +84,9 @@ def sums_near(lib: ctypes.CDLL) -> int:
     return lib.explib_sums_near()
 
 
-def byte_filters(
-    lib: ctypes.CDLL, kernel: int, stride: int, height: int, width: int, flat: int, many: bool
-) -> int:
-    """Of an int8 conv with outputs (height, width) how many filters' kernels stand together.
-
-    flat: 1 for single images, 0 for blocks of them. many: whether most words of a 1x1 one are kept.
-    """
-    return lib.explib_byte_filters(kernel, stride, height, width, flat, many)
+def byte_filters(lib: ctypes.CDLL) -> int:
+    """Filters whose kernels stand together of an int8 conv 1x1 of which most words are kept."""
+    return lib.explib_byte_filters()
 
 
 def byte_chunk(
@@ -100,6 +95,11 @@ def byte_chunk(
 ) -> int:  # fmt: skip
     """Of such a conv how many channels' kernels stand together; filters: by `byte_filters`."""
     return lib.explib_byte_chunk(kernel, stride, height, width, channels, filters, flat)
+
+
+def byte_point(lib: ctypes.CDLL) -> int:
+    """How many channels a word of an int8 conv 1x1 holds: two, or four."""
+    return lib.explib_byte_point()
 
 
 def byte_tiny(lib: ctypes.CDLL, channels: int) -> int:

@@ -14,6 +14,7 @@ from explib.engine.build import (
     block,
     byte_chunk,
     byte_filters,
+    byte_point,
     byte_tiny,
     chunk,
     pair_chunk,
@@ -178,8 +179,8 @@ def _by_channel(
 def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> dict[str, Any]:
     """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
-    Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels; of filters
-    that are computed `together` one each, also where it is zero for some of them.
+    Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels, or two in 16
+    bits each; of filters that are computed `together` one each, also where it is zero for some.
     """
     assert op.steps is not None
     steps, side = op.steps.numpy(), op.kernel[0]
@@ -190,19 +191,21 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
         "byte_scale": scale.astype(np.float32),
         "byte_bias": (bias - scale * zero * whole.sum((1, 2, 3))).astype(np.float32),
     }
+    codes = byte_point(library) if side == 1 else 4  # of a word
     if side == 1:
-        whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % 4)))
-        words = whole.reshape(len(whole), -1, 1, 4)
+        whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % codes)))
+        words = whole.reshape(len(whole), -1, 1, codes)
     else:
         if not geometry.depthwise(op, source):
             whole = _ungrouped(whole, op.groups)
         words = np.pad(whole, ((0, 0), (0, 0), (0, 0), (0, -side % 4)))
         words = words.reshape(*words.shape[:2], -1, 4)
     keep = np.asarray(words.any((2, 3)))
-    flat = words.astype(np.int8).view(np.int32)[..., 0]
+    flat = words.astype(np.int8 if codes == 4 else np.int16).view(np.int32)[..., 0]
     like = side, op.stride[0], *geometry.chw(op.shape)[1:]
     grouped = _grouped(flat, keep, 4) if side == 1 else (flat, keep)
     many = side == 1 and bool(grouped[1].mean() < TOGETHER * keep.mean())
+    together = made["together"] = byte_filters(library) if many else 1
     small = geometry.plain(op, source) and like == (3, 1, 2, 2)
     tiny = byte_tiny(library, source[0]) if small else 0
     if tiny:
@@ -210,10 +213,8 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     for layout, name in enumerate(("byte", "flat")):
         if tiny and name == "flat":
             continue  # made above
-        together = byte_filters(library, *like, layout, many)
-        made["together"] = max(together, made.get("together", 1))
         size = byte_chunk(library, *like, source[0], together, layout)
-        size //= 4 if side == 1 else 1
+        size //= codes if side == 1 else 1
         taps, kept = grouped if together > 1 else (flat, keep)
         lists = _by_chunk(_singles, taps, kept, size, np.arange(len(kept)))
         made |= {f"{name}_{part}": lists[part] for part in ("weight", "start", "index")}

@@ -29,11 +29,11 @@ struct ByteBlock {
                 const int row = (x + i) / out.width, column = (x + i) % out.width;
                 at[i] = (int64_t(row) * in.width + column) * op.rows.stride * BYTE_LANES;
             }
-            for (int c = 0; c < channels; c += 4) {
-                const Byte* from[4];  // beyond the last one weights are zero
-                for (int i = 0; i < 4; ++i) from[i] = codes + std::min(c + i, channels - 1) * plane;
-                for (const int64_t pixel : at)
-                    *to++ = quads(from[0] + pixel, from[1] + pixel, from[2] + pixel, from[3] + pixel);
+            for (int c = 0; c < channels; c += POINT_CODES) {
+                const Byte* from[POINT_CODES];  // beyond the last one weights are zero
+                for (int i = 0; i < POINT_CODES; ++i)
+                    from[i] = codes + std::min(c + i, channels - 1) * plane;
+                for (const int64_t pixel : at) *to++ = point_words(from, pixel);
             }
             return;
         }

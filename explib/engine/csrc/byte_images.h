@@ -95,8 +95,8 @@ FORCED inline Words chosen(Words codes, uint64_t inside, Words none) {
 inline int vectors_of(int pixels) { return (pixels + BYTE_LANES - 1) / BYTE_LANES; }
 
 // Whether vectors hold outputs of one row: where the last one of a row is not too empty
-inline bool by_row(int kernel, int stride, int height, int width) {
-    if (kernel == 1 && stride == 1) return false;
+inline bool by_row(int kernel, int height, int width) {
+    if (kernel == 1) return false;
     const float row = float(width) / (vectors_of(width) * BYTE_LANES);
     return row > 0.75f * height * width / (vectors_of(height * width) * BYTE_LANES);
 }
@@ -112,7 +112,7 @@ struct Windows {
                                    // only whether its columns are
     Windows(const Op& op, const Tensor& in, const Tensor& out) {
         const int K = op.rows.kernel, S = op.rows.stride, Q = (K + 3) / 4;
-        rows = by_row(K, S, out.height, out.width);
+        rows = by_row(K, out.height, out.width);
         const int outputs = out.width * (rows ? 1 : out.height);
         vectors = vectors_of(outputs);
         inside.resize(vectors * K * Q);
@@ -162,15 +162,13 @@ struct ByteImage {
         const Windows& w = windows;
         const Byte* codes = from + first * in_plane;
         const int wide = in.width;
-        if constexpr (K == 1) {
-            const auto lies = [&](int i) { return S ? x + i % TW : x + i; };
-            for (int c = 0; c < channels; c += 4) {
-                const Byte* from[4];  // beyond the last one weights are zero
-                for (int i = 0; i < 4; ++i)
+        if constexpr (K == 1) {  // of pixels side by side, also where it has a stride
+            for (int c = 0; c < channels; c += POINT_CODES) {
+                const Byte* from[POINT_CODES];  // beyond the last one weights are zero
+                for (int i = 0; i < POINT_CODES; ++i)
                     from[i] = codes + std::min(c + i, channels - 1) * in_plane;
                 for (int i = 0; i < TH * TW; ++i)
-                    *to++ = op.rows.stride == 1 ? quads_at(from, int64_t(x + i) * BYTE_LANES)
-                                                : apart_quads(from, S ? y + i / TW : 0, lies(i));
+                    *to++ = point_words(from, int64_t(x + i) * BYTE_LANES);
             }
             return;
         }
@@ -212,28 +210,6 @@ struct ByteImage {
         return word;
     }
 
-    static FORCED Words quads_at(const Byte* const* from, int64_t at) {
-        return quads(from[0] + at, from[1] + at, from[2] + at, from[3] + at);
-    }
-
-    // The codes of four channels of each output of vector v of row y, of a 1x1 conv with a stride
-    [[gnu::noinline]] Words apart_quads(const Byte* const* from, int y, int v) const {
-        const int64_t first = int64_t(y) * op.rows.stride * in.width + windows.first[v];
-        const int32_t* step = windows.step.data() + v * BYTE_LANES;
-        Byte near[4][BYTE_LANES];
-        for (int i = 0; i < 4; ++i) {
-            const Byte* at = from[i] + first;
-            if (windows.rows && op.rows.stride == 2) {
-                typedef uint16_t Halves
-                    __attribute__((vector_size(2 * BYTE_LANES), aligned(1), may_alias));
-                *(Bytes*)near[i] = __builtin_convertvector(*(const Halves*)at & 255, Bytes);
-            } else {
-                for (int lane = 0; lane < BYTE_LANES; ++lane) near[i][lane] = at[step[lane]];
-            }
-        }
-        return quads(near[0], near[1], near[2], near[3]);
-    }
-
     template <class Tile>
     FORCED void end(const Words* sums, int f, int y, int x) const {
         constexpr int TW = Tile::TW;
@@ -260,16 +236,14 @@ inline int with_image_tile(int kernel, int stride, int height, int width, int to
     const auto sized = [&](auto s, auto th, auto tw) FORCED {
         constexpr int few = th > 4 ? 8 : th > 2 ? 4 : 1;  // what is rare
         switch (kernel) {
-            case 1: return with((ByteTile<ByteImage, 1, 1, few, 1>*)nullptr);
             case 3: return with((ByteTile<ByteImage, 3, s, th, tw>*)nullptr);
             case 5: return with((ByteTile<ByteImage, 5, s, few, 1>*)nullptr);
             default: return with((ByteTile<ByteImage, 7, s, few, 1>*)nullptr);
         }
     };
     const auto of = [&](auto n) FORCED { return sized(Int<0>{}, n, Int<1>{}); };
-    if (kernel == 1 && (stride == 1 || !by_row(kernel, stride, height, width)))
-        return with_point_tile<ByteImage, 0>(together, vectors, with);
-    if (!by_row(kernel, stride, height, width)) {
+    if (kernel == 1) return with_point_tile<ByteImage, 0>(together, vectors, with);
+    if (!by_row(kernel, height, width)) {
         if (vectors >= 8) return of(Int<8>{});
         return vectors >= 4 ? of(Int<4>{}) : vectors >= 2 ? of(Int<2>{}) : of(Int<1>{});
     }
@@ -288,24 +262,18 @@ inline int with_image_tile(int kernel, int stride, int height, int width, int to
 }
 
 inline int image_chunk(int kernel, int stride, int height, int width, int channels, int together) {
-    const int vectors = vectors_of(by_row(kernel, stride, height, width) ? width : height * width);
+    const int vectors = vectors_of(by_row(kernel, height, width) ? width : height * width);
     const auto of = [&](auto* tile) {
         return std::remove_pointer_t<decltype(tile)>::chunk(channels);
     };
     return with_image_tile(kernel, stride, height, width, together, height, vectors, of);
 }
 
-// Filters whose kernels stand together; many: most words of a 1x1 conv have weights
-inline int byte_filters(int kernel, int stride, int height, int width, int flat, int many) {
-    const bool points = kernel == 1 && (!flat || !by_row(kernel, stride, height, width));
-    return many && points ? POINT_FILTERS : 1;
-}
-
 // A conv with lists of bytes. Threads share what there is of rows or vectors, else the filters
 inline void byte_image(ByteImage a, Words* scratch, int part, int parts) {
     const Op& op = a.op;
     const int K = op.rows.kernel, S = op.rows.stride, H = a.out.height, W = a.out.width;
-    const int together = a.windows.rows ? 1 : op.together, vectors = a.windows.vectors;
+    const int together = op.together, vectors = a.windows.vectors;
     const int size = image_chunk(K, S, H, W, a.channels, together);
     const int shared = a.windows.rows ? H : vectors;
     if (shared < 7 * parts) {

@@ -3,16 +3,16 @@
 
 extern "C" {
 
+// Channels in a word of a 1x1 conv
+int explib_byte_point() { return POINT_CODES; }
 // Channels of a chunk of a conv with outputs (height, width), whose kernels stand together: of
 // blocks, or of single images
 int explib_byte_chunk(int kernel, int stride, int height, int width, int channels, int together,
                       int flat) {
     return (flat ? image_chunk : byte_chunk)(kernel, stride, height, width, channels, together);
 }
-// Filters whose kernels stand together in one of those layouts, if `many` of their words are kept
-int explib_byte_filters(int kernel, int stride, int height, int width, int flat, int many) {
-    return byte_filters(kernel, stride, height, width, flat, many);
-}
+// Filters whose kernels stand together of a 1x1 conv of which most words are kept
+int explib_byte_filters() { return POINT_FILTERS; }
 // Kernels that stand together of a 3x3 conv of planes of 2 x 2, in single images; 0: as any other
 int explib_byte_tiny(int channels) {
     return channels * 4 * int(sizeof(int32_t)) <= WORDS_BYTES ? TINY_KERNELS : 0;

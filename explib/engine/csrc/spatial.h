@@ -136,12 +136,31 @@ class Images {
                 return 0;
             case DEPTHWISE: return depthwise_scratch(as_phases()) * plan.threads;
             case PLANES: return planes_scratch<T>(in, out, as_phases(), plan.threads);
-            case AS_BYTES: windows.try_emplace(&op, op, in, out); return 0;
+            case AS_BYTES:
+                windows.try_emplace(&op, op, in, out);
+                return round_up(taken(op, in, out), sizeof(Scalar)) / sizeof(Scalar);
             case DEPTHWISE_BYTES: return Padded(op, in).scratch() / sizeof(Scalar) * plan.threads;
-            case POINTWISE:
-                return op.rows.stride == 1 ? 0 : in.channels * body(out.height, out.width);
+            case POINTWISE: return taken(op, in, out);
             default: return 0;
         }
+    }
+
+    // What a 1x1 conv with a stride takes of its input, in values
+    int64_t taken(const Op& op, const Tensor& in, const Tensor& out) const {
+        const bool strided = op.rows.kernel == 1 && op.rows.stride > 1;
+        return strided ? in.channels * int64_t(body(out.height, out.width)) : 0;
+    }
+
+    // The same, side by side, or all of its input
+    void take(ImageConv<T>& a, T* to, int part, int parts, Barrier& barrier) const {
+        if (!taken(a.op, a.source, a.made)) return;
+        const int channels = a.source.channels, plane = body(a.made.height, a.made.width);
+        const int last = (int)split(channels, part + 1, parts);
+        for (int c = (int)split(channels, part, parts); c < last; ++c)
+            take_pixels(a.op.rows.stride, a.made, a.in + c * a.in_plane, a.pitch,
+                        to + c * int64_t(plane), a.out_pitch);
+        barrier.wait(parts);
+        a.in = to, a.in_plane = plane;
     }
 
     // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
@@ -268,7 +287,7 @@ class Images {
     }
 
     // own: whose scratch memory this thread uses
-    void conv(const ImageConv<T>& a, int own, Scalar* extra, int part, int parts,
+    void conv(ImageConv<T> a, int own, Scalar* extra, int part, int parts,
               Barrier& barrier) {
         const Op& op = a.op;
         const int channels = a.source.channels, filters = a.made.channels;
@@ -300,6 +319,7 @@ class Images {
                 return conv_planes(a, phases.at(&op), extra, plan.threads, part, parts, barrier);
             case AS_BYTES:
                 if constexpr (BYTES) {
+                    take(a, (Byte*)extra, part, parts, barrier);
                     const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start,
                                           op.flat_index};
                     byte_image({op, a.source, a.made, a.in, a.other, a.out, a.in_plane,
@@ -313,28 +333,20 @@ class Images {
                                    parts);
                 return;
             case POINTWISE:
-                if constexpr (!BYTES)
-                    pointwise(a, extra, *point_scratch[own], part, parts, barrier);
+                if constexpr (!BYTES) {
+                    take(a, extra, part, parts, barrier);
+                    pointwise(a, *point_scratch[own], part, parts);
+                }
         }
     }
 
-    // A 1x1 conv, of a stride on the pixels that it takes, which are put side by side first. Threads
-    // share the plane where it is large, else the filters
-    void pointwise(const ImageConv<T>& a, T* taken, const PointScratch& scratch, int part, int parts,
-                   Barrier& barrier) {
+    // A 1x1 conv. Threads share the plane where it is large, else the filters
+    void pointwise(const ImageConv<T>& a, const PointScratch& scratch, int part, int parts) {
         const Op& op = a.op;
         const Tensor& o = a.made;
         const int vectors = body(o.height, o.width) / LANES, channels = a.source.channels;
-        const bool all = op.rows.stride == 1;
-        const int64_t from = all ? a.in_plane : vectors * LANES;
-        if (!all) {
-            const int last = (int)split(channels, part + 1, parts);
-            for (int c = (int)split(channels, part, parts); c < last; ++c)
-                take_pixels(op.rows.stride, o, a.in + c * a.in_plane, a.pitch, taken + c * from,
-                            a.out_pitch);
-            barrier.wait(parts);
-        }
-        const T* in = all ? a.in : taken;
+        const T* in = a.in;
+        const int64_t from = a.in_plane;
         Points<T> conv = {.in = in, .other = a.other, .out = a.out, .out_plane = a.out_plane,
                           .channels = channels, .filters = o.channels, .first = 0,
                           .last = o.channels, .op = &op, .weight = (const int32_t*)op.weight,
@@ -361,10 +373,11 @@ class Images {
                             int out_pitch) {
         for (int r = 0; r < o.height; ++r, in += stride * pitch, out += out_pitch) {
             int q = 0;
-            for (; stride == 2 && q < o.width; q += LANES) {
-                const V one = load_loose(in + 2 * q), two = load_loose(in + 2 * q + LANES);
-                store_lanes(out + q, picked<2, 0>(one, two), 0, std::min(LANES, o.width - q));
-            }
+            if constexpr (!BYTES)
+                for (; stride == 2 && q < o.width; q += LANES) {
+                    const V one = load_loose(in + 2 * q), two = load_loose(in + 2 * q + LANES);
+                    store_lanes(out + q, picked<2, 0>(one, two), 0, std::min(LANES, o.width - q));
+                }
             for (; q < o.width; ++q) out[q] = in[q * stride];
         }
     }
