@@ -186,8 +186,8 @@ struct WinogradTarget {
 // Rows FIRST and FIRST + 2 of the outputs of a vector of tiles, column by column, to the planes of
 // filters f, of each as many runs as of another
 template <int FIRST, int FILTERS>
-FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const WinogradTarget& to,
-                                   const int (&f)[FILTERS], Types<float>::V (&out)[2][4]) {
+FORCED inline void winograd_store(const Op& op, const WinogradRuns& runs, const WinogradTarget& to,
+                                  const int (&f)[FILTERS], Types<float>::V (&out)[2][4]) {
     using V = Types<float>::V;
     using Loose = Types<float>::Loose;
     constexpr int RUNS = 4 / FILTERS;
@@ -217,7 +217,7 @@ FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const
         });
 }
 
-// The same of all rows; sum(i, j): of points or, where those of a row are outputs already, of these
+// The outputs of a vector of tiles, of which sum(i, j) is that of column j of row i of the points
 template <int FILTERS, class Sum>
 FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const WinogradTarget& to,
                                    const int (&f)[FILTERS], Types<float>::V bias, const Sum& sum) {
@@ -230,7 +230,7 @@ FORCED inline void winograd_finish(const Op& op, const WinogradRuns& runs, const
             winograd_gather<odd>(x, out[0][j], out[1][j]);
             out[0][j] += bias, out[1][j] += bias;
         });
-        winograd_finish<odd>(op, runs, to, f, out);
+        winograd_store<odd>(op, runs, to, f, out);
     });
 }
 
@@ -247,7 +247,7 @@ template <int WIDTH, int TILES>
         V rows[6][4];
         repeat<6>([&](auto i) FORCED { winograd_row<WIDTH, TILES>(sums + i * WIDTH * TILES, rows[i]); });
         winograd_finish<1>(a.op, runs, to, f, splat(bias[f[0]]),
-                        [&](auto i, auto j) FORCED { return rows[i][j]; });
+                           [&](auto i, auto j) FORCED { return rows[i][j]; });
     }
 }
 
