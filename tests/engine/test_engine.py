@@ -170,6 +170,8 @@ def run_sweep(flags: str, *batches: int, **variables: str) -> subprocess.Complet
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86")
 @pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-msse4.2"])
 def test_the_same_source_serves_narrower_vectors(flags):
+    if "avx2" in flags and build.byte_point(build.library(torch.int8)) == 2:
+        pytest.skip("this processor's own vectors are these: every other test runs them")
     done = run_sweep(flags, 1, 5, 33)
     assert done.returncode == 0 and "compared" in done.stdout, done.stderr[-2000:]
 
@@ -194,8 +196,8 @@ def test_nothing_is_read_or_written_out_of_bounds(target, batches):
     if not all(os.path.isabs(path) for path in found):
         pytest.skip("the compiler has no sanitizers")
     done = run_sweep(
-        # calls instead of checks in line: compiling takes a third of the time
-        f"{target} -Og -fsanitize=address,bounds,shift,signed-integer-overflow "
+        # calls instead of checks and functions in line: compiling takes a fraction of the time
+        f"{target} -Og -DFORCED= -fsanitize=address,bounds,shift,signed-integer-overflow "
         "-fno-sanitize-recover=all --param asan-instrumentation-with-call-threshold=0",
         *batches,
         LD_PRELOAD=":".join(found), ASAN_OPTIONS="detect_leaks=0",

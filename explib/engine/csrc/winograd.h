@@ -1,7 +1,8 @@
 // Convolutions 3x3 by Winograd's way, F(4x4, 3x3): a tile of 4 x 4 outputs is made from 6 x 6 products
 // a kernel instead of 144. Each channel's pixels are transformed once for all filters, the sums of
 // each filter once for all its kernels. What vectors hold is another tile each, of one image
-// (winograd_images.h) or of many (winograd_blocks.h; along columns alone winograd_columns.h).
+// (winograd_images.h; of few tiles two points of each, winograd_four.h) or of many (winograd_blocks.h;
+// along columns alone winograd_columns.h).
 // Points 0, +-sqrt(1/2), +-sqrt(2) and infinity: errors about twice as large as without it.
 #pragma once
 #include "plan.h"
