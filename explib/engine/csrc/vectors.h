@@ -33,9 +33,7 @@
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
-#if !defined(FORCED)  // nothing, where compiling fast matters more than what comes out
 #define FORCED __attribute__((always_inline))
-#endif
 #define SHUFFLES 0
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
