@@ -138,7 +138,7 @@ class Images {
             case PLANES: return planes_scratch<T>(in, out, as_phases(), plan.threads);
             case AS_BYTES:
                 windows.try_emplace(&op, op, in, out);
-                return round_up(taken(op, in, out), sizeof(Scalar)) / sizeof(Scalar);
+                return taken(op, in, out) / int64_t(sizeof(Scalar)) + 1;
             case DEPTHWISE_BYTES: return Padded(op, in).scratch() / sizeof(Scalar) * plan.threads;
             case POINTWISE: return taken(op, in, out);
             default: return 0;
