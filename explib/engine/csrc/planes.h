@@ -1,6 +1,6 @@
 // Convolutions of single images, [C][rows of W + halo]: a vector holds neighbouring pixels, and a
 // shifted plane is a shifted load. Any kernel, stride and padding; depthwise.h has those of one
-// channel a filter, winograd_images.h, tiny.h and pointwise.h what goes faster otherwise.
+// channel a filter, winograd_images.h, tiny.h and pointwise_images.h what goes faster otherwise.
 #pragma once
 #include <algorithm>
 #include <array>

@@ -15,7 +15,7 @@
 #include "ops.h"
 #include "plan.h"
 #include "planes.h"
-#include "pointwise.h"
+#include "pointwise_images.h"
 #include "pools.h"
 #include "threads.h"
 #include "tiny.h"
@@ -138,29 +138,11 @@ class Images {
             case PLANES: return planes_scratch<T>(in, out, as_phases(), plan.threads);
             case AS_BYTES:
                 windows.try_emplace(&op, op, in, out);
-                return taken(op, in, out) / int64_t(sizeof(Scalar)) + 1;
+                return taken(op, in, plane(out.height, out.width)) / int64_t(sizeof(Scalar)) + 1;
             case DEPTHWISE_BYTES: return Padded(op, in).scratch() / sizeof(Scalar) * plan.threads;
-            case POINTWISE: return taken(op, in, out);
+            case POINTWISE: return taken(op, in, plane(out.height, out.width));
             default: return 0;
         }
-    }
-
-    // What a 1x1 conv with a stride takes of its input, in values
-    int64_t taken(const Op& op, const Tensor& in, const Tensor& out) const {
-        const bool strided = op.rows.kernel == 1 && op.rows.stride > 1;
-        return strided ? in.channels * int64_t(body(out.height, out.width)) : 0;
-    }
-
-    // The same, side by side, or all of its input
-    void take(ImageConv<T>& a, T* to, int part, int parts, Barrier& barrier) const {
-        if (!taken(a.op, a.source, a.made)) return;
-        const int channels = a.source.channels, plane = body(a.made.height, a.made.width);
-        const int last = (int)split(channels, part + 1, parts);
-        for (int c = (int)split(channels, part, parts); c < last; ++c)
-            take_pixels(a.op.rows.stride, a.made, a.in + c * a.in_plane, a.pitch,
-                        to + c * int64_t(plane), a.out_pitch);
-        barrier.wait(parts);
-        a.in = to, a.in_plane = plane;
     }
 
     // Whether the planes' own halo is wide enough for a conv that makes planes of the same size
@@ -319,7 +301,7 @@ class Images {
                 return conv_planes(a, phases.at(&op), extra, plan.threads, part, parts, barrier);
             case AS_BYTES:
                 if constexpr (BYTES) {
-                    take(a, (Byte*)extra, part, parts, barrier);
+                    take_pixels(a, (Byte*)extra, part, parts, barrier);
                     const ByteLists lists{(const int32_t*)op.flat_weight, op.flat_start,
                                           op.flat_index};
                     byte_image({op, a.source, a.made, a.in, a.other, a.out, a.in_plane,
@@ -334,51 +316,10 @@ class Images {
                 return;
             case POINTWISE:
                 if constexpr (!BYTES) {
-                    take(a, extra, part, parts, barrier);
-                    pointwise(a, *point_scratch[own], part, parts);
+                    take_pixels(a, extra, part, parts, barrier);
+                    pointwise_image(a, body(a.made.height, a.made.width) / LANES,
+                                    *point_scratch[own], part, parts);
                 }
-        }
-    }
-
-    // A 1x1 conv. Threads share the plane where it is large, else the filters
-    void pointwise(const ImageConv<T>& a, const PointScratch& scratch, int part, int parts) {
-        const Op& op = a.op;
-        const Tensor& o = a.made;
-        const int vectors = body(o.height, o.width) / LANES, channels = a.source.channels;
-        const T* in = a.in;
-        const int64_t from = a.in_plane;
-        Points<T> conv = {.in = in, .other = a.other, .out = a.out, .out_plane = a.out_plane,
-                          .channels = channels, .filters = o.channels, .first = 0,
-                          .last = o.channels, .op = &op, .weight = (const int32_t*)op.weight,
-                          .start = op.start, .order = op.order,
-                          .index = (const uint8_t*)op.index, .inside = a.inside};
-        conv.use(scratch);
-        if (parts > 1 && vectors < 10 * parts) {
-            conv.first = op.share[part], conv.last = op.share[part + 1];
-            part = 0, parts = 1;
-        }
-        points(conv, (int)split(vectors, part, parts), (int)split(vectors, part + 1, parts),
-               [&](int first, int count) {
-                   return [=](int channel, int n, T* tile) {
-                       const T* x = in + channel * from + first * LANES;
-                       for (int c = 0; c < n; ++c, x += from, tile += count * LANES)
-                           std::memcpy(tile, x, count * LANES * sizeof(T));
-                   };
-               });
-    }
-
-    // Every `stride`th pixel of every such row of a plane, as many as the output has. What is written
-    // between the rows no result depends on
-    static void take_pixels(int stride, const Tensor& o, const T* in, int pitch, T* out,
-                            int out_pitch) {
-        for (int r = 0; r < o.height; ++r, in += stride * pitch, out += out_pitch) {
-            int q = 0;
-            if constexpr (!BYTES)
-                for (; stride == 2 && q < o.width; q += LANES) {
-                    const V one = load_loose(in + 2 * q), two = load_loose(in + 2 * q + LANES);
-                    store_lanes(out + q, picked<2, 0>(one, two), 0, std::min(LANES, o.width - q));
-                }
-            for (; q < o.width; ++q) out[q] = in[q * stride];
         }
     }
 };
