@@ -14,7 +14,7 @@ from explib import engine
 from explib.engine import export, graph, reference, rules
 from explib.engine.views import whole
 from tests.conftest import needs_compiler
-from tests.engine.test_engine import lively
+from tests.engine.networks import lively
 
 
 def every(op: graph.Op, sources: list) -> bool:

@@ -16,7 +16,7 @@ from explib.engine.graph import Op
 from tests.conftest import needs_compiler
 from tests.engine import cases
 from tests.engine.cases import PLANES, network, surrounded, sweep_ops, windowed
-from tests.engine.test_engine import error, lively
+from tests.engine.networks import error, lively
 
 pytestmark = needs_compiler
 

@@ -20,7 +20,7 @@ from explib.engine.quantization import Code, coded
 from explib.params import Params
 from explib.pruning.checkpoints import load_network
 from tests.conftest import ROOT, needs_compiler
-from tests.engine.test_engine import error, lively, masked
+from tests.engine.networks import error, lively, masked
 
 
 def test_a_code_is_the_nearest_of_256_and_ties_go_to_the_even_one():

@@ -21,7 +21,8 @@ from explib.files import load_tensors, save_tensors
 from explib.pruning.checkpoints import save_masks
 from tests.conftest import PUBLIC, ROOT, image, needs_compiler
 from tests.engine.damage import SIZE, Everything
-from tests.engine.test_export import Detector, UNet, lively
+from tests.engine.networks import lively
+from tests.engine.test_export import Detector, UNet
 
 SIDE = 32
 

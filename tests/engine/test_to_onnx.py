@@ -17,7 +17,8 @@ from explib.engine.views import whole
 from tests.conftest import PUBLIC, image, needs_compiler
 from tests.engine.cases import PLANES, cases
 from tests.engine.damage import SIZE, Everything
-from tests.engine.test_export import BODIES, IN_TORCH, Detector, UNet, lively
+from tests.engine.networks import lively
+from tests.engine.test_export import BODIES, IN_TORCH, Detector, UNet
 from tests.engine.test_stored import pruned
 
 needs_onnx = pytest.mark.skipif(
