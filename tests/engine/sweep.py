@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from explib import engine
-from explib.engine import training
+from explib.engine import training_layers
 from tests.engine.cases import PLANES, sweep_ops
 
 SIZES = ((32, 32), (13, 9), (7, 30), (5, 5), (2, 3), (1, 1))
@@ -67,7 +67,7 @@ def sweep(batches=BATCHES) -> int:
 
 def training_sweep() -> int:
     """The same for training: conv, BatchNorm, ReLU and their gradients, in blocks of images."""
-    lib, compared = training.library(), 0
+    lib, compared = training_layers.library(), 0
     types = (torch.float32, torch.bfloat16)[: 1 + lib.training_halves()]
     for size, dtype, stride, threads in product(SIZES, types, (1, 2), (1, 3)):
         torch.manual_seed(0)
@@ -81,9 +81,11 @@ def training_sweep() -> int:
         wanted.square().sum().backward()
         gradient, images.grad = images.grad, None
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            x = training.ToPlanes()(images)
-        own = training.Conv(conv, mask, size, out_size)(x)
-        found = training.FromPlanes(out_size)(training.Norm(norm, True, out_size)(own)).float()
+            x = training_layers.ToPlanes()(images)
+        own = training_layers.Conv(conv, mask, size, out_size)(x)
+        found = training_layers.FromPlanes(out_size)(
+            training_layers.Norm(norm, True, out_size)(own)
+        ).float()
         found.square().sum().backward()
         for one, other in ((found, wanted), (images.grad, gradient)):
             error = float((one - other).abs().max() / other.abs().max().clamp(min=1e-3))

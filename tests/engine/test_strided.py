@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from explib import engine
-from explib.engine import fused, strided, training
+from explib.engine import fused, strided, training_layers
 from explib.params import Params
 from explib.training import backend, loop
 from tests.conftest import ROOT, needs_compiler
@@ -70,7 +70,7 @@ def test_the_lines_that_corrupt_memory_in_torch_do_not_in_the_guard(checked, vec
 def test_a_narrowed_network_trains_and_memory_stays_whole(checked, vectors):
     """Eager, in fused passes and in surviving kernels, in fp32 and bf16."""
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
-    fused.library(), training.library()  # built here rather than under the checker
+    fused.library(), training_layers.library()  # built here rather than under the checker
     done = checked("-m", "tests.engine.memory", vectors=vectors)
     assert done.returncode == 0, done.stderr[-500:]
     assert re.findall(r"^(.*): loss", done.stdout, re.M) == [

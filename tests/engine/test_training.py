@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
 from explib import engine, models
-from explib.engine import fused, training
+from explib.engine import fused, training, training_layers
 from explib.pruning import criteria, holding
 from explib.pruning import masks as masking
 from tests.conftest import image
@@ -25,21 +25,21 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def lanes() -> int:
-    return training.library().training_lanes()
+    return training_layers.library().training_lanes()
 
 
 def half_too(dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and not training.library().training_halves():
+    if dtype == torch.bfloat16 and not training_layers.library().training_halves():
         pytest.skip("this processor does not multiply pairs of bfloat16")
 
 
 def as_planes(images: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
-    lanes = training.library().training_lanes()
-    return training.planes(images.to(dtype).unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1))
+    lanes = training_layers.library().training_lanes()
+    return training_layers.planes(images.to(dtype).unflatten(0, (-1, lanes)).permute(0, 2, 3, 4, 1))
 
 
 def as_images(x: torch.Tensor, size) -> torch.Tensor:
-    return training.FromPlanes(size)(x).float()
+    return training_layers.FromPlanes(size)(x).float()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, share: float) -> bool:
@@ -73,7 +73,7 @@ def test_a_conv_and_its_gradients_are_those_of_torch(dtype, stride, size, layout
     dy = torch.randn_like(wanted).to(dtype).float()
     wanted.backward(dy.double())
     out_size = tuple(wanted.shape[2:])
-    found = training.Conv(conv, mask, size, out_size)(own)
+    found = training_layers.Conv(conv, mask, size, out_size)(own)
     found.backward(as_planes(dy, dtype))
     exact = 1e-5 if dtype == torch.float32 else 8e-3  # results are rounded to bfloat16
     assert found.dtype == own.dtype == dtype
@@ -104,7 +104,7 @@ def test_a_norm_and_what_follows_is_that_of_torch(dtype, relu, with_add, size, l
     wanted = F.relu(wanted) if relu else wanted
     dy = torch.randn_like(wanted).to(dtype).float()
     wanted.backward(dy)
-    module = training.Norm(norm, relu, size)
+    module = training_layers.Norm(norm, relu, size)
     found = module(own[0], own[1] if with_add else None)
     found.backward(as_planes(dy, dtype))
     exact = 2e-5 if dtype == torch.float32 else 8e-3
@@ -131,7 +131,7 @@ def test_a_norm_without_momentum_averages_over_batches(lanes):
     for _ in range(3):
         x = torch.randn(lanes, 3, 4, 4)
         plain(x)
-        training.Norm(norm, False, (4, 4))(as_planes(x))
+        training_layers.Norm(norm, False, (4, 4))(as_planes(x))
     assert close(norm.running_mean, plain.running_mean, 1e-5)
     assert close(norm.running_var, plain.running_var, 1e-5)
 
@@ -150,7 +150,9 @@ def test_a_network_trains_as_in_torch(arch, lanes, resnet_8):
     model, plain, chosen = pair(arch)
     network = training.sparse(model, chosen, image(32))
     modules = [type(m) for m in network.network.modules()]
-    assert modules.count(training.FromPlanes) == 1  # once on planes it stays there to the end
+    assert (
+        modules.count(training_layers.FromPlanes) == 1
+    )  # once on planes it stays there to the end
     count = max(lanes, 16)  # few images make BatchNorm, and with it every gradient, less exact
     x, y = torch.randn(count + 1, 3, 32, 32), torch.randint(0, 10, (count,))
     found, wanted = network(x[:count]), plain(x[:count].double())
@@ -255,7 +257,7 @@ def test_a_network_of_ones_own_trains_so_in_its_own_loop():
         holding.hold(own, chosen)
     fast = engine.sparse(model, chosen, image(32))
     kinds = [type(m) for m in fast.network.modules()]
-    assert kinds.count(training.Conv) == 19 and kinds.count(training.FromPlanes) == 1
+    assert kinds.count(training_layers.Conv) == 19 and kinds.count(training_layers.FromPlanes) == 1
     x, y = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))  # whole blocks on any processor
 
     def gradients(own: nn.Module, network: nn.Module, images: torch.Tensor) -> dict:
@@ -370,14 +372,14 @@ def test_batches_that_train_in_torch_say_so_once(lanes):
 
 
 def test_planes_that_are_none_are_refused(lanes):
-    norm = training.Norm(nn.BatchNorm2d(2), False, (3, 3))
+    norm = training_layers.Norm(nn.BatchNorm2d(2), False, (3, 3))
     with pytest.raises(ValueError, match=r"planes \(1, 2, 8, "):
         norm(torch.zeros(1, 2, 8, lanes))
     with pytest.raises(ValueError, match="beside"):
         norm(torch.zeros(1, 2, 9, lanes), torch.zeros(1, 2, 8, lanes))
     with pytest.raises(ValueError, match=r"torch\.float64"):
         norm(torch.zeros(1, 2, 9, lanes, dtype=torch.float64))
-    conv = training.Conv(
+    conv = training_layers.Conv(
         nn.Conv2d(2, 2, 3, padding=1).double(), torch.ones(2, 2).bool(), (3, 3), (3, 3)
     )
     with pytest.raises(TypeError, match=r"weight: torch\.float64"):

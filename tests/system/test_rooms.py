@@ -32,6 +32,7 @@ TESTED_IN = {  # what has no test_NAME.py of its own
     "engine/saving.py": "engine/test_stored.py",
     "engine/reference.py": "engine/test_export.py",
     "engine/rules.py": "engine/test_export.py",
+    "engine/training_layers.py": "engine/test_training.py",
     "engine/views.py": "engine/test_export.py",
     "engine/winograd.py": "engine/test_ops.py",
     "models/googlenet.py": "models/test_models.py",
