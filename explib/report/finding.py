@@ -73,7 +73,7 @@ def draw(frame: pd.DataFrame, arch: str, usual: bool = True) -> Figure | None:
         f"small: {places[short]}\nlarge: {places[long]}",
         fontsize=9,
     )
-    axes.margins(x=0.08)
+    axes.margins(x=0.11)
     axes.grid(axis="y", visible=False)
     axes.set_title(
         f"{network_name(arch)} without {cuts.median():.1f} % of its multiply-adds,\n"
