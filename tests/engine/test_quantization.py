@@ -20,7 +20,7 @@ from explib.engine.quantization import Code, coded
 from explib.params import Params
 from explib.pruning.checkpoints import load_network
 from tests.conftest import ROOT, needs_compiler
-from tests.engine.networks import error, lively, masked
+from tests.engine.networks import error, lively, masked, skip_its_own
 
 
 def test_a_code_is_the_nearest_of_256_and_ties_go_to_the_even_one():
@@ -280,6 +280,7 @@ class TestNetworks:
     @pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-msse4.2"])
     def test_a_file_gives_the_same_answers_on_other_processors(self, tmp_path, flags):
         """Sums are whole numbers, and what follows them the same steps."""
+        skip_its_own(flags)
         model = small()
         images = torch.randn(48, 3, 32, 32)
         path = engine.save(tmp_path / "net.safetensors", model, images[:1], calibration=images)

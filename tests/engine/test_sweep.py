@@ -15,6 +15,7 @@ from torch import nn
 from explib import engine
 from explib.engine import build
 from tests.conftest import ROOT, needs_compiler
+from tests.engine.networks import skip_its_own
 from tests.engine.sweep import BATCHES, BOUNDS, SIZES, sweep
 
 pytestmark = [needs_compiler, pytest.mark.filterwarnings("ignore:.*runs? in torch")]
@@ -36,8 +37,7 @@ def run_sweep(flags: str, *batches: int, **variables: str) -> subprocess.Complet
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are of x86")
 @pytest.mark.parametrize("flags", ["-mavx2 -mfma", "-msse4.2"])
 def test_the_same_source_serves_narrower_vectors(flags):
-    if "avx2" in flags and build.byte_point(build.library(torch.int8)) == 2:
-        pytest.skip("this processor's own vectors are these: every other test runs them")
+    skip_its_own(flags)
     done = run_sweep(flags, 1, 5, 33)
     assert done.returncode == 0 and "compared" in done.stdout, done.stderr[-2000:]
 
