@@ -180,7 +180,8 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     """int8: the kernels by chunk and filter as words of four bytes, and how sums are scaled.
 
     Of a row of a kernel a word for four pixels, of a 1x1 conv one for four channels, or two in 16
-    bits each; of filters that are computed `together` one each, also where it is zero for some.
+    bits each, then such that the same filters keep; of filters that are computed `together` one
+    each, also where it is zero for some.
     """
     assert op.steps is not None
     steps, side = op.steps.numpy(), op.kernel[0]
@@ -193,8 +194,12 @@ def _bytes(weight: np.ndarray, op: Op, source: Shape, library: ctypes.CDLL) -> d
     }
     codes = byte_point(library) if side == 1 else 4  # of a word
     if side == 1:
-        whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -weight.shape[1] % codes)))
-        words = whole.reshape(len(whole), -1, 1, codes)
+        channels = source[0]
+        whole = np.pad(whole[:, :, 0, 0], ((0, 0), (0, -channels % codes)))
+        # of four neighbours the first two and the last two are added in 16 bits (quantization.py)
+        order = _partners(whole != 0) if codes == 2 else np.arange(whole.shape[1])
+        words = whole.take(order, 1).reshape(len(whole), -1, 1, codes)
+        made["byte_channel"] = np.minimum(order, channels - 1).astype(np.int32)
     else:
         if not geometry.depthwise(op, source):
             whole = _ungrouped(whole, op.groups)
@@ -247,6 +252,28 @@ def _tiny_bytes(
         "flat_index": index,
         "flat_bias": own.astype(np.float32),
     }
+
+
+def _partners(keep: np.ndarray) -> np.ndarray:
+    """The channels of keep (F, C), C even, by twos that the same filters keep as far as possible.
+
+    Again and again those that are the best for each other: among them the best two of all.
+    """
+    kept = keep.astype(np.float32)
+    shared = kept.T @ kept
+    chance = np.random.default_rng(0).random(shared.shape, np.float32)  # between equals
+    shared += (chance + chance.T) / 4
+    np.fill_diagonal(shared, -1)
+    left, found = np.arange(len(shared)), []
+    while len(left):
+        best = shared.argmax(1)
+        here = np.arange(len(left))
+        first = (best[best] == here) & (here < best)
+        found.append(np.stack([left[first], left[best[first]]], 1))
+        rest = np.ones(len(left), bool)
+        rest[here[first]] = rest[best[first]] = False
+        left, shared = left[rest], shared[np.ix_(rest, rest)]
+    return np.concatenate(found).ravel()
 
 
 def _grouped(weight: np.ndarray, keep: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

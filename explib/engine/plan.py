@@ -81,7 +81,7 @@ class _Op(ctypes.Structure):
         "pair_weight", "pair_start", "pair_index",
         "plane_weight", "plane_start", "plane_index", "plane_order", "share",
         "byte_weight", "byte_start", "byte_index", "flat_weight", "flat_start", "flat_index",
-        "byte_scale", "byte_bias", "flat_bias",
+        "byte_channel", "byte_scale", "byte_bias", "flat_bias",
     )  # fmt: skip
     _fields_ = [
         *[(name, ctypes.c_int32) for name in _numbers],

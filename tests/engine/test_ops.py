@@ -5,6 +5,7 @@ Where windows lie and what is gathered comes from geometry.
 
 from math import isqrt
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -225,3 +226,19 @@ def test_kernels_are_spread_to_points_where_images_go_in_blocks(side, blocks):
     conv = Op("conv", "y", ("x",), shape, kernel=(3, 3), pad=(1, 1), weight=weight)
     target = plan.Network([conv], {"x": shape}, ["y"], dtype=torch.float32, threads=1)._target
     assert target.blocks == blocks
+
+
+def test_channels_that_the_same_filters_keep_share_words():
+    filters = {0, 1}, {2, 3}, {4}, {0, 1, 4}, {2, 3}, {4, 5}  # of each channel those that keep it
+    keep = np.array([[f in kept for kept in filters] for f in range(6)])
+    pairs = lists._partners(keep).reshape(-1, 2)
+    assert {frozenset(pair) for pair in pairs.tolist()} == {
+        frozenset(p) for p in [(0, 3), (1, 4), (2, 5)]
+    }
+    for channels in (2, 100):  # also where none has a partner of its own, or all are alike
+        for density in (0, 0.3, 1):
+            keep = np.random.default_rng(1).random((64, channels)) < density
+            order = lists._partners(keep)
+            assert sorted(order) == list(range(channels))
+            one, other = keep[:, order[::2]], keep[:, order[1::2]]
+            assert (one | other).sum() <= (keep[:, ::2] | keep[:, 1::2]).sum()

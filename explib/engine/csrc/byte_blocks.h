@@ -22,21 +22,21 @@ struct ByteBlock {
         constexpr int K = Tile::K, S = Tile::S ? Tile::S : 1, Q = Tile::Q;
         constexpr int TH = Tile::TH, TW = Tile::TW;
         const int64_t plane = block_plane(in.height, in.width) * BYTE_LANES;
-        const Byte* codes = from + first * plane;
         if constexpr (K == 1) {
+            const int32_t* channel = op.byte_channel + first;
             int64_t at[TH];
             for (int i = 0; i < TH; ++i) {
                 const int row = (x + i) / out.width, column = (x + i) % out.width;
                 at[i] = (int64_t(row) * in.width + column) * op.rows.stride * BYTE_LANES;
             }
             for (int c = 0; c < channels; c += POINT_CODES) {
-                const Byte* from[POINT_CODES];  // beyond the last one weights are zero
-                for (int i = 0; i < POINT_CODES; ++i)
-                    from[i] = codes + std::min(c + i, channels - 1) * plane;
-                for (const int64_t pixel : at) *to++ = point_words(from, pixel);
+                const Byte* codes[POINT_CODES];
+                for (const Byte*& one : codes) one = from + *channel++ * plane;
+                for (const int64_t pixel : at) *to++ = point_words(codes, pixel);
             }
             return;
         }
+        const Byte* codes = from + first * plane;
         Byte outside[BYTE_LANES];
         std::memset(outside, int(op.in_code.zero), BYTE_LANES);
         const Words none = quads(outside, outside, outside, outside);
@@ -48,17 +48,10 @@ struct ByteBlock {
                     continue;
                 }
                 const Byte* from = codes + int64_t(row) * in.width * BYTE_LANES;
-                const auto pixel = [&](int at) FORCED {
-                    return at >= 0 && at < in.width ? from + at * BYTE_LANES : outside;
-                };
                 repeat<TW * Q>([&](auto t) FORCED {
-                    constexpr int last = std::min(3, K - 1 - t % Q * 4);  // that has a weight
+                    constexpr int last = std::min(3, K - 1 - t % Q * 4);
                     const int at = (x + t / Q) * S - K / 2 + t % Q * 4;
-                    // beyond it there may be any that is in memory
-                    to[t] = at >= 0 && at + last < in.width && at + 3 <= in.width
-                                ? quads(from + at * BYTE_LANES)
-                                : quads(pixel(at), pixel(at + std::min(1, last)),
-                                        pixel(at + std::min(2, last)), pixel(at + last));
+                    to[t] = quads_of_row(from, in.width, at, last, outside);
                 });
             }
     }
@@ -82,9 +75,12 @@ struct ByteBlock {
 template <class With>
 inline int with_byte_tile(int kernel, int stride, int height, int width, const With& with) {
     const auto sized = [&](auto th, auto tw) FORCED {
+        constexpr bool large = th > 2;  // of kernels that are rare two sizes only
+        constexpr int few = large ? 4 : 1, wide = large ? 2 * WIDE : 1;
         const auto strided = [&](auto k) FORCED {
-            if (stride == 1) return with((ByteTile<ByteBlock, k, 1, th, tw>*)nullptr);
-            return with((ByteTile<ByteBlock, k, 2, th, tw>*)nullptr);
+            constexpr int high = k == 3 ? int(th) : few, across = k == 3 ? int(tw) : wide;
+            if (stride == 1) return with((ByteTile<ByteBlock, k, 1, high, across>*)nullptr);
+            return with((ByteTile<ByteBlock, k, 2, high, across>*)nullptr);
         };
         if (kernel == 3) return strided(Int<3>{});
         return kernel == 5 ? strided(Int<5>{}) : strided(Int<7>{});
@@ -99,11 +95,10 @@ inline int with_byte_tile(int kernel, int stride, int height, int width, const W
 
 // Channels of a chunk; together: filters at once of a 1x1 conv
 inline int byte_chunk(int kernel, int stride, int height, int width, int channels, int together) {
-    const auto of = [&](auto* tile) {
+    if (kernel == 1) return byte_point_chunk<ByteBlock>(together, height * width, channels);
+    return with_byte_tile(kernel, stride, height, width, [&](auto* tile) {
         return std::remove_pointer_t<decltype(tile)>::chunk(channels);
-    };
-    if (kernel == 1) return with_point_tile<ByteBlock, 0>(together, height * width, of);
-    return with_byte_tile(kernel, stride, height, width, of);
+    });
 }
 
 // A conv with lists of bytes. Threads share the rows of tiles where there are many, else the filters

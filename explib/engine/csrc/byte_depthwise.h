@@ -49,16 +49,17 @@ template <int K, int S, int TH, class Word>
 FORCED inline void depthwise_sums(const int32_t* weight, Words (&sums)[TH], const Word& word) {
     constexpr int Q = (K + 3) / 4;
     Words weights[K][Q];
-    repeat<K * Q>([&](auto i) FORCED { weights[i / Q][i % Q] = Words{} + weight[i]; });
-    repeat<(TH - 1) * S + K>([&](auto i) FORCED {
-        repeat<Q>([&](auto q) FORCED {
-            const Words codes = word(i, q);
-            repeat<K>([&](auto ky) FORCED {
-                constexpr int dy = i - ky;
-                if constexpr (dy >= 0 && dy % S == 0 && dy / S < TH)
-                    sums[dy / S] = add_dots(sums[dy / S], codes, weights[ky][q]);
-            });
-        });
+#pragma GCC unroll 64
+    for (int i = 0; i < K * Q; ++i) weights[i / Q][i % Q] = Words{} + weight[i];
+    repeat<((TH - 1) * S + K) * Q>([&](auto n) FORCED {
+        constexpr int i = n / Q, q = n % Q;
+        const Words codes = word(i, q);
+#pragma GCC unroll 64
+        for (int ky = 0; ky < K; ++ky) {
+            const int dy = i - ky;
+            if (dy >= 0 && dy % S == 0 && dy / S < TH)
+                sums[dy / S] = add_dots(sums[dy / S], codes, weights[ky][q]);
+        }
     });
 }
 
@@ -190,18 +191,10 @@ template <int K, int S>
         for (int x = 0; x < a.out_width; ++x) {
             Words sums[th] = {};
             const auto word = [&](auto i, auto q) FORCED {
-                constexpr int last = std::min(3, K - 1 - q * 4);  // that has a weight
                 const int row = y * S - K / 2 + i, at = x * S - K / 2 + q * 4;
                 if (row < 0 || row >= a.height) return none;
-                const Byte* from = plane + int64_t(row) * width * BYTE_LANES;
-                // beyond it there may be any that is in memory
-                if (at >= 0 && at + last < width && at + 3 <= width)
-                    return quads(from + at * BYTE_LANES);
-                const auto pixel = [&](int at) FORCED {
-                    return at >= 0 && at < width ? from + at * BYTE_LANES : outside;
-                };
-                return quads(pixel(at), pixel(at + std::min(1, last)),
-                             pixel(at + std::min(2, last)), pixel(at + last));
+                return quads_of_row(plane + int64_t(row) * width * BYTE_LANES, width, at,
+                                    std::min(3, K - 1 - q * 4), outside);
             };
             if (!empty) depthwise_sums<K, S>(weight, sums, word);
             const int64_t first = place_in_block(a, f, y, x);

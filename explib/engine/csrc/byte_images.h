@@ -160,18 +160,18 @@ struct ByteImage {
     void pack(Words* to, int y, int x, int first, int channels) const {
         constexpr int K = Tile::K, S = Tile::S, TH = Tile::TH, TW = Tile::TW, Q = Tile::Q;
         const Windows& w = windows;
-        const Byte* codes = from + first * in_plane;
-        const int wide = in.width;
         if constexpr (K == 1) {  // of pixels side by side, also where it has a stride
+            const int32_t* channel = op.byte_channel + first;
             for (int c = 0; c < channels; c += POINT_CODES) {
-                const Byte* from[POINT_CODES];  // beyond the last one weights are zero
-                for (int i = 0; i < POINT_CODES; ++i)
-                    from[i] = codes + std::min(c + i, channels - 1) * in_plane;
+                const Byte* codes[POINT_CODES];
+                for (const Byte*& one : codes) one = from + *channel++ * in_plane;
                 for (int i = 0; i < TH * TW; ++i)
-                    *to++ = point_words(from, int64_t(x + i) * BYTE_LANES);
+                    *to++ = point_words(codes, int64_t(x + i) * BYTE_LANES);
             }
             return;
         }
+        const Byte* codes = from + first * in_plane;
+        const int wide = in.width;
         const Words none = Words{} + int32_t(uint32_t(op.in_code.zero) * 0x01010101u);
         for (int c = 0; c < channels; ++c, codes += in_plane) {
             if constexpr (S) {
@@ -263,10 +263,10 @@ inline int with_image_tile(int kernel, int stride, int height, int width, int to
 
 inline int image_chunk(int kernel, int stride, int height, int width, int channels, int together) {
     const int vectors = vectors_of(by_row(kernel, height, width) ? width : height * width);
-    const auto of = [&](auto* tile) {
+    if (kernel == 1) return byte_point_chunk<ByteImage>(together, vectors, channels);
+    return with_image_tile(kernel, stride, height, width, together, height, vectors, [&](auto* tile) {
         return std::remove_pointer_t<decltype(tile)>::chunk(channels);
-    };
-    return with_image_tile(kernel, stride, height, width, together, height, vectors, of);
+    });
 }
 
 // A conv with lists of bytes. Threads share what there is of rows or vectors, else the filters

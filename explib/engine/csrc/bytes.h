@@ -125,6 +125,23 @@ FORCED inline Words quads(const Byte* at) {
 #endif
 }
 
+// `quads` of pixels `at` to `at` + 3 of a row of blocks of images, of which as many as `last` + 1 have
+// weights; `outside`: what lies beyond the row. Where it ends: a call, for which little code is enough
+[[gnu::noinline]] inline Words quads_at_end(const Byte* row, int width, int at, int last,
+                                            const Byte* outside) {
+    const auto pixel = [&](int i) {
+        const int x = at + std::min(i, last);
+        return x >= 0 && x < width ? row + x * BYTE_LANES : outside;
+    };
+    return quads(pixel(0), pixel(1), pixel(2), pixel(3));
+}
+FORCED inline Words quads_of_row(const Byte* row, int width, int at, int last,
+                                 const Byte* outside) {
+    // the fourth pixel may be any that is in memory
+    if (at >= 0 && at + last < width && at + 3 <= width) return quads(row + at * BYTE_LANES);
+    return quads_at_end(row, width, at, last, outside);
+}
+
 // ---- Words of 1x1 convs: how many channels they hold, their products, and those at `at` of some
 // channels. With AVX2 alone the products of four bytes are two instructions and those of two halves
 // one; and where most kernels are left out, half of the pairs are empty, but few of the fours
@@ -167,19 +184,18 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
     const float scale = op.byte_scale[f], bias = op.byte_bias[f];
     V made[N];
     const auto each = [&](auto change) FORCED {
-        repeat<N>([&](auto i) FORCED {
-            change(made[i], __builtin_convertvector(sums[i], V), at(i));
-        });
+#pragma GCC unroll 64
+        for (int i = 0; i < N; ++i) change(made[i], __builtin_convertvector(sums[i], V), at(i));
     };
     if (op.act > CLAMP) {
         V values[N];
         int64_t where[N];
-        repeat<N>([&](auto i) FORCED {
+        for (int i = 0; i < N; ++i) {
             values[i] = __builtin_convertvector(sums[i], V) * scale + bias;
             where[i] = at(i);
-        });
+        }
         end_values(op, f, values, N, other, where);
-        repeat<N>([&](auto i) FORCED { put(i, values[i]); });
+        for (int i = 0; i < N; ++i) put(i, values[i]);
         return;
     }
     // in units of the outputs' codes, all of it, of which no more than 0 to 255 are stored
@@ -200,7 +216,8 @@ FORCED inline void end_sums(const Op& op, int f, const Words* sums, const Byte* 
         each([&](V& value, V, int64_t) FORCED { value = at_least(value, V{} + least); });
     if (most < 255)
         each([&](V& value, V, int64_t) FORCED { value = at_most(value, V{} + most); });
-    repeat<N>([&](auto i) FORCED { put(i, made[i]); });
+#pragma GCC unroll 64
+    for (int i = 0; i < N; ++i) put(i, made[i]);
 }
 
 // The kernels of a conv as words, by chunk and in that by filter, or by group of filters
@@ -253,22 +270,19 @@ struct ByteTile {
                 const int32_t* w = lists.weight + int64_t(k) * K * Q * M;
                 repeat<Q>([&](auto q) FORCED {
                     Words weights[K][M];
-                    repeat<K * M>([&](auto i) FORCED {
+#pragma GCC unroll 64
+                    for (int i = 0; i < K * M; ++i)
                         weights[i / M][i % M] = Words{} + w[(i / M * Q + q) * M + i % M];
-                    });
-                    repeat<IH>([&](auto i) FORCED {
-                        repeat<TW>([&](auto t) FORCED {
-                            const Words codes = from[(i * TW + t) * Q + q];
-                            repeat<K * M>([&](auto j) FORCED {
-                                constexpr int ky = j / M, m = j % M, r = row(i, ky);
-                                if constexpr (r >= 0) {
-                                    Words& made = sum[m][r * TW + t];
-                                    made = K == 1 ? add_point(made, codes, weights[ky][m])
-                                                  : add_dots(made, codes, weights[ky][m]);
-                                }
-                            });
-                        });
-                    });
+#pragma GCC unroll 4096
+                    for (int n = 0; n < IH * TW * K * M; ++n) {
+                        const int i = n / (TW * K * M), t = n / (K * M) % TW, ky = n % (K * M) / M;
+                        const int m = n % M, r = row(i, ky);
+                        if (r < 0) continue;
+                        const Words codes = from[(i * TW + t) * Q + q];
+                        Words& made = sum[m][r * TW + t];
+                        made = K == 1 ? add_point(made, codes, weights[ky][m])
+                                      : add_dots(made, codes, weights[ky][m]);
+                    }
                 });
             };
             for (; k + SETS <= end; k += SETS)
@@ -307,7 +321,10 @@ struct ByteTile {
 
 // Filters at once of a 1x1 conv most of whose words have weights: what fits in 32 registers
 constexpr int POINT_FILTERS = VECTOR_BYTES == 64 || TILE_H == 4 ? 4 : 1;
-constexpr int POINT_TILE = POINT_FILTERS > 1 ? 6 : 8;  // vectors of a tile then
+// Vectors of a tile then, and of one filter's: with products of one instruction all but three of 16
+// registers hold sums
+constexpr int POINT_TILE = POINT_FILTERS > 1 ? 6 : 8;
+constexpr int POINT_ROW = WIDE == 2 ? 14 : POINT_CODES == 2 ? 13 : 8;
 
 // with(tile): a tile for `left` vectors of the outputs of a 1x1 conv, as an empty ByteTile's type
 template <class Layout, int S, class With>
@@ -317,19 +334,31 @@ inline int with_point_tile(int together, int left, const With& with) {
             return with((ByteTile<Layout, 1, S, n, 1, POINT_FILTERS>*)nullptr);
         return with((ByteTile<Layout, 1, S, n, 1>*)nullptr);
     };
-    if (together > 1) {  // tiles of about one size
-        const int tiles = (left + POINT_TILE - 1) / POINT_TILE;
+    if (together > 1 || POINT_CODES == 2) {  // tiles of about one size
+        const int most = together > 1 ? POINT_TILE : POINT_ROW, tiles = (left + most - 1) / most;
         left = (left + tiles - 1) / tiles;
     }
     if (WIDE == 2 && left >= 14) return of(Int<14>{});
-    if (WIDE == 2 && left == 13) return of(Int<13>{});
+    if (POINT_ROW >= 13 && left == 13) return of(Int<13>{});
+    if (POINT_CODES == 2 && left == 12) return of(Int<12>{});
+    if (POINT_CODES == 2 && left >= 10) return of(Int<10>{});
     if (left >= 8) return of(Int<8>{});
     if (left == 7) return of(Int<7>{});
-    if (left == 6 && together > 1) return of(Int<6>{});
+    if (left == 6 && (together > 1 || POINT_CODES == 2)) return of(Int<6>{});
     if (left == 5 && together > 1) return of(Int<5>{});
     if (left >= 4) return of(Int<4>{});
     if (left == 3 && together > 1) return of(Int<3>{});
     return left >= 2 ? of(Int<2>{}) : of(Int<1>{});
+}
+
+// Channels of a chunk of a 1x1 conv with so many vectors of outputs: as many as every tile of these
+// has room for
+template <class Layout>
+inline int byte_point_chunk(int together, int vectors, int channels) {
+    const int most = together > 1 ? POINT_TILE : POINT_ROW;
+    return with_point_tile<Layout, 0>(together, std::min(vectors, most), [&](auto* tile) {
+        return std::remove_pointer_t<decltype(tile)>::chunk(channels);
+    });
 }
 
 }  // namespace

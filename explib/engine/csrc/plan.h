@@ -52,11 +52,13 @@ struct Op {
     const int32_t *plane_start, *plane_index, *plane_order;
     const int32_t* share;             // (threads + 1,)
     // int8 only: the same kernels as bytes (bytes.h), null where they are computed with as floats:
-    // in chunks for blocks, in others for single images. The factor and the bias of each filter's sums, (F,), and the codes of `in`, `other` and `out`
+    // in chunks for blocks, in others for single images. The factor and the bias of each filter's
+    // sums, (F,), and the codes of `in`, `other` and `out`
     const void* byte_weight;
     const int32_t *byte_start, *byte_index;
     const void* flat_weight;
     const int32_t *flat_start, *flat_index;
+    const int32_t* byte_channel;  // 1x1: the channel of each code of the words of a pixel
     const float *byte_scale, *byte_bias;
     const float* flat_bias;  // of planes of 2 x 2 (byte_tiny.h) the bias of each output, (F, 4), or null
     Code in_code, other_code, out_code;
