@@ -7,11 +7,15 @@
 #include <utility>
 
 #if defined(__AVX512F__)
-#define VECTOR_BYTES 64
+#define REGISTER_BYTES 64
 #elif defined(__AVX__)
-#define VECTOR_BYTES 32
+#define REGISTER_BYTES 32
 #else
-#define VECTOR_BYTES 16
+#define REGISTER_BYTES 16
+#endif
+// Given as a flag beside -msse4.2: what wider vectors compute, where no processor has them
+#if !defined(VECTOR_BYTES)
+#define VECTOR_BYTES REGISTER_BYTES
 #endif
 // GCC has _Float16 for ARM in C++ from 13 on
 #if defined(__AVX512FP16__) || \
@@ -46,7 +50,7 @@ namespace {
 
 // A tile of outputs, or BESIDE vectors of them with nine neighbours each, stay in registers: 32 of
 // them, or 16
-#if defined(__AVX512F__) || defined(__aarch64__)
+#if VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int TILE_H = 4, TILE_W = 4, BESIDE = 3;
 #else
 constexpr int TILE_H = 2, TILE_W = 4, BESIDE = 1;
@@ -139,7 +143,7 @@ FORCED inline void keep([[maybe_unused]] V& value) {
 #if defined(__aarch64__)
     asm("" : "+w"(value));
 #elif defined(__SSE2__)
-    asm("" : "+v"(value));
+    if constexpr (sizeof(V) <= REGISTER_BYTES) asm("" : "+v"(value));
 #endif
 }
 
