@@ -142,13 +142,19 @@ def _line(run: Any, row: Any, way: str = "") -> dict:
         "before fine-tuning": _before(run),
         "change": f"{run['last'] - run['dense']:+.2f}",
         "epochs": f"{run['trained']:g}",
-        "hours": f"{run['wall_s'] / 3600:.1f}" if run["wall_s"] >= 0 else "",
+        "hours": _hours(run["wall_s"]),
         "kernels pruned %": f"{100 * run['sparsity']:.2f}"
         + (f" of {100 * run['nominal_sparsity']:.2f}" if short else ""),
         "precision": run["computed_in"],
         "hardware": hardware(run["hardware"]),
         "records": run["records"],
     }
+
+
+def _hours(seconds: float) -> str:
+    """Nothing where they are not known; of a few minutes two digits, which are not 0.0."""
+    hours = seconds / 3600
+    return "" if not hours >= 0 else f"{hours:.2f}" if hours < 0.1 else f"{hours:.1f}"
 
 
 def _spread(run: pd.Series) -> str:

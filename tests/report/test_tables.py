@@ -545,3 +545,10 @@ def test_the_order_before_and_after_is_a_rank_correlation():
     assert (line["criteria"], line["rank correlation"]) == ("4", "0.80")
     assert comparisons.order(pd.DataFrame(rows[:3])).empty
     assert comparisons.order(pd.DataFrame()).empty
+
+
+@pytest.mark.parametrize(
+    ("seconds", "hours"), [(-1, ""), (float("nan"), ""), (100, "0.03"), (360, "0.1"), (7200, "2.0")]
+)
+def test_hours_of_a_few_minutes_are_not_none(seconds, hours):
+    assert tables._hours(seconds) == hours
