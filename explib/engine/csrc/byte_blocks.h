@@ -75,12 +75,9 @@ struct ByteBlock {
 template <class With>
 inline int with_byte_tile(int kernel, int stride, int height, int width, const With& with) {
     const auto sized = [&](auto th, auto tw) FORCED {
-        constexpr bool large = th > 2;  // of kernels that are rare two sizes only
-        constexpr int few = large ? 4 : 1, wide = large ? 2 * WIDE : 1;
         const auto strided = [&](auto k) FORCED {
-            constexpr int high = k == 3 ? int(th) : few, across = k == 3 ? int(tw) : wide;
-            if (stride == 1) return with((ByteTile<ByteBlock, k, 1, high, across>*)nullptr);
-            return with((ByteTile<ByteBlock, k, 2, high, across>*)nullptr);
+            if (stride == 1) return with((ByteTile<ByteBlock, k, 1, th, tw>*)nullptr);
+            return with((ByteTile<ByteBlock, k, 2, th, tw>*)nullptr);
         };
         if (kernel == 3) return strided(Int<3>{});
         return kernel == 5 ? strided(Int<5>{}) : strided(Int<7>{});
